@@ -1,0 +1,1293 @@
+"""Where the data comes from: corpora, folds, caches, batches. Nothing here knows the model.
+
+    python data.py --data demo                                    # synthesise, inspect (seconds)
+    python data.py --data my.csv --label_range 1 7                # your own manifest
+    python data.py --data iemocap --data_dir IEMOCAP_full_release
+    python data.py --data msp_podcast --data_dir MSP-PODCAST
+    python data.py extract-faces --face_dir F --features_224_dir OUT [--data my.csv]
+
+The way of the data: read_corpus -> load_audio -> make_splits -> Batches + TrainPlan / eval_plan.
+Caches live in --cache_dir, each under a key of what it was made from, so none is ever stale; a
+directory that starts with a dot there is left over from a killed process and may be deleted.
+Not done here: face detection, voice activity detection, downloading of corpora.
+
+References: IEMOCAP (Busso et al. 2008), MSP-Podcast (Lotfian & Busso 2019), eGeMAPS (Eyben et al.
+2016), vowel formants of the demo voices (Peterson & Barney 1952).
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from tqdm import tqdm
+
+SAMPLE_RATE = 16_000
+FRAME_RATE = 50  # frames per second of frozen features, as far as seconds are derived from them
+MIN_SAMPLES = 400  # WavLM's CNN needs this many; shorter clips are zero-padded to it
+MAX_CLIP_SECONDS = 600  # longer is taken for a forgotten start/end, not for an utterance [guess]
+EVAL_SECONDS = 64  # padded seconds per evaluation batch; fixed, so that results do not move
+SPLITS = ("train", "dev", "test")
+CORES = len(os.sched_getaffinity(0))
+
+
+class DataError(ValueError):
+    """A user's mistake; the message is complete (file, row, value, what is allowed, the fix)."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One row of the corpus. Labels are in the corpus' own scale."""
+
+    utt_id: str
+    path: Path
+    valence: float
+    arousal: float
+    start: float = 0.0  # seconds inside `path`
+    end: float | None = None  # None = to the end of the file
+    session: str = ""
+    dialog: str = ""
+    speaker: str = ""
+    gender: str = ""
+    emotion: str = ""
+    split: str = ""
+    onset: float = 0.0  # place of the turn in its dialogue; only sorts
+
+
+@dataclass
+class Corpus:
+    """All utterances, sorted by (dialog, onset, utt_id): a dialogue's rows are its turns."""
+
+    name: str
+    root: Path
+    label_range: tuple[float, float]
+    utterances: list[Utterance]
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (what, why)
+    notes: list[str] = field(default_factory=list)
+    seconds: np.ndarray | None = None  # (N,) durations, known after load_audio
+
+    def labels(self, targets: Sequence[str]) -> np.ndarray:
+        """(N, len(targets)) float32 in [0, 1], columns in the order of `targets`."""
+        lo, hi = self.label_range
+        values = [[getattr(u, target) for target in targets] for u in self.utterances]
+        return ((np.array(values, dtype=np.float64) - lo) / (hi - lo)).astype(np.float32)
+
+
+# ---------------------------------------------------------------- caches: aside, then renamed
+
+
+def build_dir(target: Path, fill: Callable[[Path], object]) -> Path:
+    """`target`, filled by `fill(directory)` if it did not exist; never visible half-written.
+
+    The lock only avoids double work (flock does nothing on some network disks); what keeps the
+    cache whole is the rename. Where two processes build, the first rename wins.
+    """
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(f".{target.name}.lock"), "w") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
+        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        aside.mkdir()
+        try:
+            fill(aside)
+            for path in [*aside.rglob("*"), aside]:
+                handle = os.open(path, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+            os.rename(aside, target)
+        except OSError:
+            if not target.exists():
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def cached_array(target: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array that `build` returns, from the cache if it is there."""
+    build_dir(target, lambda aside: np.save(aside / "values.npy", build()))
+    return np.load(target / "values.npy", allow_pickle=False)
+
+
+def digest(*parts: object) -> str:
+    """16 hex digits over the JSON of `parts`."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def progress(iterable: object, total: int, what: str) -> tqdm:
+    return tqdm(iterable, total=total, desc=what, disable=None, leave=False)  # None: terminal only
+
+
+# ---------------------------------------------------------------- corpora
+
+
+def read_corpus(
+    data: str,
+    data_dir: str | None,
+    label_range: tuple[float, float] | None,
+    cache_dir: str | Path = "cache",
+) -> Corpus:
+    """The corpus named by --data: demo, iemocap, msp_podcast, or the path of a .csv.
+
+    `data_dir` is required for iemocap and msp_podcast, and is the root of relative audio paths
+    for a CSV (default: the CSV's folder). Raises DataError.
+    """
+    if label_range is not None and not label_range[0] < label_range[1]:
+        raise DataError(f"--label_range {label_range[0]:g} {label_range[1]:g}: LO must be below HI")
+    if data in ("iemocap", "msp_podcast") and not data_dir:
+        raise DataError(f"--data {data} needs --data_dir, the folder of your licensed copy")
+    if data_dir and not Path(data_dir).is_dir():
+        raise DataError(f"--data_dir {data_dir} is not a directory")
+    if data == "demo":
+        corpus = read_iemocap(demo_corpus(Path(cache_dir)), label_range or (1.0, 5.0), "demo")
+    elif data == "iemocap":
+        corpus = read_iemocap(Path(data_dir), label_range or (1.0, 5.0))
+    elif data == "msp_podcast":
+        corpus = read_msp_podcast(Path(data_dir), label_range or (1.0, 7.0))
+    elif data.endswith(".csv"):
+        corpus = read_csv(Path(data), Path(data_dir) if data_dir else None, label_range)
+    else:
+        raise DataError(f"--data {data}: not one of demo, iemocap, msp_podcast, or a .csv file")
+    if not corpus.utterances:
+        reasons = "; ".join(f"{what}: {why}" for what, why in corpus.skipped[:3])
+        raise DataError(f"{corpus.root}: no usable utterance ({reasons or 'nothing found'})")
+    unknown = sum(not known_speaker(u) for u in corpus.utterances)
+    if unknown:
+        note = f"speaker unknown: {unknown} utterances, whose place in one split cannot be checked"
+        corpus.notes.append(note)
+    corpus.utterances.sort(key=lambda u: (u.dialog, u.onset, u.utt_id))
+    return corpus
+
+
+def known_speaker(u: Utterance) -> bool:
+    return u.speaker.lower() not in ("", "unknown")
+
+
+def to_float(text: str) -> float:
+    """The number, or NaN where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def clip_labels(corpus: Corpus) -> None:
+    """Clip published labels that leave the nominal range, and note each value with its count."""
+    lo, hi = corpus.label_range
+    outside = Counter[float]()
+    for i, u in enumerate(corpus.utterances):
+        wrong = [x for x in (u.valence, u.arousal) if not lo <= x <= hi]
+        if wrong:
+            outside.update(wrong)
+            valence, arousal = np.clip([u.valence, u.arousal], lo, hi).tolist()
+            corpus.utterances[i] = dataclasses.replace(u, valence=valence, arousal=arousal)
+    corpus.notes += [
+        f"label {value:g} outside {lo:g}..{hi:g} clipped: {n} utterances"
+        for value, n in sorted(outside.items())
+    ]
+
+
+def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemocap") -> Corpus:
+    """IEMOCAP as released. Emotion `xxx` (no majority) is kept: its dimensions are as good."""
+    if (root / "IEMOCAP_full_release").is_dir():
+        root = root / "IEMOCAP_full_release"
+    corpus = Corpus(name, root, label_range, [])
+    # *.txt of this folder only: its subfolders repeat every turn once per evaluator
+    files = [
+        path
+        for path in sorted(root.glob("Session*/dialog/EmoEvaluation/*.txt"))
+        if not path.name.startswith("._")  # resource forks of the machine that packed the release
+    ]
+    if not files:
+        raise DataError(f"{root}: no Session*/dialog/EmoEvaluation/*.txt (set --data_dir)")
+    turn_line = re.compile(r"\[([\d.]+) - ([\d.]+)\]\t([\w.-]+)\t(\w+)\t\[(.+), (.+), (.+)\]")
+    seen = set()
+    for path in files:
+        session, dialog = path.parents[2].name, path.stem
+        for row, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
+            if not line.startswith("["):  # header, blank, or one evaluator's C-/A- line
+                continue
+            match = turn_line.match(line)
+            speaker = re.findall(r"_([FM])\d{3}", match[3]) if match else []
+            if not speaker:
+                corpus.skipped.append((f"{path.name} row {row}", "annotation not understood"))
+                continue
+            utt_id, gender = match[3], speaker[-1]  # not the letter of the prefix
+            wav = root / session / "sentences" / "wav" / dialog / f"{utt_id}.wav"
+            onset, valence, arousal = map(to_float, (match[1], match[5], match[6]))
+            if utt_id in seen:
+                corpus.skipped.append((utt_id, "annotated twice, first one kept"))
+            elif not math.isfinite(onset + valence + arousal):
+                corpus.skipped.append((utt_id, "label is not a number"))
+            elif not wav.is_file():
+                corpus.skipped.append((utt_id, "audio file missing"))
+            else:
+                u = Utterance(utt_id, wav, valence, arousal, session=session, dialog=dialog)
+                speaker = f"Ses{re.sub('[^0-9]', '', session).zfill(2)}{gender}"
+                who = {"speaker": speaker, "gender": gender, "emotion": match[4], "onset": onset}
+                corpus.utterances.append(dataclasses.replace(u, **who))
+            seen.add(utt_id)
+    clip_labels(corpus)
+    return corpus
+
+
+def read_table(path: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(row, cells by column) per line of a CSV; row is the line number in the file, header = 1."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restval="", skipinitialspace=True)
+            columns = reader.fieldnames = [c.strip() for c in reader.fieldnames or []]
+            for column in required:
+                if columns.count(column) != 1:
+                    fault = "is missing" if column not in columns else "occurs twice"
+                    found = ", ".join(columns) or "none"
+                    raise DataError(f"{path.name}: column {column} {fault} (found: {found})")
+            for cells in reader:
+                if None in cells:
+                    fault = f"more cells than columns ({len(columns)}); quote cells with a comma"
+                    raise DataError(f"{path.name} row {reader.line_num}: {fault}")
+                yield reader.line_num, {c: value.strip() for c, value in cells.items()}
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path.name}: not a UTF-8 CSV file ({error})") from None
+
+
+def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
+    """MSP-Podcast with its own splits. Test2 is read but lies in no split; Test3 has no labels."""
+    names = ("labels_consensus.csv", "labels_concensus.csv")  # the second is an old release's
+    tables = [p for d in (root, root / "Labels") for p in (d / n for n in names) if p.is_file()]
+    folders = [root / d for d in ("Audio", "Audios") if (root / d).is_dir()]
+    if not tables or not folders:
+        what = "Audio or Audios folder" if tables else "labels_consensus.csv (or Labels/ with it)"
+        raise DataError(f"{root}: no {what} (set --data_dir)")
+    corpus = Corpus("msp_podcast", root, label_range, [])
+    audio = set(os.listdir(folders[0]))
+    splits = {"train": "train", "development": "dev", "validation": "dev", "test1": "test"}
+    splits |= {"test2": "test2", "test3": "test3"}
+    for row, cells in read_table(tables[0], ("FileName", "EmoAct", "EmoVal", "Split_Set")):
+        name, split = cells["FileName"], splits.get(cells["Split_Set"].lower())
+        if split is None:
+            fault = f"Split_Set {cells['Split_Set']!r} is none of {', '.join(splits)}"
+            raise DataError(f"{tables[0].name} row {row}: {fault}")
+        arousal, valence = to_float(cells["EmoAct"]), to_float(cells["EmoVal"])
+        if split == "test3":
+            corpus.skipped.append((name, "Test3 has no labels"))
+        elif not math.isfinite(valence + arousal):
+            corpus.skipped.append((name, "label is not a number"))
+        elif name not in audio:
+            corpus.skipped.append((name, "audio file missing"))
+        else:
+            utt_id = Path(name).stem
+            podcast = re.match(r"MSP-PODCAST_\d+", name)  # its parts are in time order
+            u = Utterance(utt_id, folders[0] / name, valence, arousal, split=split)
+            who = {"speaker": cells.get("SpkrID", ""), "gender": cells.get("Gender", "")}
+            who |= {"dialog": podcast[0] if podcast else utt_id}
+            who |= {"emotion": cells.get("EmoClass", "")}
+            corpus.utterances.append(dataclasses.replace(u, **who))
+    test2 = sum(u.split == "test2" for u in corpus.utterances)
+    if test2:
+        corpus.notes.append(f"Test2: {test2} utterances are read but belong to no split")
+    clip_labels(corpus)
+    return corpus
+
+
+def read_csv(path: Path, root: Path | None, label_range: tuple[float, float] | None) -> Corpus:
+    """Any manifest: utt_id, path, valence, arousal[, start, end, session, dialog, ...].
+
+    Unlike a published corpus it is the user's own to repair, so nothing is skipped: the first
+    fault raises DataError with its row.
+    """
+    root = (root or path.parent).resolve()
+    lo, hi = label_range or (0.0, 1.0)
+    corpus = Corpus(path.stem, root, (lo, hi), [])
+    words = {"train": "train", "dev": "dev", "test": "test"}
+    words |= dict.fromkeys(("development", "validation", "valid"), "dev")
+    rows: dict[str, int] = {}  # utt_id -> row
+    for row, cells in read_table(path, ("utt_id", "path", "valence", "arousal")):
+
+        def refuse(fault: str, row: int = row) -> None:
+            raise DataError(f"{path.name} row {row}: {fault}")
+
+        utt_id, split = cells["utt_id"], cells.get("split", "").lower()
+        numbers = {"valence": math.nan, "arousal": math.nan, "start": 0.0, "end": math.inf}
+        for column in numbers:
+            if cells.get(column) or column in ("valence", "arousal"):
+                numbers[column] = to_float(cells[column])
+                if not math.isfinite(numbers[column]):
+                    refuse(f"{column} {cells[column]!r} is not a number")
+        valence, arousal, start, end = numbers.values()
+        audio = (root / cells["path"]).resolve()
+        if not utt_id or utt_id[0] == "." or re.search(r"[/\\\x00-\x1f]", utt_id):
+            refuse(f"utt_id {utt_id!r} must name a file: no slash, no leading dot, not empty")
+        if rows.setdefault(utt_id, row) != row:
+            refuse(f"utt_id {utt_id} is already used in row {rows[utt_id]}")
+        if not audio.is_relative_to(root):
+            refuse(f"path {cells['path']} leaves the data root {root} (set --data_dir?)")
+        if not audio.is_file():
+            refuse(f"audio file {audio} does not exist (set --data_dir?)")
+        if "split" in cells and split not in words:
+            refuse(f"split {cells['split']!r} is not one of train, dev, test")
+        if "session" in cells and not cells["session"]:
+            refuse("session is empty")
+        if not 0 <= start < end:
+            refuse(f"start {start:g} and end {end:g} must satisfy 0 <= start < end")
+        u = Utterance(utt_id, audio, valence, arousal, start, None if end == math.inf else end)
+        names = {c: cells[c] for c in ("session", "speaker", "gender", "emotion") if c in cells}
+        names.setdefault("session", cells.get("speaker", ""))  # none: a session per speaker
+        names |= {"dialog": cells.get("dialog") or utt_id, "split": words.get(split, "")}
+        onset = start if "start" in cells else row  # without times: the order of the file
+        corpus.utterances.append(dataclasses.replace(u, **names, onset=onset))
+    values = [x for u in corpus.utterances for x in (u.valence, u.arousal)] or [0]
+    better = f"{min(lo if label_range else 1, min(values)):.0f} {math.ceil(max(hi, *values)):d}"
+    for u in corpus.utterances:
+        for target, x in (("valence", u.valence), ("arousal", u.arousal)):
+            if not lo <= x <= hi:
+                fault = (
+                    f"{path.name} row {rows[u.utt_id]}: {target} {x:g} is outside {lo:g}..{hi:g}"
+                )
+                raise DataError(f"{fault} (set --label_range {better}?)")
+    return corpus
+
+
+# ---------------------------------------------------------------- splits
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """Sort key under which Session10 comes after Session2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def sessions(corpus: Corpus) -> list[str]:
+    return sorted({u.session for u in corpus.utterances}, key=natural)
+
+
+def num_folds(corpus: Corpus) -> int:
+    """The number of sessions, or 1 where the corpus brings its own splits."""
+    return 1 if corpus.utterances[0].split else len(sessions(corpus))
+
+
+def make_splits(corpus: Corpus, fold: int) -> dict[str, np.ndarray]:
+    """{"train", "dev", "test"} -> sorted int64 rows of corpus.utterances.
+
+    The corpus' own splits where it has them; else test = the fold-th session, dev = the next one
+    (cyclic), train = the others. Raises DataError when that is impossible, a split is empty, or
+    a known speaker is in two splits.
+    """
+    folds, names = num_folds(corpus), sessions(corpus)
+    if corpus.utterances[0].split:
+        of_row = [u.split for u in corpus.utterances]
+    elif folds < 3:
+        fault = f"{corpus.name}: {folds} session(s), but train, dev and test need at least 3"
+        raise DataError(f"{fault}: add a column split, session, or speaker (each a session)")
+    else:
+        role = {names[(fold - 1) % folds]: "test", names[fold % folds]: "dev"}
+        of_row = [role.get(u.session, "train") for u in corpus.utterances]
+    if not 1 <= fold <= folds:
+        raise DataError(f"--fold {fold}: {corpus.name} has folds 1..{folds}")
+    splits = {s: np.flatnonzero(np.array(of_row) == s).astype(np.int64) for s in SPLITS}
+    home: dict[str, str] = {}  # speaker -> split
+    for split, rows in splits.items():
+        if not len(rows):
+            raise DataError(f"{corpus.name} fold {fold}: the {split} split is empty")
+        for u in (corpus.utterances[row] for row in rows):
+            if known_speaker(u) and home.setdefault(u.speaker, split) != split:
+                both = f"{home[u.speaker]} and {split} (there {u.utt_id})"
+                raise DataError(f"{corpus.name} fold {fold}: speaker {u.speaker} is in both {both}")
+    return splits
+
+
+def describe_splits(corpus: Corpus, splits: dict[str, np.ndarray]) -> str:
+    """One table: split, utterances, hours (known after load_audio), genders, sessions, speakers."""
+    table = [("split", "utterances", "hours", "genders", "sessions", "speakers")]
+    for split, rows in splits.items():
+        chosen = [corpus.utterances[row] for row in rows]
+        hours = "-" if corpus.seconds is None else f"{corpus.seconds[rows].sum() / 3600:.2f}"
+        genders = sorted(Counter(u.gender or "?" for u in chosen).items())
+        names = (shorten({u.session for u in chosen}), shorten({u.speaker for u in chosen}))
+        table.append(
+            (split, str(len(rows)), hours, " ".join(f"{g} {n}" for g, n in genders), *names)
+        )
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths)) for line in table]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def shorten(names: set[str], most: int = 10) -> str:
+    ordered = [name or "-" for name in sorted(names, key=natural)]
+    return " ".join(ordered[:most]) + (f" ... ({len(ordered)})" if len(ordered) > most else "")
+
+
+# ---------------------------------------------------------------- audio pack
+
+
+def decode(u: Utterance) -> tuple[np.ndarray, str, list[str]]:
+    """(int16 mono samples at SAMPLE_RATE, "", what was changed), or (none, reason, [])."""
+    nothing = np.zeros(0, dtype=np.int16)
+    try:
+        with soundfile.SoundFile(u.path) as file:
+            rate = file.samplerate
+            first = round(u.start * rate)
+            last = file.frames if u.end is None else min(round(u.end * rate), file.frames)
+            if last <= first:
+                seconds = file.frames / rate
+                return nothing, f"no samples from {u.start:g} s on (file: {seconds:.2f} s)", []
+            if last - first > MAX_CLIP_SECONDS * rate:
+                return nothing, f"longer than {MAX_CLIP_SECONDS} s: give start and end", []
+            file.seek(first)
+            audio = file.read(last - first, dtype="float32", always_2d=True)  # (L, channels)
+    except (soundfile.SoundFileError, OSError) as error:
+        return nothing, f"cannot be decoded ({str(error).split(': ')[-1]})", []
+    if len(audio) < 0.9 * (last - first):
+        return nothing, f"truncated: {len(audio)} of {last - first} samples", []
+    if not np.isfinite(audio).all():
+        return nothing, "samples are not finite", []
+    changes = []
+    if audio.shape[1] > 1:
+        changes.append(f"mixed to mono from {audio.shape[1]} channels")
+    audio = audio.mean(axis=1)  # (L,)
+    if rate != SAMPLE_RATE:
+        audio = soxr.resample(audio, rate, SAMPLE_RATE, quality="HQ")
+        changes.append(f"resampled from {rate} Hz")
+    peak = float(np.abs(audio).max(initial=0.0))
+    if peak > 4:  # no overshoot: the file does not use the scale -1..1 [guess]
+        return nothing, f"samples reach {peak:.3g} times full scale", []
+    if peak > 1.12:  # 1 dB: more than resampling overshoots by
+        changes.append("above full scale, clipped")
+    if peak == 0:
+        changes.append("silent throughout, kept")
+    if len(audio) < MIN_SAMPLES:
+        audio = np.pad(audio, (0, MIN_SAMPLES - len(audio)))
+        changes.append(f"padded to {MIN_SAMPLES} samples")
+    return np.clip(np.round(audio * 32768), -32768, 32767).astype(np.int16), "", changes
+
+
+class AudioPack:
+    """All audio as one int16 memory map, shared by folds, ranks and workers.
+
+    `lengths` (N,) samples; `bad` row -> reason (length 0); `changes` what was done to how many.
+    """
+
+    def __init__(self, corpus: Corpus, cache_dir: str | Path) -> None:
+        files = [
+            (str(u.path), (stat := u.path.stat()).st_size, stat.st_mtime_ns, u.start, u.end)
+            for u in corpus.utterances
+        ]
+        versions = (1, SAMPLE_RATE, soxr.__version__, soundfile.__libsndfile_version__)
+        self.key = digest(versions, files)
+        self.directory = Path(cache_dir) / f"audio-{self.key}"
+        build_dir(self.directory, lambda aside: self._write(corpus.utterances, aside))
+        index = json.loads((self.directory / "index.json").read_text())
+        self.lengths = np.array(index["lengths"], dtype=np.int64)
+        self.offsets = np.cumsum(self.lengths) - self.lengths
+        self.bad = {int(row): reason for row, reason in index["bad"].items()}
+        self.changes: dict[str, int] = index["changes"]
+        if (self.directory / "samples.i16").stat().st_size != 2 * self.lengths.sum():
+            raise DataError(f"{self.directory} is damaged: delete it, it is built again")
+        self._samples: np.ndarray | None = None  # opened in the process that reads
+
+    @staticmethod
+    def _write(utterances: list[Utterance], aside: Path) -> None:
+        lengths, bad, changes = [], {}, Counter[str]()
+        with open(aside / "samples.i16", "wb") as file, ThreadPoolExecutor(CORES) as pool:
+            blocks = range(0, len(utterances), 64)  # bounds what waits in memory
+            for block in progress(blocks, len(blocks), "audio"):
+                for audio, reason, changed in pool.map(decode, utterances[block : block + 64]):
+                    if reason:
+                        bad[len(lengths)] = reason
+                    changes.update(changed)
+                    lengths.append(len(audio))
+                    file.write(audio.tobytes())
+        index = {"lengths": lengths, "bad": bad, "changes": changes}
+        (aside / "index.json").write_text(json.dumps(index))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_samples": None}  # a pickled memmap would carry the samples
+
+    def part(self, rows: Sequence[int]) -> "AudioPack":
+        """The same pack with only these rows, in this order."""
+        part = object.__new__(AudioPack)
+        part.__dict__ = self.__getstate__() | {"bad": {}}
+        part.lengths, part.offsets = self.lengths[rows], self.offsets[rows]
+        return part
+
+    def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Samples start..stop of the row, float32 in [-1, 1]."""
+        if self._samples is None:
+            self._samples = np.memmap(self.directory / "samples.i16", dtype=np.int16, mode="r")
+        length, offset = int(self.lengths[row]), int(self.offsets[row])
+        stop = length if stop is None else min(stop, length)
+        return self._samples[offset + start : offset + stop].astype(np.float32) / 32768
+
+
+def load_audio(corpus: Corpus, cache_dir: str | Path) -> tuple[Corpus, AudioPack]:
+    """(corpus without the rows that have no usable audio, pack with the same rows).
+
+    Rows lost are named in corpus.skipped; DataError when they are more than 5 %.
+    """
+    pack = AudioPack(corpus, cache_dir)
+    named = [(corpus.utterances[row].utt_id, reason) for row, reason in sorted(pack.bad.items())]
+    if len(named) > 0.05 * len(corpus.utterances):
+        first = "; ".join(f"{utt_id}: {reason}" for utt_id, reason in named[:3])
+        raise DataError(
+            f"{corpus.name}: {len(named)} of {len(corpus.utterances)} audio files are unusable, "
+            f"more than 5 % ({first})"
+        )
+    good = [row for row in range(len(corpus.utterances)) if row not in pack.bad]
+    pack = pack.part(good)
+    corpus = dataclasses.replace(
+        corpus,
+        utterances=[corpus.utterances[row] for row in good],
+        skipped=corpus.skipped + named,
+        notes=corpus.notes + [f"audio {what}: {n} utterances" for what, n in pack.changes.items()],
+        seconds=pack.lengths / SAMPLE_RATE,
+    )
+    return corpus, pack
+
+
+# ---------------------------------------------------------------- eGeMAPS and speaker embeddings
+
+
+def egemaps_of(pack: AudioPack) -> np.ndarray:
+    """(N, 88) float32 of a (part of a) pack, in this process."""
+    import opensmile  # free for research only
+
+    smile = opensmile.Smile(opensmile.FeatureSet.eGeMAPSv02, opensmile.FeatureLevel.Functionals)
+    clips = (pack.read(row) for row in range(len(pack.lengths)))
+    rows = [smile.process_signal(clip, SAMPLE_RATE).to_numpy()[0] for clip in clips]
+    return np.array(rows, dtype=np.float32)
+
+
+def egemaps(corpus: Corpus, pack: AudioPack, cache_dir: str | Path) -> np.ndarray:
+    """(N, 88) float32 eGeMAPSv02 functionals, NaN where opensmile leaves one undefined."""
+    try:
+        import opensmile
+    except ImportError:
+        raise DataError(
+            "--prosody egemaps needs opensmile; install it, or --prosody none"
+        ) from None
+
+    def build() -> np.ndarray:
+        count = len(pack.lengths)
+        if count < 50:  # starting processes would take longer
+            return egemaps_of(pack)
+        parts = [pack.part(range(i, min(i + 16, count))) for i in range(0, count, 16)]
+        spawn = multiprocessing.get_context("spawn")  # fork is not safe once torch has threads
+        with ProcessPoolExecutor(CORES, spawn, torch.set_num_threads, (1,)) as pool:
+            done = progress(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
+            return np.concatenate(list(done))
+
+    key = digest(pack.key, opensmile.__version__, "eGeMAPSv02")
+    return cached_array(Path(cache_dir) / f"egemaps-{key}", build)
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Hash of every weight: a cache made with other weights is another cache."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def speaker_embeddings(
+    corpus: Corpus, pack: AudioPack, kind: str, cache_dir: str | Path, device: str = "cpu"
+) -> np.ndarray:
+    """(N, S) float32, L2-normalised, each from its utterance alone.
+
+    `kind`: ecapa, xvector, a local x-vector model directory, or a directory of <utt_id>.npy (S,).
+    """
+    folder = Path(kind)
+    if kind not in ("ecapa", "xvector") and not folder.is_dir():
+        raise DataError(f"--speaker {kind}: not ecapa, xvector, none or a directory")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        paths = npy_files(corpus, folder, "--speaker")
+        size = open_npy(paths[0], 1, None).shape[0]
+        vectors = np.stack([open_npy(path, 1, size) for path in paths]).astype(np.float32)
+    else:
+        embed, key = ecapa(cache_dir, device) if kind == "ecapa" else xvector(kind, device)
+
+        def build() -> np.ndarray:
+            rows = progress(range(len(pack.lengths)), len(pack.lengths), "speakers")
+            clips = (pack.read(row) for row in rows)
+            # below a second, statistics over frames are noise or undefined: repeat the clip
+            clips = (np.tile(clip, math.ceil(SAMPLE_RATE / len(clip))) for clip in clips)
+            with torch.inference_mode():
+                return np.stack([embed(clip).float().cpu().numpy() for clip in clips])
+
+        vectors = cached_array(Path(cache_dir) / f"speaker-{digest(pack.key, key)}", build)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    broken = np.flatnonzero(~np.isfinite(norms[:, 0]))
+    if len(broken):
+        utt_id = corpus.utterances[broken[0]].utt_id
+        raise DataError(f"--speaker {kind}: {len(broken)} embeddings not finite, first {utt_id}")
+    return vectors / np.maximum(norms, 1e-8)
+
+
+def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
+    """(waveform (L,) -> embedding (S,), cache key) of a transformers x-vector model."""
+    from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
+
+    source = "microsoft/wavlm-base-plus-sv" if kind == "xvector" else kind
+    try:
+        extractor = AutoFeatureExtractor.from_pretrained(source)
+        model = AutoModelForAudioXVector.from_pretrained(source).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise DataError(f"--speaker {kind}: cannot load {source} ({error})") from None
+
+    def embed(clip: np.ndarray) -> torch.Tensor:
+        inputs = extractor(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        return model(inputs.input_values.to(device)).embeddings[0]
+
+    return embed, weights_digest(model) + extractor.to_json_string()
+
+
+def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
+    """The same for speechbrain's ECAPA-TDNN (192-d). Never run by us: it needs torchaudio."""
+    try:
+        from speechbrain.inference.speaker import EncoderClassifier
+    except ImportError as error:
+        fault = f"--speaker ecapa needs speechbrain ({error})"
+        raise DataError(f"{fault}: install it, or use --speaker xvector") from None
+    model = EncoderClassifier.from_hparams(
+        "speechbrain/spkrec-ecapa-voxceleb",
+        savedir=str(Path(cache_dir) / "ecapa"),
+        run_opts={"device": device},
+    )
+
+    def embed(clip: np.ndarray) -> torch.Tensor:
+        return model.encode_batch(torch.from_numpy(clip).to(device)[None])[0, 0]
+
+    return embed, weights_digest(model)
+
+
+# ---------------------------------------------------------------- frozen frame features
+
+
+def npy_files(corpus: Corpus, directory: str | Path, flag: str) -> list[Path]:
+    """<directory>/<utt_id>.npy of every row; DataError names how many are missing."""
+    paths = [Path(directory) / f"{u.utt_id}.npy" for u in corpus.utterances]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        first = ", ".join(missing[:3])
+        raise DataError(f"{flag} {directory}: {len(missing)} of {len(paths)} missing ({first})")
+    return paths
+
+
+def open_npy(path: Path, ndim: int, width: int | None) -> np.ndarray:
+    """Memory-mapped array of `ndim` dimensions, the last one `width` (None: any)."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path}: not a plain .npy array ({error})") from None
+    if array.ndim != ndim or array.dtype.kind not in "fiu" or 0 in array.shape:
+        wanted = "(T, D)" if ndim == 2 else "(S,)"
+        raise DataError(
+            f"{path}: {array.dtype} {array.shape}, expected numbers {wanted}, not empty"
+        )
+    if width not in (None, array.shape[-1]):
+        raise DataError(f"{path}: width {array.shape[-1]}, but the first file has {width}")
+    return array
+
+
+class FrameFeatures:
+    """Frozen features, one <utt_id>.npy (T, D) per utterance. `dim` = D, `lengths` (N,) frames."""
+
+    def __init__(self, corpus: Corpus, features_dir: str | Path) -> None:
+        try:
+            self.paths = npy_files(corpus, features_dir, "--features_dir")
+        except DataError as error:
+            raise DataError(f"{error}; to make them: python data.py extract-faces") from None
+        self.dim = open_npy(self.paths[0], 2, None).shape[1]
+        lengths = [len(open_npy(path, 2, self.dim)) for path in self.paths]
+        self.lengths = np.array(lengths, dtype=np.int64)
+
+    def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """(T, D) float32. DataError if a value is not finite (found only here: needs all bytes)."""
+        frames = np.array(open_npy(self.paths[row], 2, self.dim)[start:stop], dtype=np.float32)
+        if not np.isfinite(frames).all():
+            raise DataError(f"{self.paths[row]}: holds NaN or infinite values")
+        return frames
+
+
+# ---------------------------------------------------------------- augmentation and batches
+
+
+def augment_waveform(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(L,) -> (about L / speed,): speed, noise, gain and time masks, each with probability 1/2.
+
+    Strengths [guess], mild enough to keep the emotion: speed moves pitch by at most 1.7 semitones.
+    """
+    use_speed, use_noise, use_gain, use_masks = rng.random(4) < 0.5
+    if use_speed:
+        audio = soxr.resample(audio, SAMPLE_RATE * rng.uniform(0.9, 1.1), SAMPLE_RATE, "MQ")
+    if use_noise:
+        noise = rng.standard_normal(len(audio), dtype=np.float32)
+        if rng.random() < 0.5:  # pink: power falls with frequency
+            spectrum = np.fft.rfft(noise)
+            noise = np.fft.irfft(spectrum / np.sqrt(np.arange(len(spectrum)) + 1), len(audio))
+        snr = rng.uniform(10, 30)  # dB
+        noise *= np.sqrt(np.mean(audio**2) / np.mean(noise**2)) * 10 ** (-snr / 20)
+        audio = audio + noise
+    if use_gain:
+        audio = audio * 10 ** (rng.uniform(-6, 6) / 20)
+    if use_masks:
+        audio = audio.copy()
+        for _ in range(2):
+            width = int(rng.uniform(0, 0.1) * len(audio))
+            start = rng.integers(0, len(audio) - width + 1)
+            audio[start : start + width] = 0
+    return np.clip(audio, -1, 1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """Which utterances form a batch: chunks of consecutive turns of one dialogue each."""
+
+    chunks: tuple[tuple[int, ...], ...]  # rows of the corpus
+    epoch: int = -1  # -1 = evaluation: no augmentation, no random window
+
+
+class Batches(torch.utils.data.Dataset):
+    """dataset[BatchSpec] -> batch, so that a DataLoader with batch_size=None takes a plan.
+
+    `lengths` (N,): samples, or frames where there is no pack, after the cap of `max_seconds`;
+    `rate`: how many of them are a second. Every draw is a function of (seed, epoch, row).
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        pack: AudioPack | None,
+        features: FrameFeatures | None,
+        prosody: np.ndarray | None,
+        speaker: np.ndarray | None,
+        max_seconds: float,
+        augment: bool,
+        seed: int,
+    ) -> None:
+        if augment and pack is None:
+            raise DataError("--augment works on waveforms, but this encoder reads --features_dir")
+        self.labels, self.pack, self.features = labels, pack, features
+        self.prosody, self.speaker = prosody, speaker
+        self.max_seconds, self.augment, self.seed = max_seconds, augment, seed
+        self.rate = SAMPLE_RATE if pack is not None else FRAME_RATE
+        source = pack if pack is not None else features
+        self.lengths = np.minimum(source.lengths, int(max_seconds * self.rate))
+
+    def __getitem__(self, spec: BatchSpec) -> dict:
+        """All torch CPU tensors but the last two:
+        index (B,) corpus rows, chunk_index (C, K) positions in the batch (-1 = padding),
+        labels (B, 2), input_values (B, L) and attention_mask (B, L) True = sample,
+        frames (B, T, D) and frame_mask (B, T), prosody (B, 88) raw with NaN, speaker (B, S),
+        audio_seconds float, padded_share float.
+        """
+        rows = [row for chunk in spec.chunks for row in chunk]
+        width = max(len(chunk) for chunk in spec.chunks)
+        chunk_index = np.full((len(spec.chunks), width), -1, dtype=np.int64)
+        chunk_index[[[k < len(c) for k in range(width)] for c in spec.chunks]] = range(len(rows))
+        batch: dict = {
+            "index": torch.tensor(rows),
+            "chunk_index": torch.from_numpy(chunk_index),
+            "labels": torch.from_numpy(self.labels[rows]),
+        }
+        if self.features is not None:
+            frames = [self._window(self.features, FRAME_RATE, row, spec.epoch)[0] for row in rows]
+            batch["frames"], batch["frame_mask"] = pad(frames)
+            real = batch["frame_mask"]
+        if self.pack is not None:
+            audio = [self._waveform(row, spec.epoch) for row in rows]
+            batch["input_values"], batch["attention_mask"] = pad(audio)
+            real = batch["attention_mask"]
+        if self.prosody is not None:
+            batch["prosody"] = torch.from_numpy(self.prosody[rows])
+        if self.speaker is not None:
+            batch["speaker"] = torch.from_numpy(self.speaker[rows])
+        batch["audio_seconds"] = float(real.sum()) / self.rate
+        batch["padded_share"] = 1.0 - float(real.sum()) / real.numel()
+        return batch
+
+    def _window(
+        self, source: AudioPack | FrameFeatures, rate: int, row: int, epoch: int
+    ) -> tuple[np.ndarray, np.random.Generator | None]:
+        """At most max_seconds of the row, and the generator that goes on for augmentation.
+
+        Training draws the place of the window (the same for audio and frames); evaluation takes
+        the first.
+        """
+        rng = None if epoch < 0 else np.random.default_rng((self.seed, epoch, row))
+        most = int(self.max_seconds * rate)
+        spare = max(0, int(source.lengths[row]) - most)
+        start = 0 if rng is None else int(rng.random() * (spare + 1))
+        return source.read(row, start, start + most), rng
+
+    def _waveform(self, row: int, epoch: int) -> np.ndarray:
+        audio, rng = self._window(self.pack, SAMPLE_RATE, row, epoch)
+        if self.augment and rng is not None:
+            audio = augment_waveform(audio, rng)
+            # slower speech is longer: keep the cap that memory was planned for
+            audio = audio[: max(MIN_SAMPLES, int(self.max_seconds * SAMPLE_RATE))]
+        return np.pad(audio, (0, max(0, MIN_SAMPLES - len(audio))))
+
+
+def pad(items: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arrays (L_i, ...) -> zero-padded (B, L, ...) and a mask (B, L), True = real."""
+    lengths = torch.tensor([len(item) for item in items])
+    padded = torch.zeros(len(items), int(lengths.max()), *items[0].shape[1:])
+    for i, item in enumerate(items):
+        padded[i, : len(item)] = torch.from_numpy(item)
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+
+class TrainPlan:
+    """The batches of an epoch for one rank: gradient_accumulation_steps specs per step.
+
+    Global batches are formed first, from (seed, epoch, lengths, global size) alone, and only then
+    dealt out: a step sees the same utterances however they are split over ranks and micro-steps.
+    A global batch holds utterances of like length; its micro-batches, sorted by length, go to
+    the ranks in turn, so that ranks have equal work within a micro-step.
+    """
+
+    WINDOW = 100  # global batches that are sorted by length together [measured: 1.05x padded]
+    BLUR = 0.03  # lengths are blurred by this share before sorting, so that company changes
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        rows: np.ndarray,
+        dialogs: Sequence[str],
+        batch_size: int,
+        gradient_accumulation_steps: int,
+        context: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        if batch_size % context:
+            raise ValueError(f"batch_size {batch_size} is not divisible by context {context}")
+        self.lengths, self.context, self.seed = lengths, context, seed
+        self.rank, self.world_size = rank, world_size
+        self.accumulation = gradient_accumulation_steps
+        self.chunks_per_batch = batch_size // context
+        turns: dict[str, list[int]] = {}  # rows are in time order within a dialogue
+        for row in np.sort(rows).tolist():
+            turns.setdefault(dialogs[row], []).append(row)
+        self.dialogues = list(turns.values())
+        chunks = sum(math.ceil(len(d) / context) for d in self.dialogues)
+        self.steps_per_epoch = chunks // self._global_chunks()
+        if not self.steps_per_epoch:
+            raise DataError(
+                f"the train split holds {len(rows)} utterances in {chunks} chunks of up to "
+                f"{context}, fewer than one global batch of {batch_size} x "
+                f"{gradient_accumulation_steps} x {world_size} (batch x accumulation x ranks): "
+                "lower --batch_size or --global_batch_size"
+            )
+        self.set_epoch(0)
+
+    def _global_chunks(self) -> int:
+        return self.chunks_per_batch * self.accumulation * self.world_size
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch, and the step to start at (resume inside an epoch)."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch - self.first_step) * self.accumulation
+
+    def _chunks(self, rng: np.random.Generator) -> list[tuple[int, ...]]:
+        """Every dialogue cut into chunks, at a place drawn anew each epoch.
+
+        The first chunk is at least as long as the remainder of turns / context, which keeps the
+        number of chunks, and with it steps_per_epoch, constant.
+        """
+        chunks = []
+        for rows in self.dialogues:
+            first = rng.integers((len(rows) - 1) % self.context + 1, self.context + 1)
+            cuts = [0, *range(first, len(rows), self.context), len(rows)]
+            chunks += [tuple(rows[a:b]) for a, b in itertools.pairwise(cuts)]
+        return chunks
+
+    def __iter__(self) -> Iterator[BatchSpec]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        chunks = self._chunks(rng)
+        size = self._global_chunks()
+        longest = np.array([max(self.lengths[row] for row in chunk) for chunk in chunks])
+        order = rng.permutation(len(chunks))[: self.steps_per_epoch * size]
+        blurred = longest * rng.uniform(1 - self.BLUR, 1 + self.BLUR, len(chunks))
+        windows = np.split(order, range(self.WINDOW * size, len(order), self.WINDOW * size))
+        order = np.concatenate([w[np.argsort(blurred[w], kind="stable")] for w in windows])
+        steps = rng.permutation(order.reshape(self.steps_per_epoch, size))
+        for step in steps[self.first_step :]:
+            step = step[np.argsort(longest[step], kind="stable")]
+            micro_batches = step.reshape(-1, self.chunks_per_batch)
+            for micro_batch in micro_batches[self.rank :: self.world_size]:
+                yield BatchSpec(tuple(chunks[i] for i in micro_batch), self.epoch)
+
+
+def eval_plan(
+    lengths: np.ndarray,
+    rows: np.ndarray,
+    rank: int,
+    world_size: int,
+    budget: int = EVAL_SECONDS * SAMPLE_RATE,
+) -> list[BatchSpec]:
+    """This rank's batches for evaluation; over all ranks, every row once.
+
+    Batches hold utterances of like length, at most `budget` padded samples (for frame features
+    pass EVAL_SECONDS * dataset.rate) and at least one utterance. Which utterances share a batch
+    depends on no flag and not on world_size; ranks get whole batches of about equal total cost.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(np.asarray(rows).tolist(), key=lambda row: (-lengths[row], row)):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(row)
+    load = [0] * world_size
+    mine = []
+    for batch in sorted(batches, key=lambda b: -len(b) * int(lengths[b[0]])):
+        lightest = load.index(min(load))
+        load[lightest] += len(batch) * int(lengths[batch[0]])
+        if lightest == rank:
+            mine.append(BatchSpec(tuple((row,) for row in batch)))
+    return mine
+
+
+# ---------------------------------------------------------------- demo corpus
+
+DEMO_VERSION = 3  # raise it with every change below: it is the cache key
+# formants 1-3 in Hz of men's /a i u e o/ [Peterson & Barney 1952]
+VOWELS = np.array(
+    [730, 1090, 2440, 270, 2290, 3010, 300, 870, 2240, 530, 1840, 2480, 570, 840, 2410]
+)
+VOWELS = VOWELS.reshape(5, 3).astype(np.float64)
+
+
+def synthesise(
+    voice: dict[str, float],
+    valence: float,
+    arousal: float,
+    seconds: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """(L,) float32 speech-like babble; valence and arousal in about [-1, 1].
+
+    Arousal moves pitch level, loudness, tempo and spectral tilt; valence moves the pitch contour
+    (rising or falling, wide or flat), the formants (a smile shortens the tract) and jitter.
+    Every cue carries noise of its own.
+    """
+
+    def cue(x: float) -> float:
+        return x + 0.25 * float(rng.standard_normal())
+
+    hop, fft = 128, 512
+    length = int(seconds * SAMPLE_RATE)
+    t = np.arange(0, length, hop) / SAMPLE_RATE  # (T,) frame times
+    # syllables and pauses
+    tempo = voice["tempo"] * 2 ** (0.45 * cue(arousal))
+    count = max(2, round(seconds * tempo * 0.9))
+    durations = np.exp(0.25 * rng.standard_normal(count))
+    durations[-1] *= 1.5  # final lengthening
+    pauses = np.where(rng.random(count) < 0.12, rng.uniform(0.4, 1.2, count), 0.0)
+    ends = np.cumsum(durations + pauses)
+    starts, voiced_ends, scale = ends - durations - pauses, ends - pauses, seconds / ends[-1]
+    syllable = np.searchsorted(ends * scale, t, side="right").clip(0, count - 1)
+    phase = (t / scale - starts[syllable]) / (voiced_ends - starts)[syllable]  # above 1 = pause
+    vowel = (
+        np.sin(np.pi * phase.clip(0, 1)) ** 0.7 * np.exp(0.2 * rng.standard_normal(count))[syllable]
+    )
+    fricative = ((phase < 0.2) * (rng.random(count) < 0.5)[syllable]).astype(np.float64)
+    # pitch in semitones, then pulses with jitter and shimmer
+    smile = cue(valence)
+    accents = np.interp(t, (starts + 0.4 * durations) * scale, rng.standard_normal(count))
+    semitones = (
+        5.0 * cue(arousal)
+        + 4.0 * cue(valence) * (2 * t / seconds - 1)
+        + 2.0 * cue(valence) * (phase.clip(0, 1) - 0.5)
+        + 1.6 * 2 ** (1.0 * cue(valence)) * accents
+    )
+    f0 = np.interp(np.arange(length) / SAMPLE_RATE, t, voice["f0"] * 2 ** (semitones / 12))
+    cycles = np.cumsum(f0.clip(60, 600)) / SAMPLE_RATE
+    pulses = np.interp(np.arange(1, int(cycles[-1])), cycles, np.arange(length))
+    jitter = 0.012 * 2 ** (-2.0 * cue(valence))
+    pulses += jitter * rng.standard_normal(len(pulses)) * SAMPLE_RATE / voice["f0"]
+    pulses = pulses.clip(0, length - 2)
+    heights = 1 + 3 * jitter * rng.standard_normal(len(pulses))
+    whole = pulses.astype(np.int64)
+    source = np.bincount(whole, heights * (1 - pulses + whole), length)
+    source += np.bincount(whole + 1, heights * (pulses - whole), length)
+    # vocal tract: resonances per frame, applied to the short-time spectrum
+    f = np.fft.rfftfreq(fft, 1 / SAMPLE_RATE)[None] + 1  # (1, F)
+    tilt = voice["tilt"] - 0.55 * cue(arousal)
+    response = np.tile((1 + f / 300) ** -tilt, (len(t), 1))  # (T, F)
+    targets = VOWELS[rng.integers(0, len(VOWELS), count)]
+    middles = (starts + 0.5 * durations) * scale
+    for k, bandwidth in enumerate((70, 90, 130, 200)):
+        track = np.interp(t, middles, targets[:, k]) if k < 3 else np.full(len(t), 3500.0)
+        formant = (track * voice["tract"] * (1 + 0.1 * smile))[:, None]
+        response *= formant**2 / np.hypot(formant**2 - f**2, f * bandwidth)
+    breath = 0.02 * rng.standard_normal(length)
+    speech = filter_frames(source + breath, response * vowel[:, None], hop, fft)
+    hiss = filter_frames(
+        rng.standard_normal(length), fricative[:, None] * (f / 8000) ** 2, hop, fft
+    )
+    speech = speech / np.sqrt(np.mean(speech**2)) + 0.3 * hiss
+    gain = 10 ** ((voice["level"] + 5 * cue(arousal) - 28) / 20)
+    room = 10 ** (-62 / 20) * rng.standard_normal(length)
+    return np.tanh(gain * speech + room).astype(np.float32)
+
+
+def filter_frames(audio: np.ndarray, response: np.ndarray, hop: int, fft: int) -> np.ndarray:
+    """(L,) filtered by a spectrum per frame, response (T, fft / 2 + 1); windowed overlap-add."""
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(fft) / fft)
+    padded = np.pad(audio, (fft // 2, fft + hop))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, fft)[::hop][: len(response)]
+    frames = np.fft.irfft(np.fft.rfft(frames * window) * response, fft)  # (T, fft)
+    out = np.zeros((len(response) + fft // hop) * hop)
+    for k in range(fft // hop):
+        out[k * hop : (k + len(response)) * hop] += frames[:, k * hop : (k + 1) * hop].ravel()
+    return out[fft // 2 : fft // 2 + len(audio)]
+
+
+def demo_corpus(cache_dir: Path) -> Path:
+    """The folder of the demo corpus, in IEMOCAP's layout; synthesised on first use."""
+    return build_dir(cache_dir / f"demo-v{DEMO_VERSION}", write_demo)
+
+
+def write_demo(root: Path) -> None:
+    """5 sessions, each with a woman and a man and 10 dialogues of 10-14 turns."""
+    dialogues = [(session, i) for session in range(1, 6) for i in range(10)]
+    for session, i in progress(dialogues, len(dialogues), "demo corpus"):
+        rng = np.random.default_rng((DEMO_VERSION, session, i))
+        dialog = f"Ses{session:02d}{'FM'[i % 2]}_impro{i // 2 + 1:02d}"
+        wavs = root / f"Session{session}" / "sentences" / "wav" / dialog
+        wavs.mkdir(parents=True)
+        table = root / f"Session{session}" / "dialog" / "EmoEvaluation" / f"{dialog}.txt"
+        table.parent.mkdir(parents=True, exist_ok=True)
+        entries, clock, numbers = [], 5.0, Counter[str]()
+        mood = rng.uniform(-0.9, 0.9, 2)  # valence, arousal
+        for turn in range(rng.integers(10, 15)):
+            letter = "FM"[(turn + i) % 2]
+            mood = (0.9 * mood + 0.3 * rng.standard_normal(2)).clip(-1, 1)
+            valence, arousal = (mood + 0.3 * rng.standard_normal(2)).clip(-1, 1)
+            seconds = float(np.exp(0.8 + 0.45 * rng.standard_normal()).clip(1, 6))
+            utt_id = f"{dialog}_{letter}{numbers[letter]:03d}"
+            numbers[letter] += 1
+            audio = synthesise(demo_voice(session, letter), valence, arousal, seconds, rng)
+            soundfile.write(wavs / f"{utt_id}.wav", audio, SAMPLE_RATE, subtype="PCM_16")
+            raters = rng.choice([2, 3], p=[0.7, 0.3])
+            truth = 3 + 1.8 * np.array([valence, arousal, 0.6 * arousal + 0.2 * valence])
+            votes = np.round(truth + 0.5 * rng.standard_normal((raters, 3))).clip(1, 5)
+            word = ("ang" if valence < 0 else "hap") if arousal > 0 else "sad"
+            word = "neu" if abs(valence) + abs(arousal) < 0.6 else word
+            word = "xxx" if rng.random() < 0.25 else word  # raters without a majority
+            means = ", ".join(f"{x:.4f}" for x in votes.mean(axis=0))
+            lines = [f"[{clock:.4f} - {clock + seconds:.4f}]\t{utt_id}\t{word}\t[{means}]"]
+            lines += [f"C-E{k}:\t{word};\t()" for k in range(2, 5)]
+            lines += [
+                f"A-E{k}:\tval {v:.0f}; act {a:.0f}; dom  {d:.0f};\t()"
+                for k, (v, a, d) in enumerate(votes, 1)
+            ]
+            entries.append((utt_id, "\n".join(lines)))
+            clock += seconds + rng.uniform(-0.3, 0.8)  # turns may overlap
+        header = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
+        table.write_text(header + "\n\n".join(text for _, text in sorted(entries)) + "\n")
+
+
+def demo_voice(session: int, letter: str) -> dict[str, float]:
+    """The same voice in every dialogue of the session."""
+    rng = np.random.default_rng((DEMO_VERSION, session, ord(letter)))
+    woman = letter == "F"
+    return {
+        "f0": (205 if woman else 115) * rng.uniform(0.9, 1.1),  # Hz at rest
+        "tract": (1.15 if woman else 1.0) * rng.uniform(0.96, 1.04),  # on all formants
+        "tempo": 4.2 * rng.uniform(0.9, 1.1),  # syllables per second
+        "level": rng.uniform(-2, 2),  # dB
+        "tilt": 1.5 + rng.uniform(-0.1, 0.1),  # spectrum falls with this power of frequency
+    }
+
+
+# ---------------------------------------------------------------- python data.py
+
+
+def bars(values: np.ndarray, lo: float, hi: float) -> list[str]:
+    """Nine lines of a histogram; the bins are centred on lo, ..., hi."""
+    half = (hi - lo) / 16
+    counts, _ = np.histogram(values, bins=9, range=(lo - half, hi + half))
+    bins = zip(np.linspace(lo, hi, 9), counts)
+    return [f"{centre:6.2f} {n:6d} {'#' * round(30 * n / counts.max())}" for centre, n in bins]
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print what a careful person wants to know before training. DataError: do not train."""
+    corpus = read_corpus(args.data, args.data_dir, args.label_range, args.cache_dir)
+    corpus, pack = load_audio(corpus, args.cache_dir)
+    utterances, seconds = corpus.utterances, corpus.seconds
+    turns = Counter(u.dialog for u in utterances).values()
+    speakers = {u.speaker for u in utterances if known_speaker(u)}
+    p5, p50, p95 = np.percentile(seconds, [5, 50, 95])
+    print(f"corpus      {corpus.name} in {corpus.root}")
+    print(f"utterances  {len(utterances)}, {seconds.sum() / 3600:.2f} h, {len(speakers)} speakers")
+    print(f"dialogues   {len(turns)} of {min(turns)} to {max(turns)} turns")
+    print(
+        f"seconds     mean {seconds.mean():.2f}, p5 {p5:.2f}, p50 {p50:.2f}, p95 {p95:.2f}, ",
+        end="",
+    )
+    print(f"min {seconds.min():.2f}, max {seconds.max():.2f}")
+    for title, attribute in (("genders", "gender"), ("emotions", "emotion")):
+        counts = Counter(getattr(u, attribute) or "-" for u in utterances).most_common(12)
+        print(f"{title:<12}{', '.join(f'{name} {n}' for name, n in counts)}")
+    print(f"audio pack  {pack.directory}, {pack.lengths.sum() * 2 / 2**20:.0f} MiB")
+    print("".join(f"note        {note}\n" for note in corpus.notes), end="")
+    print(f"skipped     {len(corpus.skipped)}")
+    reasons: dict[str, list[str]] = {}
+    for what, why in corpus.skipped:
+        reasons.setdefault(why, []).append(what)
+    for why, names in reasons.items():
+        print(
+            f"            {why}: {len(names)} ({', '.join(names[:5])}{' ...' * (len(names) > 5)})"
+        )
+
+    lo, hi = corpus.label_range
+    labels = np.array([(u.valence, u.arousal) for u in utterances])  # (N, 2)
+    print(f"\n{f'valence, labels in {lo:g}..{hi:g}':<46}arousal")
+    for left, right in zip(bars(labels[:, 0], lo, hi), bars(labels[:, 1], lo, hi)):
+        print(f"{left:<46}{right}".rstrip())
+    for name, values in zip(("valence", "arousal"), labels.T):
+        print(f"{name} mean {values.mean():.2f}, standard deviation {values.std():.2f}")
+        if values.std() == 0:
+            raise DataError(f"{corpus.name}: {name} is {values[0]:g} everywhere, nothing to learn")
+    print(f"correlation of valence and arousal {np.corrcoef(labels.T)[0, 1]:+.2f}")
+    if args.features_dir:
+        features = FrameFeatures(corpus, args.features_dir)
+        frames = sum(len(features.read(row)) for row in range(len(utterances)))  # finds NaN
+        print(f"features    {frames} frames, {features.dim} wide, all finite")
+    for fold in [args.fold] if args.fold is not None else range(1, num_folds(corpus) + 1):
+        print(f"\nfold {fold}\n{describe_splits(corpus, make_splits(corpus, fold))}")
+
+
+def extract_faces(args: argparse.Namespace) -> None:
+    """Images of each utterance -> OUT/<utt_id>.npy (T, D) float32, in the order of file names.
+
+    Resumable: existing files are kept; OUT/extract.json holds the weights' hash, so that two
+    models are never mixed. Frames of --video_dir are resized and centre-cropped as the model's
+    processor does, no face is searched; crops of --face_dir are taken whole at 224 pixels.
+    """
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModel
+
+    folders: dict[str, Path] = {}
+    for base in filter(None, (args.video_dir, args.face_dir)):  # the later one wins
+        if not Path(base).is_dir():
+            raise DataError(f"{base} is not a directory (--video_dir, --face_dir)")
+        folders |= {p.name: p for p in Path(base).iterdir() if p.is_dir()}
+    wanted = sorted(folders)
+    if args.data:
+        corpus = read_corpus(args.data, args.data_dir, args.label_range, args.cache_dir)
+        wanted = [u.utt_id for u in corpus.utterances]
+    images = {utt_id: image_files(folders.get(utt_id)) for utt_id in wanted}
+    empty = [utt_id for utt_id, files in images.items() if not files]
+    if empty or not images:
+        fault = f"{len(empty)} of {len(images)} utterances have no .jpg or .png in a folder of"
+        raise DataError(f"{fault} their name below --video_dir or --face_dir ({empty[:3]})")
+    try:
+        processor = AutoImageProcessor.from_pretrained(args.vision_model)
+        model = AutoModel.from_pretrained(args.vision_model).to(args.device).eval()
+    except (OSError, ValueError) as error:
+        raise DataError(f"--vision_model {args.vision_model}: cannot be loaded ({error})") from None
+    out = Path(args.features_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    made_by = json.dumps([weights_digest(model), processor.to_json_string()])
+    stamp = out / "extract.json"
+    if stamp.exists() and stamp.read_text() != made_by:
+        raise DataError(f"{out} holds features of another model: choose another --features_224_dir")
+    stamp.write_text(made_by)
+
+    def embed(files: list[Path], whole: bool) -> torch.Tensor:
+        pictures = [Image.open(path).convert("RGB") for path in files]
+        if whole:
+            pictures = [picture.resize((224, 224)) for picture in pictures]
+        options = {"do_resize": False, "do_center_crop": False} if whole else {}
+        pixels = processor(pictures, return_tensors="pt", **options)["pixel_values"]
+        output = model(pixel_values=pixels.to(args.device))
+        hidden = output.last_hidden_state  # (B, 1 + patches, D), or (B, D, H, W) of a CNN
+        return hidden[:, 0] if hidden.ndim == 3 else output.pooler_output.flatten(1)  # (B, D)
+
+    todo = [utt_id for utt_id in wanted if not (out / f"{utt_id}.npy").exists()]
+    for utt_id in progress(todo, len(todo), "faces"):
+        whole = bool(args.face_dir) and folders[utt_id].parent == Path(args.face_dir)
+        files = images[utt_id]
+        parts = [files[i : i + args.batch_size] for i in range(0, len(files), args.batch_size)]
+        aside = out / f".{utt_id}.{uuid.uuid4().hex}"
+        with torch.inference_mode(), open(aside, "wb") as file:
+            np.save(file, torch.cat([embed(part, whole) for part in parts]).float().cpu().numpy())
+            os.fsync(file.fileno())
+        os.replace(aside, out / f"{utt_id}.npy")
+    print(f"{out}: {len(todo)} files written, {len(wanted) - len(todo)} were there")
+
+
+def image_files(folder: Path | None) -> list[Path]:
+    """.jpg, .jpeg and .png files of a folder, frame 10 after frame 9."""
+    found = folder.iterdir() if folder else []
+    found = [p for p in found if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    return sorted((p for p in found if p.name[0] != "."), key=lambda p: natural(p.name))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    faces = argv[:1] == ["extract-faces"]
+    parser = argparse.ArgumentParser(
+        description="frame features from images" if faces else "inspect a corpus"
+    )
+    add = parser.add_argument
+    add("--data", required=not faces, help="demo, iemocap, msp_podcast, or a .csv")
+    add("--data_dir", help="root of the corpus, or of a CSV's relative paths")
+    add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
+    add("--cache_dir", default="cache", help="where caches are kept")
+    if faces:
+        add("--video_dir", help="frames: VIDEO_DIR/<utt_id>/*.jpg or *.png")
+        add("--face_dir", help="224-pixel crops, laid out alike; wins over --video_dir")
+        add("--features_224_dir", "--features_dir", dest="features_dir", required=True)
+        add("--vision_model", default="facebook/dinov2-base", help="hub name or local directory")
+        add("--batch_size", type=int, default=32, help="images per forward")
+        add("--device", default="cpu", help="torch device")
+    else:
+        add("--fold", type=int, help="print only this fold (default: all)")
+        add("--features_dir", help="check frame features too")
+    args = parser.parse_args(argv[faces:])
+    args.command = extract_faces if faces else inspect
+    args.label_range = tuple(args.label_range) if args.label_range else None
+    if faces and not (args.video_dir or args.face_dir):
+        parser.error("give --video_dir, --face_dir, or both")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    try:
+        args.command(args)
+    except DataError as error:
+        print(f"data.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

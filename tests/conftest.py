@@ -1,0 +1,67 @@
+"""Small inputs shared by the tests: a corpus of tones, a WavLM of two narrow layers."""
+
+import csv
+import os
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # small tensors: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Path of a CSV: 3 sessions x 2 speakers x 3 dialogues of 4 turns, 0.3-0.9 s, pitch = arousal
+    and loudness = valence."""
+    root = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    rows = []
+    for session in range(1, 4):
+        for dialog in range(6):
+            for turn in range(4):
+                utt_id = f"s{session}d{dialog}t{turn}"
+                valence, arousal = rng.uniform(size=2).round(3)
+                time = np.arange(int(rng.uniform(0.3, 0.9) * 16_000)) / 16_000
+                tone = np.sin(2 * np.pi * (100 + 300 * arousal) * time) * (0.05 + 0.4 * valence)
+                tone += 0.01 * rng.standard_normal(len(time))
+                soundfile.write(root / f"{utt_id}.wav", tone, 16_000)
+                speaker = f"{session}{'FM'[turn % 2]}"
+                rows.append((utt_id, f"{utt_id}.wav", session, dialog, speaker, valence, arousal))
+    with open(root / "corpus.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        header = ("utt_id", "path", "session", "dialog", "speaker", "valence", "arousal")
+        writer.writerow(header)
+        writer.writerows((*row[:3], f"{row[2]}-{row[3]}", *row[4:]) for row in rows)
+    return root / "corpus.csv"
+
+
+@pytest.fixture(scope="session")
+def small_wavlm(tmp_path_factory):
+    """Directory of a WavLM with two layers of width 32, dropout on."""
+    from wavlm import SIZES, WavLM, WavLMConfig, save_wavlm
+
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "conv_dim": [16] * 7, "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4, "hidden_dropout": 0.1, "attention_dropout": 0.1,
+    }  # fmt: skip
+    config = WavLMConfig.from_dict(SIZES["tiny"].to_dict() | shape)
+    directory = tmp_path_factory.mktemp("wavlm")
+    save_wavlm(WavLM(config), directory)
+    return directory
+
+
+@pytest.fixture
+def flags(corpus, small_wavlm, tmp_path):
+    """Flags of a quick run on that corpus, with its run directory below tmp_path."""
+    return [
+        "--data", str(corpus), "--wavlm", str(small_wavlm), "--layers", "1", "2",
+        "--prosody", "none", "--unfreeze", "all", "--epochs", "2", "--batch_size", "8",
+        "--lr", "1e-3", "--encoder_lr", "1e-3", "--d_hidden", "16", "--d_state", "8",
+        "--mamba_layers", "1", "--num_workers", "0", "--device", "cpu", "--log_every", "1",
+        "--cache_dir", str(corpus.parent / "cache"), "--out", str(tmp_path / "runs"),
+    ]  # fmt: skip

@@ -1,0 +1,1047 @@
+"""Tests of data.py: python -m pytest tests/test_data.py (under a minute, nothing downloaded)."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+from data import SAMPLE_RATE, AudioPack, Batches, BatchSpec, DataError, FrameFeatures, TrainPlan
+
+TARGETS = ("valence", "arousal")
+REPO = Path(data.__file__).parent
+
+
+def tone(seconds, rate=SAMPLE_RATE, pitch=200.0):
+    t = np.arange(int(seconds * rate)) / rate
+    return 0.3 * np.sin(2 * np.pi * pitch * t) + 0.1 * np.sin(2 * np.pi * 3 * pitch * t)
+
+
+def write_wav(path, seconds=0.5, rate=SAMPLE_RATE, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, tone(seconds, rate), rate, **options)
+    return path
+
+
+def write_csv(folder, text, clips=("a.wav", "b.wav")):
+    for clip in clips:
+        write_wav(folder / clip)
+    path = folder / "manifest.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def corpus_of(folder, seconds, sessions=3, dialogs=1):
+    """A CSV corpus of tones: utterance i lasts seconds[i], sessions and dialogues take turns."""
+    lines = ["utt_id,path,valence,arousal,session,dialog,speaker"]
+    for i, length in enumerate(seconds):
+        soundfile.write(folder / f"u{i:03d}.wav", tone(length, pitch=100 + i), SAMPLE_RATE)
+        s = i % sessions
+        d = f"d{s}_{i // sessions % dialogs}"
+        lines.append(f"u{i:03d},u{i:03d}.wav,{i / len(seconds)},0.5,s{s},{d},p{s}")
+    (folder / "c.csv").write_text("\n".join(lines))
+    return data.read_corpus(str(folder / "c.csv"), None, None)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(corpus, pack, cache folder) of 24 short tones."""
+    folder = tmp_path_factory.mktemp("small")
+    corpus = corpus_of(folder, np.linspace(0.2, 1.2, 24), dialogs=2)
+    return *data.load_audio(corpus, folder / "cache"), folder / "cache"
+
+
+def batches_of(corpus, pack, **options):
+    options = {
+        "features": None,
+        "prosody": None,
+        "speaker": None,
+        "max_seconds": 10,
+        "augment": False,
+        "seed": 0,
+    } | options
+    return Batches(corpus.labels(TARGETS), pack, **options)
+
+
+# ---------------------------------------------------------------- IEMOCAP
+
+IEMOCAP_TABLE = """% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]
+
+[20.5000 - 22.0000]\tSes01F_impro01_M000\txxx\t[2.0000, 4.0000, 3.0000]
+C-E2:\tNeutral;\t()
+C-F1:\tNeutral;\t()
+A-E3:\tval 3; act 2; dom  2;\t()
+
+[6.2901 - 8.2357]\tSes01F_impro01_F000\tneu\t[5.5000, 2.5000, 0.5000]
+A-E3:\tval 3; act 2; dom  2;\t()
+
+[7.0000 - 9.0000]\tSes01F_impro01_M001\tfru\t[1.5000, 0.5000, 2.5000]
+
+[30.0000 - 31.0000]\tSes01F_impro01_F001\tang\t[1.5000, 4.5000, 4.5000]
+"""
+
+
+@pytest.fixture
+def iemocap(tmp_path):
+    def dialogue(session, name, table, wavs):
+        folder = tmp_path / f"Session{session}" / "dialog" / "EmoEvaluation"
+        (folder / "Categorical").mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.txt").write_text(table)
+        (folder / f"._{name}.txt").write_bytes(b"\x00\x05\x16\x07 Mac OS X \xff")
+        (folder / "Categorical" / f"{name}_e2_cat.txt").write_text(table)
+        for wav in wavs:
+            path = tmp_path / f"Session{session}" / "sentences" / "wav" / name / f"{wav}.wav"
+            write_wav(path)
+            path.with_name(f"._{wav}.wav").write_bytes(b"\x00\x05")
+
+    turns = ("F000", "M000", "M001")  # F001 has no audio
+    dialogue(1, "Ses01F_impro01", IEMOCAP_TABLE, [f"Ses01F_impro01_{t}" for t in turns])
+    for session in (2, 3):
+        name = f"Ses0{session}M_script01_1b"
+        turns = [f"{name}_F000", f"{name}_M000", f"{name}_M001"]
+        table = "".join(
+            f"[{i}.5 - {i + 1}.0]\t{t}\tneu\t[{i + 1}.5, 2.5, 2.5]\n" for i, t in enumerate(turns)
+        )
+        dialogue(session, name, table, turns)
+    return tmp_path
+
+
+def test_iemocap_is_read_with_exact_counts_speakers_and_order(iemocap):
+    corpus = data.read_corpus("iemocap", str(iemocap), None)
+    assert [u.utt_id for u in corpus.utterances[:3]] == [
+        "Ses01F_impro01_F000",  # by start time, not as in the file
+        "Ses01F_impro01_M001",
+        "Ses01F_impro01_M000",
+    ]
+    assert len(corpus.utterances) == 9
+    assert Counter(u.speaker for u in corpus.utterances) == {
+        "Ses01F": 1,
+        "Ses01M": 2,  # both from a dialogue whose prefix says F
+        "Ses02F": 1,
+        "Ses02M": 2,
+        "Ses03F": 1,
+        "Ses03M": 2,
+    }
+    assert [u.gender for u in corpus.utterances[:3]] == ["F", "M", "M"]
+    assert corpus.utterances[2].emotion == "xxx"
+    assert {u.session for u in corpus.utterances} == {"Session1", "Session2", "Session3"}
+    assert corpus.skipped == [("Ses01F_impro01_F001", "audio file missing")]
+
+
+def test_iemocap_labels_are_valence_then_arousal_and_outliers_are_clipped_and_counted(iemocap):
+    corpus = data.read_corpus("iemocap", str(iemocap), None)
+    np.testing.assert_allclose(corpus.labels(TARGETS)[0], [1.0, 0.375])
+    np.testing.assert_allclose(corpus.labels(("arousal", "valence"))[2], [0.75, 0.25])
+    assert "label 5.5 outside 1..5 clipped: 1 utterances" in corpus.notes
+    assert "label 0.5 outside 1..5 clipped: 1 utterances" in corpus.notes
+
+
+def test_iemocap_lines_that_cannot_be_used_are_named(iemocap):
+    table = next(iemocap.glob("Session1/dialog/EmoEvaluation/Ses*.txt"))
+    table.write_text(
+        table.read_text()
+        + "[1.0 - 2.0]\tSes01F_impro01_X000\tneu\t[2, 2, 2]\n"
+        + "[1.0 - 2.0]\tSes01F_impro01_F000\tneu\t[2, 2, 2]\n"
+        + "[1.0 - 2.0]\tSes01F_impro01_F003\tneu\t[nan, 2, 2]\n"
+    )
+    skipped = data.read_corpus("iemocap", str(iemocap), None).skipped
+    assert ("Ses01F_impro01.txt row 14", "annotation not understood") in skipped
+    assert ("Ses01F_impro01_F000", "annotated twice, first one kept") in skipped
+    assert ("Ses01F_impro01_F003", "label is not a number") in skipped
+
+
+def test_a_folder_that_is_not_iemocap_is_refused(tmp_path):
+    with pytest.raises(DataError, match="EmoEvaluation"):
+        data.read_corpus("iemocap", str(tmp_path), None)
+    with pytest.raises(DataError, match="needs --data_dir"):
+        data.read_corpus("iemocap", None, None)
+
+
+# ---------------------------------------------------------------- MSP-Podcast
+
+MSP_ROWS = [
+    ("MSP-PODCAST_0001_0002.wav", "N", 2.0, 6.0, "1", "Male", "Train"),
+    ("MSP-PODCAST_0001_0001.wav", "H", 7.5, 1.0, "1", "Male", "Train"),
+    ("MSP-PODCAST_0002_0001.wav", "A", 4.0, 4.0, "2", "Female", "Development"),
+    ("MSP-PODCAST_0003_0001.wav", "A", 4.0, 4.0, "3", "Female", "Validation"),
+    ("MSP-PODCAST_0004_0001.wav", "A", 4.0, 4.0, "4", "Female", "Test1"),
+    ("MSP-PODCAST_0005_0001.wav", "A", 4.0, 4.0, "Unknown", "Unknown", "Test1"),
+    ("MSP-PODCAST_0006_0001.wav", "A", 4.0, 4.0, "Unknown", "Unknown", "Train"),
+    ("MSP-PODCAST_0007_0001.wav", "A", 4.0, 4.0, "7", "Male", "Test2"),
+    ("MSP-PODCAST_0008_0001.wav", "", "", "", "", "", "Test3"),
+    ("MSP-PODCAST_0009_0001.wav", "A", 4.0, 4.0, "9", "Male", "Train"),  # no audio
+]
+
+
+@pytest.mark.parametrize(
+    ("table", "audio"),
+    [("labels_consensus.csv", "Audios"), ("Labels/labels_concensus.csv", "Audio")],
+)
+def test_msp_podcast_is_read_with_exact_counts_and_its_own_splits(tmp_path, table, audio):
+    (tmp_path / "Labels").mkdir()
+    header = "FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set\n"
+    lines = [f"{n},{c},{a},{v},3.0,{s},{g},{split}\n" for n, c, a, v, s, g, split in MSP_ROWS]
+    (tmp_path / table).write_text(header + "".join(lines))
+    for name, *_ in MSP_ROWS[:-1]:
+        write_wav(tmp_path / audio / name)
+    corpus = data.read_corpus("msp_podcast", str(tmp_path), None)
+    assert [u.utt_id for u in corpus.utterances[:2]] == [
+        "MSP-PODCAST_0001_0001",
+        "MSP-PODCAST_0001_0002",
+    ]
+    second = corpus.utterances[1]
+    assert (second.arousal, second.valence) == (2.0, 6.0)  # the file says arousal first
+    np.testing.assert_allclose(corpus.labels(TARGETS)[1], [5 / 6, 1 / 6], rtol=1e-6)
+    assert data.num_folds(corpus) == 1
+    splits = data.make_splits(corpus, 1)
+    assert {s: len(rows) for s, rows in splits.items()} == {"train": 3, "dev": 2, "test": 2}
+    assert sorted(corpus.skipped) == [
+        ("MSP-PODCAST_0008_0001.wav", "Test3 has no labels"),
+        ("MSP-PODCAST_0009_0001.wav", "audio file missing"),
+    ]
+    notes = " | ".join(corpus.notes)
+    assert "Test2: 1 utterances" in notes
+    assert "speaker unknown: 2 utterances" in notes
+    assert "label 7.5 outside 1..7 clipped: 1 utterances" in notes
+
+
+# ---------------------------------------------------------------- CSV
+
+HEADER = "utt_id,path,valence,arousal\n"
+CSV_FAULTS = {
+    "missing column": (
+        "utt_id,path,valence\na,a.wav,1\n",
+        ["column arousal is missing", "found: utt_id, path"],
+    ),
+    "no header": ("", ["column utt_id is missing", "found: none"]),
+    "column twice": ("utt_id,path,valence,arousal,valence\n", ["valence occurs twice"]),
+    "semicolons": ("utt_id;path;valence;arousal\n", ["found: utt_id;path"]),
+    "no rows": (HEADER, ["no usable utterance"]),
+    "out of range": (
+        HEADER + "a,a.wav,3,3\nb,b.wav,7.2,3\n",
+        ["row 3", "valence 7.2 is outside 1..5", "--label_range"],
+    ),
+    "not a number": (HEADER + "a,a.wav,high,3\n", ["row 2", "valence 'high' is not a number"]),
+    "NaN": (HEADER + "a,a.wav,3,nan\n", ["row 2", "arousal 'nan' is not a number"]),
+    "empty label": (HEADER + "a,a.wav,,3\n", ["row 2", "valence '' is not a number"]),
+    "duplicate": (HEADER + "a,a.wav,3,3\n\na,b.wav,3,3\n", ["row 4", "already used in row 2"]),
+    "slash": (HEADER + "x/a,a.wav,3,3\n", ["row 2", "utt_id 'x/a'", "no slash"]),
+    "leading dot": (HEADER + "..,a.wav,3,3\n", ["utt_id '..'", "no leading dot"]),
+    "missing audio": (
+        HEADER + "a,gone.wav,3,3\n",
+        ["row 2", "gone.wav does not exist", "--data_dir"],
+    ),
+    "escape": (HEADER + "a,../../etc/passwd,3,3\n", ["row 2", "leaves the data root"]),
+    "absolute": (HEADER + "a,/etc/passwd,3,3\n", ["row 2", "leaves the data root"]),
+    "bad split": (
+        "utt_id,path,valence,arousal,split\na,a.wav,3,3,eval\n",
+        ["row 2", "split 'eval'", "train, dev, test"],
+    ),
+    "empty split": (
+        "utt_id,path,valence,arousal,split\na,a.wav,3,3,\n",
+        ["split '' is not one of"],
+    ),
+    "empty session": ("utt_id,path,valence,arousal,session\na,a.wav,3,3,\n", ["session is empty"]),
+    "start after end": (
+        "utt_id,path,valence,arousal,start,end\na,a.wav,3,3,2,1\n",
+        ["row 2", "start 2 and end 1"],
+    ),
+    "bad start": (
+        "utt_id,path,valence,arousal,start\na,a.wav,3,3,x\n",
+        ["start 'x' is not a number"],
+    ),
+    "too many cells": (HEADER + "a,a.wav,3,3,9\n", ["row 2", "more cells than columns (4)"]),
+}
+
+
+@pytest.mark.parametrize("fault", CSV_FAULTS)
+def test_a_csv_fault_is_named_with_file_and_row(tmp_path, fault):
+    text, fragments = CSV_FAULTS[fault]
+    path = write_csv(tmp_path, text)
+    with pytest.raises(DataError) as error:
+        data.read_corpus(str(path), None, (1.0, 5.0))
+    for fragment in fragments:
+        assert fragment in str(error.value)
+    assert "manifest" in str(error.value) or "no usable" in str(error.value)
+
+
+def test_a_csv_without_label_range_must_hold_labels_in_0_to_1(tmp_path):
+    path = write_csv(tmp_path, HEADER + "a,a.wav,0.2,1\nb,b.wav,4.6,3\n")
+    with pytest.raises(
+        DataError, match=r"row 3: valence 4.6 is outside 0..1 .*--label_range 0 5\?"
+    ):
+        data.read_corpus(str(path), None, None)
+    path = write_csv(tmp_path, HEADER + "a,a.wav,0.2,1\n")
+    assert data.read_corpus(str(path), None, None).label_range == (0.0, 1.0)
+    with pytest.raises(DataError, match="LO must be below HI"):
+        data.read_corpus(str(path), None, (5.0, 1.0))
+
+
+def test_a_csv_with_byte_order_mark_and_spaces_is_read(tmp_path):
+    path = write_csv(tmp_path, "\ufeffutt_id, path, valence, arousal\n a, a.wav, 3, 4\n")
+    assert data.read_corpus(str(path), None, (1, 5)).utterances[0].utt_id == "a"
+
+
+def test_a_symbolic_link_out_of_the_data_root_is_refused(tmp_path):
+    write_wav(tmp_path / "outside.wav")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a.wav").symlink_to(tmp_path / "outside.wav")
+    path = write_csv(tmp_path / "root", HEADER + "a,a.wav,3,3\n", clips=())
+    with pytest.raises(DataError, match="leaves the data root"):
+        data.read_corpus(str(path), None, (1, 5))
+
+
+def test_a_csv_with_its_own_splits_accepts_the_common_words(tmp_path):
+    text = "utt_id,path,valence,arousal,split\n"
+    text += "a,a.wav,3,3,train\nb,b.wav,3,3,Validation\nc,a.wav,3,3,test\n"
+    corpus = data.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
+    assert data.num_folds(corpus) == 1
+    assert {s: r.tolist() for s, r in data.make_splits(corpus, 1).items()} == {
+        "train": [0],
+        "dev": [1],
+        "test": [2],
+    }
+
+
+def test_without_sessions_each_speaker_is_one_and_without_speakers_it_is_an_error(tmp_path):
+    rows = "".join(f"u{i},a.wav,3,3,p{i % 12}\n" for i in range(24))
+    path = write_csv(tmp_path, "utt_id,path,valence,arousal,speaker\n" + rows)
+    corpus = data.read_corpus(str(path), None, (1, 5))
+    assert data.num_folds(corpus) == 12
+    test = data.make_splits(corpus, 3)["test"]
+    assert {corpus.utterances[row].speaker for row in test} == {"p2"}  # p2 before p10
+    corpus = data.read_corpus(str(write_csv(tmp_path, HEADER + "a,a.wav,3,3\n")), None, (1, 5))
+    with pytest.raises(DataError, match="split, session, or speaker"):
+        data.make_splits(corpus, 1)
+
+
+# ---------------------------------------------------------------- splits
+
+
+def test_test_is_the_folds_session_and_dev_the_next_one_and_no_speaker_is_in_two(small):
+    corpus, _, _ = small
+    for fold in (1, 2, 3):
+        splits = data.make_splits(corpus, fold)
+        sessions = {
+            s: {corpus.utterances[row].session for row in rows} for s, rows in splits.items()
+        }
+        assert sessions["test"] == {f"s{fold - 1}"}
+        assert sessions["dev"] == {f"s{fold % 3}"}
+        assert sorted(np.concatenate(list(splits.values()))) == list(range(24))
+        speakers = [{corpus.utterances[row].speaker for row in rows} for rows in splits.values()]
+        assert sum(map(len, speakers)) == len(set.union(*speakers))
+    for fold in (0, 4):
+        with pytest.raises(DataError, match=r"folds 1..3"):
+            data.make_splits(corpus, fold)
+
+
+def test_a_speaker_in_two_splits_is_refused_by_name(tmp_path):
+    text = "utt_id,path,valence,arousal,session,speaker\n"
+    text += "".join(f"u{i},a.wav,3,3,s{i},{p}\n" for i, p in enumerate(["anna", "ben", "anna"]))
+    corpus = data.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
+    with pytest.raises(DataError, match="speaker anna is in both"):
+        data.make_splits(corpus, 1)
+
+
+def test_an_empty_split_is_refused_by_name(tmp_path):
+    text = "utt_id,path,valence,arousal,split\na,a.wav,3,3,train\nb,b.wav,3,3,test\n"
+    corpus = data.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
+    with pytest.raises(DataError, match="the dev split is empty"):
+        data.make_splits(corpus, 1)
+
+
+# ---------------------------------------------------------------- audio pack
+
+FORMATS = {
+    "plain.wav": (16_000, 1, {}),
+    "stereo.wav": (44_100, 2, {}),
+    "phone.wav": (8_000, 1, {}),
+    "deep.wav": (16_000, 1, {"subtype": "PCM_24"}),
+    "float.wav": (48_000, 1, {"subtype": "FLOAT"}),
+    "lossless.flac": (22_050, 1, {}),
+    "lossy.ogg": (16_000, 1, {}),
+    "lossy.mp3": (44_100, 2, {}),
+    "high.flac": (96_000, 2, {"subtype": "PCM_24"}),
+}
+
+
+def test_every_format_comes_out_as_the_same_mono_16_khz_tone(tmp_path):
+    for name, (rate, channels, options) in FORMATS.items():
+        audio = np.repeat(tone(1.5, rate)[:, None], channels, axis=1)
+        soundfile.write(tmp_path / name, audio, rate, **options)
+    text = HEADER + "".join(f"{n},{n},0.5,0.5\n" for n in FORMATS)
+    corpus = data.read_corpus(str(write_csv(tmp_path, text, clips=())), None, None)
+    corpus, pack = data.load_audio(corpus, tmp_path / "cache")
+    assert len(corpus.utterances) == len(FORMATS)
+    for row, u in enumerate(corpus.utterances):
+        audio = pack.read(row)
+        assert audio.dtype == np.float32
+        slack = 0.08 if u.utt_id.endswith("mp3") else 0.001  # mp3 pads its frames
+        assert len(audio) / SAMPLE_RATE == pytest.approx(1.5, abs=slack)
+        middle = audio[8000:16000]
+        spectrum = np.abs(np.fft.rfft(middle * np.hanning(8000)))
+        assert np.argmax(spectrum) * 2 == pytest.approx(200, abs=2)
+        assert np.sqrt(np.mean(middle**2)) == pytest.approx(0.2236, rel=0.05)
+    assert "audio resampled from 44100 Hz: 2 utterances" in corpus.notes
+    assert "audio mixed to mono from 2 channels: 3 utterances" in corpus.notes
+
+
+def test_sixteen_bit_samples_at_16_khz_are_kept_exactly(tmp_path):
+    rng = np.random.default_rng(0)
+    samples = rng.integers(-32768, 32768, 5000).astype(np.int16)
+    soundfile.write(tmp_path / "a.wav", samples, SAMPLE_RATE, subtype="PCM_16")
+    path = write_csv(tmp_path, HEADER + "a,a.wav,0.5,0.5\n", clips=())
+    _, pack = data.load_audio(data.read_corpus(str(path), None, None), tmp_path / "cache")
+    np.testing.assert_array_equal(pack.read(0), samples.astype(np.float32) / 32768)
+    np.testing.assert_array_equal(pack.read(0, 100, 200), pack.read(0)[100:200])
+
+
+def test_a_very_short_clip_is_padded_to_400_samples_and_counted(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(0.01), SAMPLE_RATE)
+    path = write_csv(tmp_path, HEADER + "a,a.wav,0.5,0.5\n", clips=())
+    corpus, pack = data.load_audio(data.read_corpus(str(path), None, None), tmp_path / "cache")
+    assert pack.lengths.tolist() == [400]
+    assert not pack.read(0)[160:].any()
+    assert "audio padded to 400 samples: 1 utterances" in corpus.notes
+
+
+def test_start_and_end_cut_turns_out_of_one_long_file(tmp_path):
+    soundfile.write(tmp_path / "d.wav", np.r_[tone(1.0), np.zeros(16000), tone(1.0)], SAMPLE_RATE)
+    text = "utt_id,path,valence,arousal,start,end,dialog\n"
+    text += "c,d.wav,0.5,0.5,2.0,,d\nb,d.wav,0.5,0.5,1.0,2.0,d\na,d.wav,0.5,0.5,0,1.25,d\n"
+    corpus = data.read_corpus(str(write_csv(tmp_path, text, clips=())), None, None)
+    corpus, pack = data.load_audio(corpus, tmp_path / "cache")
+    assert [u.utt_id for u in corpus.utterances] == ["a", "b", "c"]  # by start
+    assert pack.lengths.tolist() == [20000, 16000, 16000]
+    assert not pack.read(1).any() and pack.read(2).any()
+
+
+def test_the_pack_key_changes_with_the_files_content_and_with_start_and_end(tmp_path):
+    def key(text="a,a.wav,0.5,0.5,0,0.4\n"):
+        text = "utt_id,path,valence,arousal,start,end\n" + text
+        path = write_csv(tmp_path, text, clips=())
+        return AudioPack(data.read_corpus(str(path), None, None), tmp_path / "cache").key
+
+    write_wav(tmp_path / "a.wav")
+    first = key()
+    assert key() == first
+    assert key("a,a.wav,0.9,0.1,0,0.4\n") == first  # labels are not audio
+    assert key("a,a.wav,0.5,0.5,0,0.3\n") != first
+    assert key("a,a.wav,0.5,0.5,0.1,0.4\n") != first
+    os.utime(tmp_path / "a.wav", ns=(1, 1))  # same size, other time: content may have changed
+    assert key() != first
+
+
+def damage(path, kind):
+    whole = path.read_bytes()
+    if kind == "text":
+        path.write_text("this is no audio")
+    elif kind == "empty file":
+        path.write_bytes(b"")
+    elif kind == "no samples":
+        soundfile.write(path, np.zeros(0), SAMPLE_RATE)
+    elif kind == "NaN":
+        soundfile.write(path, np.full(8000, np.nan), SAMPLE_RATE, subtype="FLOAT")
+    elif kind == "wrong scale":
+        soundfile.write(path, tone(0.5) * 30000, SAMPLE_RATE, subtype="FLOAT")
+    elif kind == "half a flac":
+        soundfile.write(path.with_suffix(".flac"), tone(2.0), SAMPLE_RATE)
+        whole = path.with_suffix(".flac").read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    "kind", ["text", "empty file", "no samples", "NaN", "wrong scale", "half a flac"]
+)
+def test_an_unusable_file_is_skipped_and_named_and_rows_stay_aligned(tmp_path, kind):
+    corpus = corpus_of(tmp_path, [0.2 + 0.01 * i for i in range(24)])
+    bad = corpus.utterances[5]
+    damage(bad.path, kind)
+    whole, lengths = corpus, {u.utt_id: 0.2 + 0.01 * int(u.utt_id[1:]) for u in corpus.utterances}
+    corpus, pack = data.load_audio(whole, tmp_path / "cache")
+    assert len(corpus.utterances) == 23 == len(pack.lengths)
+    assert [what for what, _ in corpus.skipped] == [bad.utt_id]
+    for row, u in enumerate(corpus.utterances):
+        assert len(pack.read(row)) == pytest.approx(lengths[u.utt_id] * SAMPLE_RATE, abs=1)
+    again, _ = data.load_audio(whole, tmp_path / "cache")  # from the cache: the same story
+    assert again.skipped == corpus.skipped and again.notes == corpus.notes
+
+
+def test_more_than_five_percent_unusable_files_are_an_error(tmp_path):
+    corpus = corpus_of(tmp_path, [0.2] * 24)
+    for u in corpus.utterances[:2]:
+        damage(u.path, "text")
+    with pytest.raises(DataError, match=r"2 of 24 audio files are unusable, more than 5 %"):
+        data.load_audio(corpus, tmp_path / "cache")
+
+
+def test_a_damaged_pack_is_refused(tmp_path):
+    corpus = corpus_of(tmp_path, [0.2] * 3)
+    _, pack = data.load_audio(corpus, tmp_path / "cache")
+    with open(pack.directory / "samples.i16", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(DataError, match="is damaged: delete it"):
+        data.load_audio(corpus, tmp_path / "cache")
+
+
+def build_pack_in_child(csv, cache, unlocked, key_file):
+    if unlocked:  # as on a network disk where locks do nothing
+        data.fcntl.flock = lambda *_: None
+    pack = data.load_audio(data.read_corpus(csv, None, None), cache)[1]
+    Path(key_file).write_text(f"{pack.key} {sum(pack.read(r).sum() for r in range(60)):.6f}")
+
+
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_two_processes_that_build_one_cache_end_with_one_valid_cache(tmp_path, unlocked):
+    corpus_of(tmp_path, [0.3] * 60)
+    cache = tmp_path / "cache"
+    fork = multiprocessing.get_context("fork")
+    children = []
+    for i in range(2):
+        args = (str(tmp_path / "c.csv"), str(cache), unlocked, str(tmp_path / f"key{i}"))
+        children.append(fork.Process(target=build_pack_in_child, args=args))
+        children[-1].start()
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    assert (tmp_path / "key0").read_text() == (tmp_path / "key1").read_text()
+    assert [p.name for p in cache.iterdir() if not p.name.endswith(".lock")] == [
+        f"audio-{(tmp_path / 'key0').read_text().split()[0]}"
+    ]
+
+
+def test_nothing_is_left_of_a_cache_whose_building_failed(tmp_path):
+    def fail(aside):
+        (aside / "half").write_text("half")
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError):
+        data.build_dir(tmp_path / "cache" / "x", fail)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".x.lock"]
+
+
+# ---------------------------------------------------------------- prosody, speakers, features
+
+
+def test_egemaps_equals_opensmile_called_directly_and_follows_the_audio(small):
+    opensmile = pytest.importorskip("opensmile")
+    corpus, pack, cache = small
+    rows = [0, 7, 23]
+    part, few = pack.part(rows), data.dataclasses.replace(corpus)
+    part.key = "three"
+    features = data.egemaps(few, part, cache)
+    smile = opensmile.Smile(opensmile.FeatureSet.eGeMAPSv02, opensmile.FeatureLevel.Functionals)
+    for i, row in enumerate(rows):
+        expected = smile.process_signal(pack.read(row), SAMPLE_RATE).to_numpy()[0]
+        np.testing.assert_array_equal(features[i], expected.astype(np.float32))
+    assert features.shape == (3, 88) and features.dtype == np.float32
+    np.testing.assert_array_equal(data.egemaps(few, part, cache), features)  # cached
+
+
+def test_egemaps_of_a_larger_corpus_by_processes_equals_one_process(tmp_path):
+    pytest.importorskip("opensmile")
+    corpus = corpus_of(tmp_path, [0.3] * 51)
+    corpus, pack = data.load_audio(corpus, tmp_path / "cache")
+    features = data.egemaps(corpus, pack, tmp_path / "cache")
+    np.testing.assert_array_equal(features[[0, 20, 50]], data.egemaps_of(pack.part([0, 20, 50])))
+
+
+def tiny_xvector(folder, seed=0):
+    from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
+
+    torch.manual_seed(seed)
+    config = WavLMConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        tdnn_dim=(16, 16, 16, 16, 24),
+        xvector_output_dim=12,
+    )
+    WavLMForXVector(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor().save_pretrained(folder)
+
+
+def test_speaker_embeddings_come_from_a_local_xvector_model_and_follow_its_weights(small, tmp_path):
+    corpus, pack, _ = small
+    tiny_xvector(tmp_path / "model")
+    vectors = data.speaker_embeddings(corpus, pack, str(tmp_path / "model"), tmp_path / "cache")
+    assert vectors.shape == (24, 12) and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    tiny_xvector(tmp_path / "model", seed=1)
+    other = data.speaker_embeddings(corpus, pack, str(tmp_path / "model"), tmp_path / "cache")
+    assert np.abs(other - vectors).max() > 0.01  # no cache survives a change of weights
+
+
+def test_speaker_embeddings_come_from_a_directory_of_npy_files(small, tmp_path):
+    corpus, pack, cache = small
+    for i, u in enumerate(corpus.utterances):
+        np.save(tmp_path / f"{u.utt_id}.npy", np.array([3.0, 4.0, i]))
+    vectors = data.speaker_embeddings(corpus, pack, str(tmp_path), cache)
+    np.testing.assert_allclose(vectors[0], [0.6, 0.8, 0.0], rtol=1e-6)
+    (tmp_path / f"{corpus.utterances[3].utt_id}.npy").unlink()
+    with pytest.raises(DataError, match="1 of 24 missing"):
+        data.speaker_embeddings(corpus, pack, str(tmp_path), cache)
+
+
+def test_an_unknown_kind_of_speaker_embedding_is_refused(small):
+    corpus, pack, cache = small
+    with pytest.raises(DataError, match="--speaker nobody: not ecapa"):
+        data.speaker_embeddings(corpus, pack, "nobody", cache)
+
+
+def write_features(corpus, folder):
+    for i, u in enumerate(corpus.utterances):
+        array = np.random.default_rng(i).standard_normal((5 + i, 6)).astype(np.float16)
+        np.save(folder / f"{u.utt_id}.npy", array)
+
+
+def test_frame_features_give_their_width_and_lengths(small, tmp_path):
+    corpus, _, _ = small
+    write_features(corpus, tmp_path)
+    features = FrameFeatures(corpus, tmp_path)
+    assert features.dim == 6 and features.lengths.tolist() == list(range(5, 29))
+    assert features.read(3).shape == (8, 6) and features.read(3).dtype == np.float32
+    batch = batches_of(corpus, None, features=features, max_seconds=0.2)[
+        BatchSpec(((0,), (20,)), epoch=1)
+    ]
+    assert batch["frames"].shape == (2, 10, 6)  # 0.2 s of 50 frames per second
+    assert batch["frame_mask"].sum(1).tolist() == [5, 10]
+
+
+FEATURE_FAULTS = {
+    "one dimension": (np.zeros(6), r"float64 \(6,\), expected numbers \(T, D\)"),
+    "other width": (np.zeros((4, 7)), "width 7, but the first file has 6"),
+    "no frames": (np.zeros((0, 6)), "not empty"),
+    "text": (np.array([["a"] * 6]), "expected numbers"),
+    "pickled": (np.array([[None] * 6]), "not a plain .npy array"),
+    "NaN": (np.full((4, 6), np.nan), "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("fault", FEATURE_FAULTS)
+def test_a_fault_in_a_feature_file_is_named(small, tmp_path, fault):
+    corpus, _, _ = small
+    write_features(corpus, tmp_path)
+    array, message = FEATURE_FAULTS[fault]
+    np.save(tmp_path / "u003.npy", array, allow_pickle=True)
+    row = [u.utt_id for u in corpus.utterances].index("u003")
+    with pytest.raises(DataError, match=message) as error:
+        FrameFeatures(corpus, tmp_path).read(row)
+    assert "u003.npy" in str(error.value)
+
+
+def test_missing_feature_files_are_counted_and_the_way_out_is_named(small, tmp_path):
+    corpus, _, _ = small
+    with pytest.raises(DataError) as error:
+        FrameFeatures(corpus, tmp_path)
+    for fragment in ("24 of 24 missing", "u000.npy", "--features_dir", "extract-faces"):
+        assert fragment in str(error.value)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_a_batch_is_padded_with_zeros_behind_the_mask_and_keeps_the_chunks(small):
+    corpus, pack, _ = small
+    batch = batches_of(corpus, pack)[BatchSpec(((4, 5), (9,)))]
+    lengths = pack.lengths[[4, 5, 9]]
+    assert batch["index"].tolist() == [4, 5, 9]
+    assert batch["chunk_index"].tolist() == [[0, 1], [2, -1]]
+    assert batch["attention_mask"].dtype == torch.bool
+    assert batch["attention_mask"].sum(1).tolist() == lengths.tolist()
+    assert batch["input_values"].shape == (3, lengths.max())
+    assert not batch["input_values"][~batch["attention_mask"]].any()
+    np.testing.assert_array_equal(batch["input_values"][0, : lengths[0]], pack.read(4))
+    np.testing.assert_array_equal(batch["labels"], corpus.labels(TARGETS)[[4, 5, 9]])
+    assert batch["audio_seconds"] == pytest.approx(lengths.sum() / SAMPLE_RATE)
+    assert batch["padded_share"] == pytest.approx(1 - lengths.mean() / lengths.max())
+
+
+def test_prosody_and_speaker_vectors_are_passed_on(small):
+    corpus, pack, _ = small
+    prosody = np.full((24, 88), np.nan, dtype=np.float32)
+    speaker = np.arange(72, dtype=np.float32).reshape(24, 3)
+    batch = batches_of(corpus, pack, prosody=prosody, speaker=speaker)[BatchSpec(((2,), (1,)))]
+    assert batch["prosody"].isnan().all()
+    assert batch["speaker"].tolist() == [[6, 7, 8], [3, 4, 5]]
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_row_and_absent_in_evaluation(small):
+    corpus, pack, _ = small
+
+    def audio(epoch, seed=0, row=20, augment=True):
+        dataset = batches_of(corpus, pack, augment=augment, seed=seed)
+        return dataset[BatchSpec(((row,),), epoch)]["input_values"][0]
+
+    same = [torch.equal(audio(epoch), audio(epoch)) for epoch in range(4)]
+    assert all(same)
+    drawn = [audio(epoch, seed) for epoch in range(4) for seed in range(3)]
+    assert len({tuple(a.tolist()) for a in drawn}) > 8
+    np.testing.assert_array_equal(audio(-1), pack.read(20))
+    np.testing.assert_array_equal(audio(3, augment=False), pack.read(20))
+    for waveform in drawn:
+        assert waveform.isfinite().all() and waveform.abs().max() <= 1
+        assert 0.9 < len(waveform) / pack.lengths[20] < 1.12
+
+
+def test_augmented_audio_never_exceeds_max_seconds_nor_falls_below_400_samples(small, tmp_path):
+    corpus, pack, _ = small
+    dataset = batches_of(corpus, pack, augment=True, max_seconds=0.5)
+    for epoch in range(30):
+        length = dataset[BatchSpec(((23,),), epoch)]["input_values"].shape[1]
+        assert length <= 8000
+    soundfile.write(tmp_path / "a.wav", tone(0.025), SAMPLE_RATE)
+    path = write_csv(tmp_path, HEADER + "a,a.wav,0.5,0.5\n", clips=())
+    corpus, pack = data.load_audio(data.read_corpus(str(path), None, None), tmp_path / "cache")
+    dataset = batches_of(corpus, pack, augment=True)
+    shapes = {dataset[BatchSpec(((0,),), epoch)]["input_values"].shape[1] for epoch in range(30)}
+    assert min(shapes) == 400
+
+
+def test_training_draws_a_window_and_evaluation_takes_the_first(small):
+    corpus, pack, _ = small
+    dataset = batches_of(corpus, pack, max_seconds=0.5)
+    assert dataset.lengths.max() == 8000
+    first = dataset[BatchSpec(((23,),))]["input_values"][0]
+    np.testing.assert_array_equal(first, pack.read(23)[:8000])
+    drawn = {tuple(dataset[BatchSpec(((23,),), e)]["input_values"][0].tolist()) for e in range(5)}
+    assert len(drawn) == 5 and {len(window) for window in drawn} == {8000}
+
+
+def test_silence_survives_augmentation():
+    for seed in range(20):
+        audio = data.augment_waveform(np.zeros(4000, np.float32), np.random.default_rng(seed))
+        assert np.isfinite(audio).all()
+
+
+def test_augment_without_a_waveform_is_refused(small, tmp_path):
+    corpus, _, _ = small
+    write_features(corpus, tmp_path)
+    with pytest.raises(DataError, match="--augment works on waveforms"):
+        batches_of(corpus, None, features=FrameFeatures(corpus, tmp_path), augment=True)
+
+
+def test_spawned_workers_give_the_same_batches_and_pickles_carry_no_audio(small):
+    corpus, pack, _ = small
+    dataset = batches_of(corpus, pack, augment=True)
+    specs = [BatchSpec(((i,), (i + 1,)), epoch=2) for i in range(4)]
+    here = [dataset[spec] for spec in specs]  # opens the memory map before pickling
+    assert len(pickle.dumps(dataset)) < 10_000
+    loader = torch.utils.data.DataLoader(
+        dataset, sampler=specs, batch_size=None, num_workers=1, multiprocessing_context="spawn"
+    )
+    for mine, theirs in zip(here, loader):
+        assert torch.equal(mine["input_values"], theirs["input_values"])
+
+
+# ---------------------------------------------------------------- plans
+
+
+@pytest.fixture(scope="module")
+def iemocap_like():
+    """(lengths, rows of the train split, dialogs) with IEMOCAP's sizes and durations."""
+    rng = np.random.default_rng(0)
+    lengths = (np.exp(1.25 + 0.68 * rng.standard_normal(10_000)).clip(0.585, 34) * 16000).astype(
+        int
+    )
+    dialogs = [f"d{i // 66:03d}" for i in range(10_000)]
+    return lengths, np.arange(6_000), dialogs
+
+
+def plan(world, batch_size=8, accumulation=1, context=1, rank=0, world_size=1, seed=0):
+    return TrainPlan(*world, batch_size, accumulation, context, rank, world_size, seed)
+
+
+def rows_of(spec):
+    return [row for chunk in spec.chunks for row in chunk]
+
+
+def steps_of(world, epoch, batch_size, accumulation, world_size, context=1, first_step=0):
+    """The set of rows of every step, over all ranks."""
+    ranks = []
+    for rank in range(world_size):
+        p = plan(world, batch_size, accumulation, context, rank, world_size)
+        p.set_epoch(epoch, first_step)
+        specs = list(p)
+        assert len(specs) == len(p)
+        ranks.append(specs)
+    count = len(ranks[0]) // accumulation
+    steps = []
+    for k in range(count):
+        specs = [s for r in ranks for s in r[k * accumulation : (k + 1) * accumulation]]
+        rows = [row for spec in specs for row in rows_of(spec)]
+        assert len(rows) == len(set(rows))
+        steps.append(frozenset(rows))
+    return steps
+
+
+@pytest.mark.parametrize("context", [1, 2, 4])
+def test_a_step_sees_the_same_utterances_however_it_is_split(iemocap_like, context):
+    lengths, rows, dialogs = iemocap_like
+    world = (lengths, rows[:500], dialogs)
+    whole = steps_of(world, 3, 16, 1, 1, context)
+    assert steps_of(world, 3, 4, 4, 1, context) == whole
+    assert steps_of(world, 3, 4, 2, 2, context) == whole
+    assert steps_of(world, 3, 8, 1, 2, context) == whole
+
+
+def test_an_epoch_has_no_duplicates_and_drops_less_than_a_global_batch(iemocap_like):
+    p = plan(iemocap_like, 8, 4)
+    dropped = []
+    for epoch in range(3):
+        p.set_epoch(epoch)
+        rows = [row for spec in p for row in rows_of(spec)]
+        assert len(rows) == len(set(rows)) == p.steps_per_epoch * 32 > 6000 - 32
+        dropped.append(set(range(6000)) - set(rows))
+    assert dropped[0] != dropped[1] != dropped[2]
+
+
+def test_plans_are_deterministic_and_differ_between_epochs_and_seeds(iemocap_like):
+    def specs(epoch, seed=0):
+        p = plan(iemocap_like, seed=seed)
+        p.set_epoch(epoch)
+        return list(p)
+
+    assert specs(1) == specs(1)
+    assert {s.chunks for s in specs(1)} != {s.chunks for s in specs(2)}
+    assert {s.chunks for s in specs(1)} != {s.chunks for s in specs(1, seed=1)}
+    assert specs(1)[0].epoch == 1
+
+
+def test_a_plan_that_starts_at_a_step_yields_the_tail(iemocap_like):
+    p = plan(iemocap_like, 4, 2, context=2, rank=1, world_size=2)
+    p.set_epoch(5)
+    whole = list(p)
+    p.set_epoch(5, first_step=7)
+    assert list(p) == whole[14:] and len(p) == len(whole) - 14
+
+
+def padded_work(lengths, specs):
+    return [len(rows_of(s)) * max(lengths[row] for row in rows_of(s)) for s in specs]
+
+
+def test_ranks_have_equal_work_and_padding_is_below_a_tenth(iemocap_like):
+    lengths = iemocap_like[0]
+    ranks = [list(plan(iemocap_like, 8, rank=rank, world_size=4)) for rank in range(4)]
+    work = np.array([padded_work(lengths, specs) for specs in ranks])  # (rank, step)
+    assert (work.max(0).sum() / work.mean(0).sum()) < 1.06  # what waiting for the slowest costs
+    specs = list(plan(iemocap_like, 8))
+    real = sum(lengths[row] for spec in specs for row in rows_of(spec))
+    assert sum(padded_work(lengths, specs)) / real < 1.1
+
+
+def test_small_corpora_still_get_different_company_each_epoch(iemocap_like):
+    lengths, rows, dialogs = iemocap_like
+    p = plan((lengths, rows[:64], dialogs))
+    together = []
+    for epoch in range(2):
+        p.set_epoch(epoch)
+        together.append({frozenset(rows_of(s)) for s in p})
+    assert len(together[0] & together[1]) <= 2
+
+
+def test_context_chunks_are_consecutive_turns_of_one_dialogue(iemocap_like):
+    dialogs = iemocap_like[2]
+    p = plan(iemocap_like, 8, context=4)
+    starts = set()
+    for epoch in range(3):
+        p.set_epoch(epoch)
+        for spec in p:
+            assert len(spec.chunks) == 2
+            for chunk in spec.chunks:
+                assert list(chunk) == list(range(chunk[0], chunk[0] + len(chunk)))
+                assert len({dialogs[row] for row in chunk}) == 1 and len(chunk) <= 4
+                starts.add(chunk[0] % 66)
+    assert len(starts) > 40  # chunks do not always start at the same turns
+
+
+def test_context_must_divide_the_batch_and_a_too_small_split_is_refused(iemocap_like):
+    with pytest.raises(ValueError, match="not divisible"):
+        plan(iemocap_like, 8, context=3)
+    lengths, rows, dialogs = iemocap_like
+    with pytest.raises(DataError, match=r"holds 30 utterances.*8 x 4 x 1"):
+        plan((lengths, rows[:30], dialogs), 8, 4)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_covers_each_row_once_in_batches_that_world_size_does_not_change(
+    iemocap_like, world_size
+):
+    lengths, rows, _ = iemocap_like
+    alone = data.eval_plan(lengths, rows, 0, 1)
+    ranks = [data.eval_plan(lengths, rows, rank, world_size) for rank in range(world_size)]
+    together = [spec for specs in ranks for spec in specs]
+    assert {spec.chunks for spec in together} == {spec.chunks for spec in alone}
+    assert sorted(row for spec in together for row in rows_of(spec)) == rows.tolist()
+    assert max(padded_work(lengths, together)) <= 64 * SAMPLE_RATE
+    assert all(len(chunk) == 1 and spec.epoch == -1 for spec in together for chunk in spec.chunks)
+    loads = [sum(padded_work(lengths, specs)) for specs in ranks]
+    assert max(loads) < 1.01 * min(loads)
+
+
+def test_an_utterance_longer_than_the_evaluation_budget_is_a_batch_of_its_own():
+    specs = data.eval_plan(np.array([5, 100, 5]), np.arange(3), 0, 1, budget=10)
+    assert sorted(tuple(rows_of(spec)) for spec in specs) == [(0, 2), (1,)]
+
+
+# ---------------------------------------------------------------- demo corpus
+
+
+def test_the_synthesiser_is_deterministic_and_its_cues_go_the_right_way():
+    voice = data.demo_voice(1, "F")
+
+    def level(arousal):
+        clips = [
+            data.synthesise(voice, 0.0, arousal, 1.5, np.random.default_rng(i)) for i in range(6)
+        ]
+        return np.mean([np.sqrt(np.mean(clip**2)) for clip in clips])
+
+    a, b = (data.synthesise(voice, 0.3, 0.3, 1.0, np.random.default_rng(7)) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert a.shape == (16000,) and np.isfinite(a).all() and np.abs(a).max() < 1
+    assert level(0.9) > 1.5 * level(-0.9)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("demo")
+    return data.read_corpus("demo", None, None, cache), cache
+
+
+def test_the_demo_corpus_has_five_sessions_of_two_speakers_in_iemocap_layout(demo):
+    corpus, cache = demo
+    assert 550 < len(corpus.utterances) < 680 and not corpus.skipped and not corpus.notes
+    speakers = {(u.session, u.speaker) for u in corpus.utterances}
+    assert speakers == {(f"Session{s}", f"Ses0{s}{g}") for s in range(1, 6) for g in "FM"}
+    seconds = np.array([soundfile.info(u.path).duration for u in corpus.utterances])
+    assert seconds.min() >= 0.99 and seconds.max() <= 6 and 2.2 < seconds.mean() < 2.8
+    labels = corpus.labels(TARGETS)
+    assert (labels.std(axis=0) > 0.2).all()
+    assert abs(np.corrcoef(labels.T)[0, 1]) < 0.3
+    assert any(u.emotion == "xxx" for u in corpus.utterances)
+    assert any(u.utt_id[5] != u.gender for u in corpus.utterances)  # the prefix is no speaker
+    table = next(cache.glob("demo-*/Session1/dialog/EmoEvaluation/*.txt")).read_text()
+    for start in ("% [", "[", "C-E", "A-E"):
+        assert any(line.startswith(start) for line in table.splitlines())
+
+
+def test_moods_move_slowly_within_a_demo_dialogue(demo):
+    corpus, _ = demo
+    labels = corpus.labels(TARGETS)
+    pairs = [
+        (i, i + 1)
+        for i in range(len(labels) - 1)
+        if corpus.utterances[i].dialog == corpus.utterances[i + 1].dialog
+    ]
+    now, then = np.array(pairs).T
+    for column in (0, 1):
+        assert 0.4 < np.corrcoef(labels[now, column], labels[then, column])[0, 1] < 0.9
+
+
+# ---------------------------------------------------------------- command line
+
+
+def cli(*argv):
+    return subprocess.run(
+        [sys.executable, str(REPO / "data.py"), *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_command_line_prints_what_one_wants_to_know_before_training(tmp_path):
+    corpus = corpus_of(tmp_path, [0.2 + 0.01 * i for i in range(24)])
+    damage(corpus.utterances[0].path, "text")
+    lines = (tmp_path / "c.csv").read_text().splitlines()
+    varied = [line.replace(",0.5,", f",{i % 10 / 10},") for i, line in enumerate(lines)]
+    (tmp_path / "c.csv").write_text("\n".join(varied))
+    done = cli("--data", tmp_path / "c.csv", "--cache_dir", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    for fragment in (
+        "23 utterances",
+        "3 speakers",
+        "durations",
+        "####",
+        "correlation",
+        "fold 3",
+        "skipped: 1",
+        "u000",
+    ):
+        assert fragment in done.stdout
+    assert done.stderr == ""  # no progress bar where there is no terminal
+
+
+def test_the_command_line_ends_with_2_and_one_line_on_a_corpus_that_cannot_be_trained_on(tmp_path):
+    path = write_csv(tmp_path, HEADER + "a,a.wav,0.2,0.4\nb,b.wav,0.3,0.8\n")
+    done = cli("--data", path, "--cache_dir", tmp_path / "cache")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "column split" in done.stderr
+
+
+# ---------------------------------------------------------------- extract-faces
+
+
+def tiny_vision_model(folder, seed=0):
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(seed)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    BitImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}
+    ).save_pretrained(folder)
+
+
+def test_extract_faces_writes_one_array_per_utterance_and_resumes(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("transformers")
+    tiny_vision_model(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    for utt_id, count, root in (("a", 12, "v"), ("b", 3, "v"), ("b", 2, "f")):
+        (tmp_path / root / utt_id).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = rng.integers(0, 255, (224, 224, 3), dtype=np.uint8)
+            image.fromarray(pixels).save(tmp_path / root / utt_id / f"{i}.png")
+    argv = ["extract-faces", "--video_dir", tmp_path / "v", "--face_dir", tmp_path / "f"]
+    argv += ["--features_224_dir", tmp_path / "out", "--vision_model", tmp_path / "model"]
+    args = data.parse_args([*map(str, argv), "--batch_size", "5"])
+    args.command(args)
+    a, b = np.load(tmp_path / "out" / "a.npy"), np.load(tmp_path / "out" / "b.npy")
+    assert a.shape == (12, 16) and b.shape == (2, 16)  # the crops win
+    (tmp_path / "out" / "b.npy").unlink()
+    stamp = (tmp_path / "out" / "a.npy").stat().st_mtime_ns
+    args.command(args)
+    assert (tmp_path / "out" / "a.npy").stat().st_mtime_ns == stamp
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "b.npy"), b)
+    one = data.parse_args([*map(str, argv), "--batch_size", "1"])
+    (tmp_path / "out" / "a.npy").unlink()
+    one.command(one)  # frame 10 after frame 9, whatever the batch size
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "a.npy"), a, atol=1e-5)
+    tiny_vision_model(tmp_path / "model", seed=1)
+    with pytest.raises(DataError, match="of another model"):
+        args.command(args)
+    json.loads((tmp_path / "out" / "extract.json").read_text())
+
+
+def test_extract_faces_names_utterances_without_images(tmp_path):
+    (tmp_path / "v" / "a").mkdir(parents=True)
+    argv = ["extract-faces", "--video_dir", str(tmp_path / "v")]
+    args = data.parse_args([*argv, "--features_224_dir", str(tmp_path / "out")])
+    with pytest.raises(DataError, match=r"1 of 1 utterances have no .jpg or .png.*\(a\)"):
+        args.command(args)

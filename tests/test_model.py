@@ -1,0 +1,307 @@
+"""model.py: sums, metrics, encoders' masks, Mamba and streaming, parameter counts."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from model import (
+    TARGETS,
+    EmotionModel,
+    LogMel,
+    Mamba,
+    ModelConfig,
+    concordance,
+    loss_from_sums,
+    metrics,
+    moment_sums,
+)
+from wavlm import SIZES, WavLM
+
+SMALL = {"d_hidden": 16, "d_state": 8, "base_channels": 8, "d_model": 64, "num_layers": 2}
+
+
+def small_model(encoder="wavlm", **flags):
+    torch.manual_seed(0)
+    wavlm = WavLM(SIZES["tiny"]) if encoder == "wavlm" else None
+    flags = SMALL | {"encoder": encoder, "frame_dim": 12, "prosody_dim": 0} | flags
+    return EmotionModel(ModelConfig(**flags), wavlm)
+
+
+def small_batch(lengths, chunk_index=None, seed=0):
+    rng = np.random.default_rng(seed)
+    longest, count = max(lengths), len(lengths)
+    mask = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+    audio = torch.from_numpy(rng.standard_normal((count, longest)).astype("float32")) * 0.1
+    frames = torch.from_numpy(rng.standard_normal((count, longest // 320, 12)).astype("float32"))
+    frame_mask = torch.arange(longest // 320) < torch.tensor(lengths).unsqueeze(1) // 320
+    return {
+        "input_values": audio * mask,
+        "attention_mask": mask,
+        "frames": frames * frame_mask.unsqueeze(2),
+        "frame_mask": frame_mask,
+        "prosody": torch.from_numpy(rng.standard_normal((count, 88)).astype("float32")),
+        "speaker": torch.from_numpy(rng.standard_normal((count, 192)).astype("float32")),
+        "labels": torch.from_numpy(rng.uniform(size=(count, 2)).astype("float32")),
+        "chunk_index": torch.arange(count).unsqueeze(1) if chunk_index is None else chunk_index,
+    }
+
+
+def lin_ccc(p, y):
+    """Lin (1989) as written there."""
+    return (
+        2
+        * np.mean((p - p.mean()) * (y - y.mean()))
+        / (p.var() + y.var() + (p.mean() - y.mean()) ** 2)
+    )
+
+
+# --- metrics and losses
+
+
+def test_ccc_pcc_and_rmse_equal_their_closed_forms():
+    rng = np.random.default_rng(0)
+    preds, labels = rng.uniform(size=(50, 2)), rng.uniform(size=(50, 2))
+    result = metrics(torch.from_numpy(preds), torch.from_numpy(labels), scale=4)
+    for i, target in enumerate(TARGETS):
+        p, y = preds[:, i], labels[:, i]
+        assert result[f"ccc_{target}"] == pytest.approx(lin_ccc(p, y), abs=1e-6)
+        assert result[f"pcc_{target}"] == pytest.approx(np.corrcoef(p, y)[0, 1], abs=1e-9)
+        assert result[f"rmse_{target}"] == pytest.approx(4 * math.sqrt(np.mean((p - y) ** 2)))
+    assert result["ccc_mean"] == pytest.approx((result["ccc_valence"] + result["ccc_arousal"]) / 2)
+
+
+def test_sums_of_parts_give_the_ccc_of_the_whole_and_the_mean_of_part_cccs_does_not():
+    torch.manual_seed(0)
+    labels = torch.rand(32, 2)
+    preds = (labels + 0.3 * torch.randn(32, 2)).clamp(0, 1)
+    whole = concordance(moment_sums(preds, labels))
+    parts = [moment_sums(p, y) for p, y in zip(preds.split(4), labels.split(4))]
+    torch.testing.assert_close(concordance(sum(parts)), whole)
+    assert (torch.stack([concordance(part) for part in parts]).mean(0) - whole).abs().max() > 0.02
+
+
+def test_gradient_through_exchanged_sums_is_the_gradient_of_the_whole_batch():
+    torch.manual_seed(0)
+    labels = torch.rand(32, 2)
+    preds = torch.rand(32, 2, requires_grad=True)
+    loss_from_sums(moment_sums(preds, labels), "ccc", 0.5, 0.1).backward()
+    whole, preds.grad = preds.grad, None
+    total = moment_sums(preds, labels).detach()
+    for p, y in zip(preds.split(4), labels.split(4)):
+        own = moment_sums(p, y)
+        loss_from_sums(total + own - own.detach(), "ccc", 0.5, 0.1).backward()
+    torch.testing.assert_close(preds.grad, whole, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", ["ccc", "mse"])
+@pytest.mark.parametrize("case", ["one utterance", "constant prediction", "constant label"])
+def test_loss_and_gradient_are_finite_on_degenerate_batches(loss, case):
+    count = 1 if case == "one utterance" else 8
+    preds, labels = torch.rand(count, 2), torch.rand(count, 2)
+    if case == "constant prediction":
+        preds = torch.full((8, 2), 0.5)
+    if case == "constant label":
+        labels = torch.full((8, 2), 0.5)
+    preds.requires_grad_()
+    value = loss_from_sums(moment_sums(preds, labels), loss, 0.5, 0.1)
+    value.backward()
+    assert value.isfinite() and preds.grad.isfinite().all()
+
+
+def test_valence_weight_one_ignores_arousal():
+    preds, labels = torch.rand(8, 2, requires_grad=True), torch.rand(8, 2)
+    loss_from_sums(moment_sums(preds, labels), "ccc", 1.0, 0.1).backward()
+    arousal = TARGETS.index("arousal")
+    assert preds.grad[:, arousal].abs().max() == 0 and preds.grad[:, 1 - arousal].abs().min() > 0
+
+
+def test_metrics_of_nothing_raise():
+    with pytest.raises(ValueError, match="no utterance"):
+        metrics(torch.zeros(0, 2), torch.zeros(0, 2))
+
+
+# --- encoders
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+@pytest.mark.parametrize(
+    "encoder", ["wavlm", "convnext", "baseline", "transformer", "lightweight_transformer"]
+)
+def test_a_padded_utterance_gives_the_same_prediction_as_alone(encoder, pooling):
+    model = small_model(encoder, pooling=pooling).eval()
+    lengths = [9_000, 16_000, 4_000, 12_345]
+    together = small_batch(lengths)
+    with torch.no_grad():
+        batched = model(together)
+        for i, length in enumerate(lengths):
+            frames = length // 320
+            alone = {
+                "input_values": together["input_values"][i : i + 1, :length],
+                "attention_mask": together["attention_mask"][i : i + 1, :length],
+                "frames": together["frames"][i : i + 1, :frames],
+                "frame_mask": together["frame_mask"][i : i + 1, :frames],
+                "chunk_index": torch.zeros(1, 1, dtype=torch.long),
+            }
+            torch.testing.assert_close(model(alone), batched[i : i + 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"speaker_dim": 192, "prosody_dim": 88},
+        {"pooling": "attention", "ema_alpha": -1.0, "feedback": True},
+        {"film": False, "d_state": 0},
+        {"mamba_layers": 0},
+        {"encoder": "convnext"},
+        {"encoder": "baseline"},
+        {"encoder": "transformer"},
+        {"encoder": "lightweight_transformer", "pooling": "attention"},
+    ],
+    ids=str,
+)
+def test_every_trainable_parameter_gets_a_gradient(flags):
+    """DDP with find_unused_parameters=False relies on it."""
+    model = small_model(**flags)
+    if model.config.encoder == "wavlm":
+        model.encoder.wavlm.set_trainable("all")
+    batch = small_batch([9_000, 16_000, 4_000], torch.tensor([[0, 1], [2, -1]]))
+    sums = moment_sums(model(batch), batch["labels"])
+    loss_from_sums(sums, "ccc", 0.5, 0.1).backward()
+    lacking = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert lacking == []
+
+
+def test_mel_filters_equal_those_of_transformers():
+    from transformers.audio_utils import mel_filter_bank
+
+    filters = mel_filter_bank(201, 80, 0, 8000, 16_000, norm=None, mel_scale="htk")
+    torch.testing.assert_close(
+        LogMel().filters, torch.from_numpy(filters).float(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_shortest_clip_gives_one_log_mel_frame():
+    mel, mask = LogMel()(torch.randn(1, 400), torch.ones(1, 400, dtype=torch.bool))
+    assert mel.shape == (1, 1, 80) and mask.all()
+
+
+def test_chunks_of_turns_are_tracked_apart_and_predictions_return_to_their_places():
+    model = small_model().eval()
+    batch = small_batch([8_000] * 5, torch.tensor([[3, 1, 4], [0, 2, -1]]))
+    with torch.no_grad():
+        preds = model(batch)
+        turns = model.encode(batch)
+        first, _ = model.track(turns[[3, 1, 4]].unsqueeze(0))
+        second, _ = model.track(turns[[0, 2]].unsqueeze(0))
+    torch.testing.assert_close(preds[[3, 1, 4]], first[0])
+    torch.testing.assert_close(preds[[0, 2]], second[0])
+
+
+# --- dialogue state
+
+
+@pytest.mark.parametrize("flags", [{}, {"feedback": True}, {"ema_alpha": -1.0}, {"d_state": 0}])
+def test_streaming_one_turn_at_a_time_equals_the_whole_dialogue(flags):
+    model = small_model(**flags).eval()
+    turns = torch.randn(2, 7, model.width)
+    with torch.no_grad():
+        whole, last = model.track(turns)
+        state, steps = None, []
+        for t in range(7):
+            pred, state = model.track(turns[:, t : t + 1], state)
+            steps.append(pred)
+        halves, middle = model.track(turns[:, :3])
+        rest, _ = model.track(turns[:, 3:], middle)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat((halves, rest), 1), whole, rtol=1e-5, atol=1e-6)
+    if "ema" in last:
+        torch.testing.assert_close(state["ema"], last["ema"], rtol=1e-5, atol=1e-6)
+
+
+def test_mamba_equals_transformers_and_its_gradients():
+    from transformers import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    torch.manual_seed(0)
+    config = MambaConfig(hidden_size=32, state_size=16, conv_kernel=4, expand=2, use_bias=False)
+    theirs, ours = MambaMixer(config, layer_idx=0), Mamba(32)
+    ours.load_state_dict(theirs.state_dict())
+    hidden = torch.randn(3, 11, 32)
+    mine, his = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    out, expected = ours(mine)[0], theirs(his)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(mine.grad, his.grad, rtol=1e-4, atol=1e-6)
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(
+            ours.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=name
+        )
+
+
+def test_the_ema_state_is_the_recurrence_of_its_definition():
+    model = small_model().eval()
+    turns = torch.randn(1, 5, model.width)
+    with torch.no_grad():
+        _, state = model.track(turns)
+        update, _ = model.updater(turns, None)
+    expected = torch.zeros(1, 8)
+    for t in range(5):
+        expected = 0.8 * expected + 0.2 * update[:, t]
+    torch.testing.assert_close(state["ema"], expected)
+
+
+def test_teacher_forcing_feeds_the_previous_label():
+    model = small_model(feedback=True).eval()
+    turns, labels = torch.randn(2, 4, model.width), torch.rand(2, 4, 2)
+    with torch.no_grad():
+        own, _ = model.track(turns)
+        forced, _ = model.track(turns, None, labels, teacher_forcing=1.0)
+        again, _ = model.track(turns, None, own, teacher_forcing=1.0)
+    torch.testing.assert_close(again, own)
+    torch.testing.assert_close(forced[:, 0], own[:, 0])  # no label before the first turn
+    assert (forced[:, 1:] - own[:, 1:]).abs().max() > 0
+
+
+# --- around the encoder
+
+
+def test_undefined_prosody_becomes_the_train_mean():
+    model = small_model(prosody_dim=88).eval()
+    train = torch.randn(20, 88) * 3 + 1
+    train[3, 5] = torch.nan
+    model.prosody.fit(train)
+    torch.testing.assert_close(model.prosody.mean[5], train[:, 5].nanmean())
+    row = train[:1].clone()
+    row[0, 7] = model.prosody.mean[7]
+    holed = row.clone()
+    holed[0, 7] = torch.nan
+    torch.testing.assert_close(model.prosody(holed), model.prosody(row))
+
+
+def test_film_is_the_identity_at_the_start():
+    model = small_model(speaker_dim=192).eval()
+    pooled = torch.randn(3, model.encoder.width)
+    torch.testing.assert_close(model.film(pooled, torch.randn(3, 192)), pooled)
+
+
+def test_parameter_counts_are_those_of_the_reference_model():
+    with torch.device("meta"):
+        model = EmotionModel(ModelConfig(speaker_dim=192), WavLM(SIZES["large"]))
+
+    def millions(module):
+        return sum(p.numel() for p in module.parameters()) / 1e6
+
+    film = model.film
+    assert sum(p.numel() for p in model.encoder.parameters()) == 315_453_120
+    assert millions(model.prosody) == pytest.approx(0.02, abs=0.01)
+    assert millions(film.speaker) == pytest.approx(0.07, abs=0.01)
+    assert millions(film.film) == pytest.approx(0.58, abs=0.01)
+    assert millions(model.updater) == pytest.approx(1.17, abs=0.01)
+    assert millions(model.heads) == pytest.approx(1.24, abs=0.01)
+    assert millions(model) == pytest.approx(318.54, abs=0.01)
+    assert millions(model) - millions(model.encoder) == pytest.approx(3.08, abs=0.01)

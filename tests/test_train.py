@@ -1,0 +1,509 @@
+"""train.py: equal updates however a batch is split, resume bit for bit, errors, every encoder."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data import Batches, BatchSpec, DataError
+from model import moment_sums
+from train import (
+    build_model,
+    build_optimizer,
+    evaluate,
+    load_checkpoint,
+    load_data,
+    lr_at,
+    main,
+    parse_args,
+    parse_unfreeze,
+    run,
+    run_dir,
+    set_trainable,
+    train_step,
+    unfreeze_at,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def weights_of(args, file="last.pt"):
+    return load_checkpoint(run_dir(args) / file)["model"]
+
+
+def assert_same(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        if tolerance:
+            torch.testing.assert_close(one[name], other[name], msg=name, **tolerance)
+        else:
+            assert torch.equal(one[name], other[name]), name
+
+
+def records(args, event):
+    lines = (run_dir(args) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+def step_on(args, model, batches, steps=1):
+    """`steps` updates on the same micro-batches, from a copy of the model."""
+    model = copy.deepcopy(model)
+    optimizer = build_optimizer(model, args, "cpu")
+    set_trainable(model, args.unfreeze)
+    model.train()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    args.amp = args.amp or "off"
+    for step in range(steps):
+        train_step(model, model, batches, optimizer, scaler, args, step)
+    return model.state_dict()
+
+
+def prepared(flags, *more):
+    args = parse_args([*flags, *more])
+    _, splits, dataset, _ = load_data(args)
+    torch.manual_seed(args.seed)
+    return args, splits, dataset, build_model(args, 0, 0)
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    return model
+
+
+# --- contract 1: the same global batch gives the same update
+
+
+@pytest.mark.parametrize("loss", ["ccc", "mse"])
+def test_four_micro_batches_give_the_update_of_one_batch(flags, loss):
+    args, splits, dataset, model = prepared(flags, "--loss", loss)
+    without_dropout(model)
+    rows = splits["train"][:16].tolist()
+    whole = [dataset[BatchSpec(tuple((row,) for row in rows), 0)]]
+    parts = [dataset[BatchSpec(tuple((r,) for r in rows[i::4]), 0)] for i in range(4)]
+    one, four = (step_on(args, model, batches, steps=5) for batches in (whole, parts))
+    assert_same(one, four, rtol=1e-3, atol=2e-5)
+    start = model.state_dict()
+    moved = max((one[k].double() - start[k].double()).abs().max() for k in one)
+    assert moved > 1e-3  # five steps did go somewhere
+
+
+def test_averaging_micro_batch_cccs_is_another_update(flags):
+    args, splits, dataset, model = prepared(flags, "--exact_ccc", "off")
+    without_dropout(model)
+    rows = splits["train"][:16].tolist()
+    whole = [dataset[BatchSpec(tuple((row,) for row in rows), 0)]]
+    parts = [dataset[BatchSpec(tuple((r,) for r in rows[i::4]), 0)] for i in range(4)]
+    one, four = (step_on(args, model, batches) for batches in (whole, parts))
+    assert max((one[k].double() - four[k].double()).abs().max() for k in one) > 1e-4
+
+
+def test_the_second_forward_of_exact_ccc_draws_the_dropout_of_the_first(flags, monkeypatch):
+    args, splits, dataset, model = prepared(flags)
+    rows = splits["train"][:12].tolist()
+    batches = [dataset[BatchSpec(tuple((r,) for r in rows[i::3]), 0)] for i in range(3)]
+    seen = []
+    monkeypatch.setattr(
+        train, "moment_sums", lambda p, y: seen.append(p.detach().clone()) or moment_sums(p, y)
+    )
+    step_on(args, model, batches)
+    assert len(seen) == 6
+    for first, second in zip(seen[:3], seen[3:]):
+        assert torch.equal(first, second)
+    seen.clear()
+    model.train()
+    model(batches[0])
+    step_on(parse_args([*flags, "--seed", "1"]), model, batches)
+    assert not torch.equal(seen[0], first)  # and dropout was on
+
+
+@pytest.mark.parametrize("extra", [[], ["--context", "2"]], ids=["single", "context"])
+def test_two_ranks_give_the_losses_and_weights_of_one(flags, tmp_path, extra):
+    """Dropout off (its draws depend on the split); the plan, CCC and DDP are what is compared."""
+    flags = [*flags, "--dropout", "0", "--epochs", "1", "--global_batch_size", "16", *extra]
+    flags += ["--wavlm", str(dropless(flags, tmp_path))]
+    alone = parse_args([*flags, "--batch_size", "8", "--name", "alone"])
+    assert main(alone) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc_per_node", "2", "train.py", *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, "--batch_size", "4", "--name", "ranks"],
+        cwd=ROOT,
+        env=env,
+        check=True,
+        timeout=300,
+    )
+    ranks = parse_args([*flags, "--batch_size", "4", "--name", "ranks"])
+    for one, two in zip(records(alone, "train"), records(ranks, "train"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=2e-5)
+    assert_same(weights_of(alone), weights_of(ranks), rtol=1e-3, atol=2e-5)
+    alone_csv, ranks_csv = (run_dir(a) / "predictions_test.csv" for a in (alone, ranks))
+    assert len(alone_csv.read_text().splitlines()) == 25  # 24 test utterances, each once
+    one, two = (np.genfromtxt(f, delimiter=",", skip_header=1) for f in (alone_csv, ranks_csv))
+    np.testing.assert_allclose(one[:, -2:], two[:, -2:], atol=1e-4)
+
+
+def dropless(flags, tmp_path):
+    """A copy of the small WavLM whose config has no dropout."""
+    source = Path(flags[flags.index("--wavlm") + 1])
+    config = json.loads((source / "config.json").read_text())
+    config |= {key: 0.0 for key in config if key.endswith("_dropout")}
+    target = tmp_path / "dropless"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    return target
+
+
+def test_gradient_checkpointing_changes_no_gradient(flags):
+    args, splits, dataset, model = prepared(flags)
+    batch = [dataset[BatchSpec(tuple((row,) for row in splits["train"][:8].tolist()), 0)]]
+    plain = step_on(args, model, batch, steps=2)
+    train.set_checkpointing(model, True)
+    assert_same(plain, step_on(args, model, batch, steps=2))
+
+
+# --- contract 3: resume
+
+
+SETTINGS = {
+    "plain": [],
+    "dialogues": ["--context", "4", "--feedback", "--augment", "--ema_alpha", "learned"],
+    "progressive": [
+        "--unfreeze",
+        "1:none,2:top:1,3:all",
+        "--epochs",
+        "3",
+        "--scheduler",
+        "plateau",
+    ],
+    "accumulated bf16": [
+        "--amp",
+        "bf16",
+        "--batch_size",
+        "4",
+        "--gradient_accumulation_steps",
+        "2",
+    ],
+    "workers": ["--num_workers", "2", "--augment", "--patience", "3"],
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_run_stopped_by_sigterm_resumes_bit_for_bit(flags, setting, monkeypatch):
+    flags = [*flags, *SETTINGS[setting]]
+    whole = parse_args([*flags, "--name", "whole"])
+    assert main(whole) == 0
+    steps = len(records(whole, "train"))
+    parted = [*flags, "--name", "parted"]
+    step_line = train.step_line
+    for stop_at in (2, steps - 1):
+
+        def stopping(record, step, *rest, stop_at=stop_at):
+            if step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step_line(record, step, *rest)
+
+        monkeypatch.setattr(train, "step_line", stopping)
+        assert main(parse_args([*parted, "--resume"])) == 75
+        assert load_checkpoint(run_dir(parse_args(parted)) / "last.pt")["state"]["step"] == stop_at
+    monkeypatch.setattr(train, "step_line", step_line)
+    assert main(parse_args([*parted, "--resume"])) == 0
+    parted = parse_args(parted)
+    for file in ("last.pt", "best.pt"):
+        assert_same(weights_of(whole, file), weights_of(parted, file))
+    for event in ("train", "dev", "test"):
+        for one, two in zip(records(whole, event), records(parted, event), strict=True):
+            timing = {"audio_seconds_per_second", "data_share", "ms_per_step", "peak_gib"}
+            assert {k: v for k, v in one.items() if k not in timing} == {
+                k: v for k, v in two.items() if k not in timing
+            }
+    test_csv = "predictions_test.csv"
+    assert (run_dir(whole) / test_csv).read_bytes() == (run_dir(parted) / test_csv).read_bytes()
+
+
+def test_a_complete_run_has_nothing_to_resume(flags):
+    assert main(parse_args(flags)) == 0
+    before = (run_dir(parse_args(flags)) / "result.json").read_bytes()
+    assert main(parse_args([*flags, "--resume"])) == 0
+    assert (run_dir(parse_args(flags)) / "result.json").read_bytes() == before
+
+
+# --- contract 4: evaluation
+
+
+def test_evaluation_does_not_depend_on_batch_size_and_keeps_the_order_of_rows(flags):
+    args, splits, dataset, model = prepared(flags, "--amp", "off")
+    rows = splits["test"]
+    dialogs = [str(row) for row in range(len(dataset.labels))]
+    device = torch.device("cpu")
+    preds = evaluate(model, dataset, rows, dialogs, args, device)
+    args.batch_size, args.global_batch_size = 2, 2
+    assert torch.equal(preds, evaluate(model, dataset, rows, dialogs, args, device))
+    model.eval()
+    with torch.no_grad():
+        for i in (0, 7, len(rows) - 1):
+            alone = model(dataset[BatchSpec(((rows[i],),))])
+            torch.testing.assert_close(preds[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_with_context_tracks_whole_dialogues(flags):
+    args, splits, dataset, model = prepared(flags, "--amp", "off", "--context", "2")
+    rows = splits["test"]
+    dialogs = [utt.dialog for utt in load_data(args)[0].utterances]
+    preds = evaluate(model, dataset, rows, dialogs, args, torch.device("cpu"))
+    model.eval()
+    first = [i for i, row in enumerate(rows) if dialogs[row] == dialogs[rows[0]]]
+    with torch.no_grad():
+        turns = torch.cat([model.encode(dataset[BatchSpec(((rows[i],),))]) for i in first])
+        tracked = model.track(turns.unsqueeze(0))[0][0]
+    assert len(first) == 4
+    torch.testing.assert_close(preds[first], tracked, rtol=1e-4, atol=1e-5)
+
+
+# --- the run directory
+
+
+def test_a_run_leaves_the_files_of_the_design(flags):
+    args = parse_args([*flags, "--fold", "2"])
+    assert main(args) == 0
+    names = {path.name for path in run_dir(args).iterdir()}
+    assert names >= {
+        "args.json", "train.log", "metrics.jsonl", "last.pt", "best.pt", "result.json",
+        "predictions_dev.csv", "predictions_test.csv", "splits.json", "tb",
+        "curves.png", "scatter.png", "embedding.png",
+    }  # fmt: skip
+    result = json.loads((run_dir(args) / "result.json").read_text())
+    assert result["splits"] == {"train": 24, "dev": 24, "test": 24}
+    assert result["fold"] == 2 and result["num_folds"] == 3 and result["label_range"] == [0, 1]
+    for split in ("dev", "test"):
+        assert -1 <= result[split]["ccc_mean"] <= 1
+    test = (run_dir(args) / "predictions_test.csv").read_text().splitlines()
+    assert len(test) == 25 and all(line.startswith("s2") for line in test[1:])
+    best = max(record["dev/ccc_mean"] for record in records(args, "dev"))
+    assert result["dev"]["ccc_mean"] == pytest.approx(best, abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(flags):
+    runs = [parse_args([*flags, "--name", n, "--seed", s]) for n, s in ("a0", "b0", "c1")]
+    for args in runs:
+        assert main(args) == 0
+    assert_same(weights_of(runs[0]), weights_of(runs[1]))
+    losses = [[record["loss"] for record in records(args, "train")] for args in runs]
+    assert losses[0] == losses[1] != losses[2]
+
+
+# --- schedules
+
+
+def test_unfreeze_schedules_parse_and_apply_from_their_epoch_on():
+    schedule = parse_unfreeze("1:none,11:top:4,21:all")
+    assert [unfreeze_at(schedule, epoch) for epoch in (0, 9, 10, 19, 20, 99)] == [
+        "none", "none", "top:4", "top:4", "all", "all",
+    ]  # fmt: skip
+    assert parse_unfreeze("transformer") == [(1, "transformer")]
+
+
+@pytest.mark.parametrize("text", ["some", "top:0", "2:all", "1:none,1:all", "1:none,,2:all", "1:x"])
+def test_a_wrong_unfreeze_schedule_is_refused(text):
+    with pytest.raises(ValueError, match="--unfreeze"):
+        parse_unfreeze(text)
+
+
+def test_learning_rate_rises_then_falls_to_zero_along_a_cosine():
+    rates = [lr_at(step, 100, 0.1, "cosine") for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0 and rates[100] == pytest.approx(0)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert {lr_at(step, 100, 0.0, "none") for step in range(100)} == {1.0}
+
+
+def test_groups_hold_every_trained_parameter_once_at_its_rate(flags):
+    args, _, _, model = prepared(flags, "--unfreeze", "1:none,2:top:1", "--encoder_lr", "1e-5")
+    optimizer = build_optimizer(model, args, "cpu")
+    set_trainable(model, "top:1")
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(grouped) == len({id(p) for p in grouped})
+    for group in optimizer.param_groups:
+        assert group["peak_lr"] == (1e-5 if group["name"].startswith("wavlm") else 1e-3)
+        decayed = all(p.ndim >= 2 for p in group["params"])
+        assert group["weight_decay"] == (0.01 if decayed else 0)
+
+
+def test_frozen_weights_do_not_move_and_unfrozen_ones_do(flags):
+    args = parse_args([*flags, "--unfreeze", "top:1", "--weight_decay", "0.1"])
+    start = build_model(args, 0, 0).encoder.state_dict()
+    assert main(args) == 0
+    end = weights_of(args)
+    for name, before in start.items():
+        layer_two = ".layers.1." in name or name.startswith("wavlm.encoder.layer_norm")
+        assert torch.equal(before, end[f"encoder.{name}"]) != layer_two, name
+
+
+# --- every encoder and option trains
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--encoder", "convnext", "--base_channels", "4", "--num_blocks", "2"],
+        ["--encoder", "baseline", "--base_channels", "4", "--num_blocks", "2"],
+        ["--encoder", "transformer", "--d_model", "64", "--num_layers", "1"],
+        ["--encoder", "lightweight_transformer", "--d_model", "256", "--num_layers", "1"],
+        ["--prosody", "egemaps"],
+        ["--speaker", "NPY"],
+        ["--pooling", "attention", "--d_state", "0", "--no_film"],
+        ["--gradient_checkpointing", "--unfreeze", "transformer", "--attention", "eager"],
+        ["--loss", "mse", "--max_grad_norm", "0", "--scheduler", "none"],
+        ["--preset", "large_batch", "--batch_size", "8"],
+    ],
+    ids=lambda extra: " ".join(extra),
+)
+def test_every_kind_of_model_trains_and_tests(flags, extra, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("vectors", "frames"):
+        (tmp_path / name).mkdir()
+    for session in range(1, 4):
+        for dialog in range(6):
+            for turn in range(4):
+                utt_id = f"s{session}d{dialog}t{turn}.npy"
+                np.save(tmp_path / "vectors" / utt_id, rng.standard_normal(24, dtype=np.float32))
+                frames = rng.standard_normal((5 + turn, 10), dtype=np.float32)
+                np.save(tmp_path / "frames" / utt_id, frames)
+    extra = [str(tmp_path / "vectors") if flag == "NPY" else flag for flag in extra]
+    if "transformer" in " ".join(extra[:2]):
+        extra += ["--features_dir", str(tmp_path / "frames")]
+    assert main(parse_args([*flags, "--epochs", "1", *extra])) == 0
+
+
+def test_film_alone_can_be_trained_from_an_earlier_run(flags):
+    first = parse_args([*flags, "--name", "first"])
+    assert main(first) == 0
+    personal = ["--name", "personal", "--init_from", str(run_dir(first)), "--train_only", "film"]
+    second = parse_args([*flags, *personal])
+    assert main(second) == 0
+    before, after = weights_of(first, "best.pt"), weights_of(second)
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"film"}
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_like_plain_ones(flags):
+    losses = []
+    for name, extra in (("plain", []), ("compiled", ["--compile"])):
+        args = parse_args([*flags, "--name", name, "--dropout", "0", *extra])
+        assert main(args) == 0
+        losses.append([record["loss"] for record in records(args, "train")])
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-4)
+
+
+# --- presets and errors
+
+
+def test_presets_set_flags_and_a_flag_given_by_hand_wins():
+    assert parse_args(["--preset", "max"]).d_state == 128
+    args = parse_args(["--preset", "max", "--d_state", "32"])
+    assert (args.d_state, args.mamba_layers) == (32, 3)
+    assert parse_args(["--preset", "large_batch", "--encoder", "convnext"]).batch_size == 1024
+
+
+def test_batch_sizes_are_derived_from_each_other(monkeypatch):
+    args = parse_args(["--batch_size", "4", "--global_batch_size", "32"])
+    assert args.gradient_accumulation_steps == 8
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = parse_args(["--batch_size", "4", "--gradient_accumulation_steps", "3"])
+    assert args.global_batch_size == 24
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--encoder", "hubert"], "--encoder"),
+        (["--batch_size", "6", "--global_batch_size", "32"], "not a multiple of batch_size 6"),
+        (["--batch_size", "4", "--context", "3"], "not a multiple of --context 3"),
+        (["--batch_size", "many"], "a number or auto"),
+        (["--unfreeze", "half"], "--unfreeze half"),
+        (["--encoder", "transformer"], "--features_dir"),
+        (["--features_dir", "x"], "not used by --encoder wavlm"),
+        (["--resume", "--overwrite"], "exclude each other"),
+        (["--amp", "fp16", "--device", "cpu"], "needs a GPU"),
+        (["--ema_alpha", "2"], "--ema_alpha 2"),
+        (["--name", "a/b"], "--name"),
+        (["--epochs", "0"], "--epochs 0: must be at least 1"),
+        (["--label_range", "5", "1"], "LO must be below HI"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_code_2(wrong, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(wrong)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--data", "nowhere.csv"], "nowhere.csv"),
+        (["--fold", "9"], "9"),
+        (["--label_range", "0", "0.5"], "row"),
+        (["--wavlm", "/nowhere"], "--wavlm"),
+        (["--unfreeze", "top:9"], "--unfreeze top:9"),
+        (["--layers", "5"], "--layers"),
+        (["--batch_size", "64"], "--batch_size"),
+        (["--encoder", "transformer", "--features_dir", "/nowhere"], "--features_dir"),
+        (["--init_from", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_wrong_input_is_one_line_and_exit_code_2(flags, wrong, said, capsys):
+    assert run([*flags, *wrong]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.strip().splitlines()) <= 2
+
+
+def test_an_existing_run_is_not_touched_without_resume_or_overwrite(flags, capsys):
+    assert run(flags) == 0
+    before = (run_dir(parse_args(flags)) / "last.pt").read_bytes()
+    capsys.readouterr()
+    assert run(flags) == 2
+    error = capsys.readouterr().err
+    assert "--resume" in error and "--overwrite" in error
+    assert (run_dir(parse_args(flags)) / "last.pt").read_bytes() == before
+    assert run([*flags, "--resume", "--lr", "1"]) in (0, 2)
+
+
+def test_resuming_with_another_flag_is_refused(flags, capsys, monkeypatch):
+    monkeypatch.setattr(train, "any_rank", lambda *_: True)
+    assert main(parse_args(flags)) == 75
+    assert run([*flags, "--resume", "--lr", "0.5"]) == 2
+    assert "--lr was 0.001" in capsys.readouterr().err
+
+
+def test_overwrite_spares_a_directory_that_is_no_run(flags, capsys):
+    directory = run_dir(parse_args(flags))
+    directory.mkdir(parents=True)
+    (directory / "thesis.tex").write_text("years of work")
+    assert run([*flags, "--overwrite"]) == 2
+    assert (directory / "thesis.tex").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_utterances(flags):
+    with pytest.raises(FloatingPointError, match=r"step .*gradient norm (nan|inf)"):
+        main(parse_args([*flags, "--lr", "1e30", "--encoder_lr", "1e30", "--warmup", "0"]))
+    assert not (run_dir(parse_args(flags)) / "best.pt").exists()
+
+
+def test_data_errors_reach_the_caller_as_such(flags):
+    with pytest.raises(DataError):
+        main(parse_args([*flags, "--fold", "9"]))
+    assert isinstance(prepared(flags)[2], Batches)

@@ -1,0 +1,562 @@
+"""wavlm.py against transformers' WavLMModel (eager), and the promises of its docstrings.
+
+python -m pytest tests/test_wavlm.py
+"""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import WavLMConfig as HFConfig
+from transformers import WavLMForCTC, WavLMModel
+
+import wavlm
+from wavlm import SIZES, WavLM, WavLMConfig, attend, load_wavlm, save_wavlm
+
+NARROW = WavLMConfig(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=48,
+    conv_dim=(16,) * 7,
+    num_conv_pos_embeddings=16,
+    num_conv_pos_embedding_groups=4,
+    num_buckets=32,
+    max_bucket_distance=60,
+    feat_extract_norm="layer",
+    do_stable_layer_norm=True,
+    feat_proj_dropout=0.1,
+)
+NORMS = [(norm, stable) for norm in ("layer", "group") for stable in (True, False)]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def samples(num_frames):
+    """The fewest samples that give so many frames."""
+    return 400 + 320 * (num_frames - 1)
+
+
+def randomise(model):
+    """Give every parameter a value that matters: norms, gates and biases start as constants."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * (1.0 if "rel_attn_embed" in name else 0.1))
+    return model
+
+
+def pair(config, attention="sdpa", dtype=torch.float64):
+    """transformers' model and ours with the same weights, dropout off."""
+    reference = WavLMModel(HFConfig(**{**config.to_dict(), "layerdrop": 0.0}))
+    randomise(reference).eval()
+    ours = WavLM(config).eval()
+    ours.load_state_dict(reference.state_dict())
+    ours.attention = attention
+    return reference.to(dtype), ours.to(dtype)
+
+
+def reference_states(reference, input_values, attention_mask):
+    """hidden_states with the final layer norm on the last, as transformers 4 gave them."""
+    out = reference(input_values, attention_mask=attention_mask, output_hidden_states=True)
+    return [*out.hidden_states[:-1], out.last_hidden_state]
+
+
+def batch(lengths):
+    """input_values (B, L), zeros behind each end, and attention_mask (B, L) bool."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return torch.randn(len(lengths), max(lengths)) * mask, mask
+
+
+def weighted_sum(states):
+    """A scalar in which every element of every state has its own weight."""
+    generator = torch.Generator().manual_seed(1)
+    return sum((s * torch.randn(s.shape, generator=generator)).sum() for s in states)
+
+
+def assert_equal_states_and_gradients(reference, ours, input_values, mask):
+    """Both models in float64, where what is left is summation order, not float32's noise."""
+    input_values = input_values.double()
+    wanted = reference_states(reference, input_values, None if mask is None else mask.long())
+    got, frame_mask = ours(input_values, mask, layers=range(len(wanted)))
+    assert sorted(got) == list(range(len(wanted)))
+    assert (frame_mask is None) == (mask is None)
+    for i, state in enumerate(wanted):
+        torch.testing.assert_close(got[i], state, rtol=1e-9, atol=1e-9, msg=f"hidden state {i}")
+    weighted_sum(wanted).backward()
+    weighted_sum(got.values()).backward()
+    ours_by_name = dict(ours.named_parameters())
+    for name, p in reference.named_parameters():
+        grad = ours_by_name[name].grad
+        if name == "masked_spec_embed":
+            assert grad is None
+            continue
+        error = (grad - p.grad).abs().max() / p.grad.abs().max().clamp(min=1e-2)
+        assert error < 1e-8, f"gradient of {name}: relative error {error:.2e}"
+
+
+def kept_bytes(function):
+    """Bytes of the tensors that `function()` keeps for backward, each storage once, by shape."""
+    kept = {}
+
+    def pack(t):
+        if not isinstance(t, torch.nn.Parameter):
+            kept[t.untyped_storage()._cdata] = (tuple(t.shape), t.numel() * t.element_size(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function()
+    return [(shape, size) for shape, size, _ in kept.values()], result
+
+
+# ---------------------------------------------------------------- equal to transformers
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("num_frames", [1, 2, 24, 37, 141])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("norm", "stable"), NORMS)
+def test_every_hidden_state_and_gradient_equals_transformers(
+    norm, stable, masked, num_frames, attention
+):
+    config = dataclasses.replace(NARROW, feat_extract_norm=norm, do_stable_layer_norm=stable)
+    config = dataclasses.replace(config, conv_bias=masked)  # either value once, at no extra run
+    reference, ours = pair(config, attention)
+    full = samples(num_frames)
+    input_values, mask = batch([full + 100, max(400, full // 2), max(400, full // 3 + 7)])
+    assert_equal_states_and_gradients(reference, ours, input_values, mask if masked else None)
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_the_published_depths_and_buckets_equal_transformers_at_a_narrow_width(size):
+    heads = SIZES[size].num_attention_heads
+    config = dataclasses.replace(
+        SIZES[size], hidden_size=4 * heads, intermediate_size=96, conv_dim=(24,) * 7
+    )
+    reference, ours = pair(config)
+    input_values, mask = batch([16_000, 9_000])
+    assert_equal_states_and_gradients(reference, ours, input_values, mask)
+
+
+@pytest.mark.parametrize(("buckets", "max_distance"), [(320, 800), (32, 128), (256, 1000)])
+def test_the_position_table_equals_transformers_beyond_the_maximum_distance(buckets, max_distance):
+    config = dataclasses.replace(NARROW, num_buckets=buckets, max_bucket_distance=max_distance)
+    reference, ours = pair(config)
+    num_frames = max_distance + 203
+    wanted = reference.encoder.layers[0].attention.compute_bias(num_frames, num_frames)
+    table = ours.encoder.layers[0].attention.position_table(num_frames)
+    assert table.shape == (4, num_frames, math.ceil(num_frames / 8) * 8)
+    assert torch.equal(table[..., :num_frames], wanted)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("norm", "stable"), NORMS)
+def test_in_float32_the_states_equal_transformers_to_rounding(norm, stable, attention):
+    config = dataclasses.replace(NARROW, feat_extract_norm=norm, do_stable_layer_norm=stable)
+    reference, ours = pair(config, attention, torch.float32)
+    input_values, mask = batch([20_000, 11_000])
+    wanted = reference_states(reference, input_values, mask.long())
+    got, _ = ours(input_values, mask, layers=range(4))
+    for i, state in enumerate(wanted):
+        torch.testing.assert_close(got[i], state, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_layers_asked_for_come_back_and_none_above_them_is_computed():
+    model = WavLM(NARROW).eval()
+    input_values, mask = batch([8_000])
+    every, frame_mask = model(input_values, mask, layers=range(4))
+    last, _ = model(input_values, mask)
+    assert list(last) == [3] and torch.equal(last[3], every[3])
+    assert frame_mask.shape == every[0].shape[:2]
+    model.encoder.layers[2] = None  # computing it would raise
+    some, _ = model(input_values, mask, layers=[2, 0])
+    assert sorted(some) == [0, 2] and torch.equal(some[2], every[2])
+
+
+# ---------------------------------------------------------------- padding
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("stable", [True, False])
+def test_a_padded_utterance_gives_the_same_states_as_alone(stable, attention):
+    model = randomise(WavLM(dataclasses.replace(NARROW, do_stable_layer_norm=stable))).eval()
+    model.attention = attention
+    lengths = [30_000, 16_000, 5_321, 400]
+    input_values, mask = batch(lengths)
+    together, frame_mask = model(input_values, mask, layers=range(4))
+    assert frame_mask.sum(1).tolist() == model.frame_lengths(torch.tensor(lengths)).tolist()
+    for row, length in enumerate(lengths):
+        alone, _ = model(input_values[row : row + 1, :length], layers=range(4))
+        for layer, state in alone.items():
+            padded = together[layer][row, frame_mask[row]]
+            torch.testing.assert_close(padded, state[0], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_utterance_that_is_all_padding_gives_no_nan_and_changes_no_other(attention, dtype):
+    model = randomise(WavLM(NARROW)).eval()
+    model.attention = attention
+    input_values, mask = batch([9_000, 9_000])
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        before, _ = model(input_values, mask)
+        mask[1] = False
+        after, frame_mask = model(input_values, mask)
+    assert not frame_mask[1].any()
+    assert torch.equal(before[3][0], after[3][0])
+    after[3].float().sum().backward()
+    assert torch.isfinite(after[3]).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+def test_frame_lengths_are_those_of_the_convolutions():
+    model = WavLM(SIZES["tiny"])
+    seconds = {400: 1, 16_000: 49, 48_000: 149, 80_000: 249}
+    for num_samples, num_frames in seconds.items():
+        assert model.frame_lengths(num_samples) == num_frames
+        assert model.feature_extractor(torch.zeros(1, num_samples)).shape[1] == num_frames
+    lengths = torch.tensor(list(seconds))
+    assert model.frame_lengths(lengths).tolist() == list(seconds.values())
+    assert model.frame_lengths(lengths.numpy()).tolist() == list(seconds.values())
+
+
+# ---------------------------------------------------------------- training
+# WavLM-Large by arithmetic: attention, feed-forward, norms and gate of a layer; the CNN
+LAYER = 4 * (1024**2 + 1024) + (2 * 1024 * 4096 + 4096 + 1024) + 4 * 1024 + (64 * 8 + 8 + 16)
+CNN = 512 * 10 + 4 * 512**2 * 3 + 2 * 512**2 * 2 + 7 * 2 * 512
+TRAINABLE = {
+    "none": 0,
+    "top:1": LAYER + 2 * 1024,
+    "top:6": 6 * LAYER + 2 * 1024,
+    "top:24": 24 * LAYER + 2 * 1024 + 320 * 16,
+    "transformer": 315_453_120 - 1024 - CNN,
+    "all": 315_453_120 - 1024,
+}
+
+
+@pytest.mark.parametrize("what", TRAINABLE)
+def test_exactly_the_parameters_named_by_unfreeze_train_and_each_gets_a_gradient(what):
+    with torch.device("meta"):
+        model = WavLM(SIZES["large"])
+    model.set_trainable(what)
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trainable.values()) == TRAINABLE[what]
+    states, _ = model(torch.empty(2, 16_000, device="meta"))
+    if what == "none":
+        assert not states[24].requires_grad
+        return
+    states[24].sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(trainable)
+
+
+@pytest.mark.parametrize("stable", [True, False])
+@pytest.mark.parametrize("what", ["top:2", "transformer", "all"])
+def test_after_truncate_every_trainable_parameter_gets_a_gradient(stable, what):
+    model = WavLM(dataclasses.replace(NARROW, do_stable_layer_norm=stable))
+    model.truncate(2)
+    model.set_trainable(what)
+    input_values, mask = batch([5_000, 4_000])
+    states, _ = model(input_values, mask, layers=[1, 2])
+    weighted_sum(states.values()).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("stable", [True, False])
+def test_truncate_keeps_the_meaning_of_the_hidden_states(stable):
+    model = randomise(WavLM(dataclasses.replace(NARROW, do_stable_layer_norm=stable))).eval()
+    input_values, mask = batch([5_000, 4_000])
+    full, _ = model(input_values, mask, layers=range(4))
+    for kept in (3, 2, 0):
+        model.truncate(kept)
+        states, _ = model(input_values, mask, layers=range(kept + 1))
+        assert all(torch.equal(states[i], full[i]) for i in range(kept + 1))
+        rebuilt = WavLM(WavLMConfig.from_dict(model.config.to_dict())).eval()
+        rebuilt.load_state_dict(model.state_dict())
+        assert torch.equal(rebuilt(input_values, mask)[0][kept], full[kept])
+
+
+@pytest.mark.parametrize("what", ["top:0", "top:4", "top:", "top:x", "some", ""])
+def test_an_unfreeze_that_does_not_fit_names_the_flag(what):
+    with pytest.raises(ValueError, match=f"--unfreeze {what}: .*between 1 and 3"):
+        WavLM(NARROW).set_trainable(what)
+
+
+def test_a_layer_that_does_not_exist_names_the_flag():
+    for layers in ([4], [-1], []):
+        with pytest.raises(ValueError, match=r"--layers .* between 0 and 3"):
+            WavLM(NARROW)(torch.zeros(1, 400), layers=layers)
+    with pytest.raises(ValueError, match=r"--layers 9: .* 0 to 3"):
+        WavLM(NARROW).truncate(9)
+
+
+def test_the_frozen_prefix_keeps_no_activations():
+    model = WavLM(NARROW)
+    input_values, mask = batch([16_000, 9_000])
+    total = {}
+    for what in ("none", "top:1", "top:2", "all"):
+        model.set_trainable(what)
+        kept, _ = kept_bytes(lambda: model(input_values, mask))
+        total[what] = sum(size for _, size in kept)
+    assert total["none"] == 0
+    assert 0 < total["top:1"] < total["top:2"] < total["all"]
+    assert total["top:2"] < 2.2 * total["top:1"]
+
+
+@pytest.mark.parametrize("what", ["none", "top:1", "transformer", "all"])
+def test_dropout_acts_only_in_training_and_only_where_something_trains(what):
+    model = WavLM(NARROW)
+    model.set_trainable(what)
+    input_values, mask = batch([9_000, 5_000])
+    model.train()
+    one, _ = model(input_values, mask, layers=range(4))
+    two, _ = model(input_values, mask, layers=range(4))
+    differ = [not torch.equal(one[i], two[i]) for i in range(4)]
+    first = {"none": 4, "top:1": 3, "transformer": 0, "all": 0}[what]
+    assert differ == [i >= first for i in range(4)]
+    model.eval()
+    one, two = model(input_values, mask), model(input_values, mask)
+    assert torch.equal(one[0][3], two[0][3])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("what", ["top:2", "all"])
+def test_gradient_checkpointing_changes_no_gradient_with_dropout_on(what, attention):
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = randomise(WavLM(NARROW)).train()
+        model.attention, model.gradient_checkpointing = attention, recompute
+        model.set_trainable(what)
+        input_values, mask = batch([9_000, 5_000])
+        torch.manual_seed(1)
+        kept, (states, _) = kept_bytes(lambda m=model, x=input_values, y=mask: m(x, y))
+        weighted_sum(states.values()).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        dense = [shape for shape, _ in kept if shape[-2:] == (27, 27)]
+        assert bool(dense) != recompute  # no T x T tensor outlives a checkpointed layer
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_the_frozen_cnn_gives_the_same_in_slices(norm, monkeypatch):
+    model = WavLM(dataclasses.replace(NARROW, feat_extract_norm=norm)).eval()
+    input_values, mask = batch([9_000, 5_000, 7_000])
+    whole, _ = model(input_values, mask)
+    model.set_trainable("transformer")
+    for limit in (1, 18_000):
+        monkeypatch.setattr(wavlm, "CNN_SLICE_SAMPLES", limit)
+        sliced, _ = model(input_values, mask)
+        torch.testing.assert_close(sliced[3], whole[3], rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- memory, precision, devices
+def attention_inputs(num_frames, dtype, device="cpu"):
+    """q, k, v, gate, table, key_bias of 2 utterances and 4 heads of 64; all but the last train."""
+    width = math.ceil(num_frames / 8) * 8
+    shapes = [(2, 4, num_frames, 64)] * 3 + [(2, 4, num_frames, 1), (4, num_frames, width)]
+    tensors = [torch.randn(s, dtype=dtype, device=device).requires_grad_() for s in shapes]
+    return [*tensors, torch.zeros(2, 1, 1, width, dtype=dtype, device=device)]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_on_cpu_keeps_one_dense_tensor(attention):
+    inputs = attention_inputs(77, torch.float32)
+    kept, _ = kept_bytes(lambda: attend(*inputs, 0.0, attention))
+    dense = sum(size for shape, size in kept if math.prod(shape) >= 2 * 4 * 77 * 77)
+    assert dense == 4 * 2 * 4 * 77 * 77
+
+
+def test_sdpa_on_cuda_keeps_one_bias_in_half_precision_and_copies_none(monkeypatch):
+    seen = []
+
+    def efficient(q, k, v, attn_mask, dropout_p):  # what SDPA takes for a bias with a gradient
+        seen.append(attn_mask)
+        op = torch.ops.aten._scaled_dot_product_efficient_attention
+        return op(q, k, v, attn_mask, True, dropout_p)[0]
+
+    monkeypatch.setattr(wavlm.F, "scaled_dot_product_attention", efficient)
+    with FakeTensorMode():
+        inputs = attention_inputs(77, torch.float16, "cuda")
+        kept, _ = kept_bytes(lambda: attend(*inputs, 0.1, "sdpa"))
+    (bias,) = seen
+    assert bias.dtype == torch.float16 and bias.shape == (2, 4, 77, 77)
+    assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
+    dense = [size for shape, size in kept if math.prod(shape) >= 2 * 4 * 77 * 77]
+    assert dense == [2 * 2 * 4 * 77 * 77]
+
+
+def test_large_runs_forward_and_backward_on_the_meta_device():
+    with torch.device("meta"):
+        model = WavLM(SIZES["large"])
+        input_values, mask = torch.empty(2, 80_000), torch.ones(2, 80_000, dtype=torch.bool)
+    assert sum(p.numel() for p in model.parameters()) == 315_453_120
+    model.gradient_checkpointing = True
+    states, frame_mask = model(input_values, mask, layers=[6, 24])
+    assert states[6].shape == states[24].shape == (2, 249, 1024)
+    assert frame_mask.shape == (2, 249) and frame_mask.dtype == torch.bool
+    (states[6] + states[24]).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_sizes_have_the_published_parameter_counts():
+    counts = {}
+    for size, config in SIZES.items():
+        with torch.device("meta"):
+            counts[size] = sum(p.numel() for p in WavLM(config).parameters())
+    assert counts == {"tiny": 971_408, "base": 94_381_936, "large": 315_453_120}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("stable", [True, False])
+def test_bfloat16_autocast_on_cpu_stays_close_to_float32(stable, attention):
+    model = WavLM(dataclasses.replace(NARROW, do_stable_layer_norm=stable)).eval()
+    model.attention = attention
+    input_values, mask = batch([9_000, 5_000])
+    exact, frame_mask = model(input_values, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, _ = model(input_values, mask)
+    rough[3].float().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    error = (rough[3].float() - exact[3])[frame_mask]
+    assert error.square().mean().sqrt() < 0.02 * exact[3][frame_mask].square().mean().sqrt()
+
+
+def test_a_layer_compiles_as_one_graph_for_every_length():
+    model = WavLM(NARROW).train()
+    model.encoder.layers[1].compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    names = set(model.state_dict())
+    for length in (9_000, 5_000):
+        input_values, mask = batch([length, length // 2])
+        states, _ = model(input_values, mask)
+        states[3].sum().backward()
+    assert set(model.state_dict()) == names == set(WavLM(NARROW).state_dict())
+
+
+# ---------------------------------------------------------------- weights on disk
+@pytest.mark.parametrize(("norm", "stable"), NORMS)
+def test_weights_saved_by_transformers_load_and_ours_load_there(norm, stable, tmp_path):
+    config = dataclasses.replace(NARROW, feat_extract_norm=norm, do_stable_layer_norm=stable)
+    reference, _ = pair(config, dtype=torch.float32)
+    input_values, mask = batch([9_000, 5_000])
+    wanted = reference(input_values, attention_mask=mask.long()).last_hidden_state
+    reference.save_pretrained(tmp_path / "theirs")
+    ours = load_wavlm(str(tmp_path / "theirs")).eval()
+    torch.testing.assert_close(ours(input_values, mask)[0][3], wanted, rtol=1e-4, atol=2e-5)
+    assert ours.config.raw["layerdrop"] == 0.0  # fields that are not ours survive
+    save_wavlm(ours, tmp_path / "ours")
+    back = WavLMModel.from_pretrained(tmp_path / "ours").eval()
+    again = back(input_values, attention_mask=mask.long()).last_hidden_state
+    assert torch.equal(again, wanted)
+    assert all(p.requires_grad for n, p in ours.named_parameters() if n != "masked_spec_embed")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_task_model_with_legacy_names_gives_its_encoder(file, tmp_path):
+    reference = randomise(WavLMForCTC(HFConfig(**NARROW.to_dict(), vocab_size=5))).eval()
+    state = {}
+    for name, tensor in reference.state_dict().items():
+        name = name.replace("parametrizations.weight.original0", "weight_g")
+        state[name.replace("parametrizations.weight.original1", "weight_v")] = tensor.half()
+    assert "wavlm.encoder.pos_conv_embed.conv.weight_g" in state and "lm_head.weight" in state
+    reference.config.save_pretrained(tmp_path)
+    if file == "model.safetensors":
+        from safetensors.torch import save_file
+
+        save_file(state, tmp_path / file)
+    else:
+        torch.save(state, tmp_path / file)
+    model = load_wavlm(str(tmp_path))
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.float32
+        assert torch.equal(p, reference.state_dict()["wavlm." + name].half().float())
+
+
+def test_a_truncated_model_saves_and_loads_with_the_same_states(tmp_path):
+    model = randomise(WavLM(NARROW)).eval()
+    model.truncate(2)
+    save_wavlm(model, tmp_path)
+    input_values, mask = batch([5_000])
+    wanted = model(input_values, mask)[0][2]
+    assert torch.equal(load_wavlm(str(tmp_path)).eval()(input_values, mask)[0][2], wanted)
+    theirs = WavLMModel.from_pretrained(tmp_path).eval()
+    out = theirs(input_values, attention_mask=mask.long(), output_hidden_states=True)
+    torch.testing.assert_close(out.hidden_states[2], wanted, rtol=1e-4, atol=2e-5)
+
+
+def saved_tiny(directory, **changes):
+    """A directory with a good checkpoint, its config.json changed by `changes`."""
+    save_wavlm(WavLM(NARROW), directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **changes}))
+    return directory
+
+
+def test_what_is_not_a_wavlm_gives_one_line_that_names_the_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    broken = saved_tiny(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"not a checkpoint")
+    pickled = saved_tiny(tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save({"x": pytest}, pickled / "pytorch_model.bin", pickle_module=_ByName)
+    no_weights = saved_tiny(tmp_path / "no_weights")
+    (no_weights / "model.safetensors").unlink()
+    no_json = saved_tiny(tmp_path / "no_json")
+    (no_json / "config.json").write_text("{")
+    cases = {
+        "empty": "no config.json in this directory",
+        "file": "no config.json in this directory",
+        "nowhere": "give tiny, base, large, a directory",
+        saved_tiny(tmp_path / "hubert", model_type="hubert").name: "'hubert', not 'wavlm'",
+        saved_tiny(tmp_path / "norm", feat_extract_norm="batch").name: "not one of layer, group",
+        saved_tiny(tmp_path / "act", hidden_act="mish").name: "hidden_act is 'mish'",
+        saved_tiny(tmp_path / "wide", hidden_size=64).name: "wrong shape: masked_spec_embed",
+        saved_tiny(tmp_path / "deep", num_hidden_layers=4).name: r"missing: encoder\.layers\.3\.",
+        saved_tiny(tmp_path / "flat", num_hidden_layers=2).name: r"unexpected: encoder\.layers\.2",
+        saved_tiny(tmp_path / "heads", num_attention_heads=0).name: "zero",
+        "broken": "eader",
+        "pickled": "weights_only|Weights only",
+        "no_weights": "no model.safetensors or pytorch_model.bin",
+        "no_json": "config.json|Expecting",
+    }
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            load_wavlm(str(tmp_path / name))
+        assert str(caught.value).startswith(f"--wavlm {tmp_path / name}: ")
+        assert "\n" not in str(caught.value)
+
+
+class _ByName:
+    """Pickles an object as a call that only full unpickling would make."""
+
+    import pickle as _pickle
+
+    class Pickler(_pickle.Pickler):
+        def reducer_override(self, obj):
+            return (print, ("unpickled",)) if obj is pytest else NotImplemented
+
+    dump, dumps, load = _pickle.dump, _pickle.dumps, _pickle.load
+
+
+def test_the_random_sizes_start_as_transformers_starts():
+    ours = dict(WavLM(SIZES["tiny"]).named_parameters())
+    config = {k: v for k, v in SIZES["tiny"].to_dict().items() if k != "final_layer_norm"}
+    for name, p in WavLMModel(HFConfig(**config)).named_parameters():
+        if "pos_conv_embed" in name:  # transformers' own draw is lost behind weight norm
+            continue
+        mine = ours[name].detach()
+        assert mine.mean().item() == pytest.approx(p.mean().item(), abs=0.05 + 2 * p.std().item())
+        if p.numel() > 1000:
+            assert mine.std().item() == pytest.approx(p.std().item(), rel=0.1)
+    conv = WavLM(SIZES["tiny"]).encoder.pos_conv_embed.conv
+    assert conv.weight.std().item() == pytest.approx(2 / math.sqrt(128 * 128), rel=0.05)

@@ -1,0 +1,1149 @@
+"""Train one fold: WavLM, a CNN or a feature Transformer, to valence and arousal.
+
+    python train.py --preset demo                                        # two minutes on two cores
+    python train.py --data iemocap --data_dir IEMOCAP_full_release --fold 1 --preset verify
+    torchrun --standalone --nproc_per_node 2 train.py --preset demo      # DDP, same losses
+    ./launch.sh --folds 1-5 --gpus 0,1,2,3 -- --data iemocap --data_dir ... --preset full
+
+One process per GPU, one fold per run; folds in parallel are launch.sh's business. Decoding is in
+data.py, what a tensor passes through in model.py, bytes in memory.py.
+
+A step is one optimizer update; one forward/backward is a micro-step. The random numbers of a
+micro-step are a function of (seed, step, micro-step, rank) and nothing else, so a step can be run
+again, and a resumed run repeats the uninterrupted one bit for bit.
+"""
+
+import argparse
+import contextlib
+import csv
+import datetime
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data as vadata
+import memory
+from model import (
+    ENCODERS,
+    TARGETS,
+    EmotionModel,
+    ModelConfig,
+    loss_from_sums,
+    metrics,
+    moment_sums,
+)
+from wavlm import ATTENTIONS, SIZES, WavLM, load_wavlm, read_config
+
+log = logging.getLogger("vatune")
+
+STANDARD = {"batch_size": 8, "d_prosody": 64, "d_hidden": 256}
+PRESETS = {
+    "demo": {
+        "data": "demo", "wavlm": "tiny", "unfreeze": "all", "epochs": 14, "batch_size": 16,
+        "lr": 1e-3, "encoder_lr": 1e-3, "device": "cpu", "num_workers": 0, "name": "demo",
+    },
+    "verify": {"fold": 1, "epochs": 20, "unfreeze": "all", "batch_size": 8},
+    "standard": STANDARD,
+    "full": STANDARD | {"epochs": 50},
+    "max": {
+        "batch_size": 12, "d_prosody": 128, "d_hidden": 384, "d_state": 128, "mamba_layers": 3,
+        "layers": [3, 6, 9, 12, 15, 18, 21, 24],
+    },
+    "large_batch": {"batch_size": 1024, "lr_reference_batch": 32},  # 128 for feature Transformers
+}  # fmt: skip
+
+# A resumed run may differ from the interrupted one in these flags and in no other.
+FREE_ON_RESUME = {
+    "resume", "overwrite", "num_workers", "prefetch_factor", "log_every", "cache_dir", "out",
+    "data_dir", "dry_run", "gpu_gib", "memory_fraction", "preset", "device", "plot_every",
+}  # fmt: skip
+
+
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
+RETRY_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, resume me
+
+
+class UserError(Exception):
+    """A mistake in flags or files; the message is complete and main exits with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags after presets (a flag given by hand wins), checked, with the batch sizes filled in.
+
+    gradient_accumulation_steps and global_batch_size are both set on return. Exits with code 2
+    and one line on a wrong flag, on every rank alike, before any process group exists.
+    """
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    # fmt: off
+    add = p.add_argument_group("data").add_argument
+    add("--data", default="demo", help="demo, iemocap, msp_podcast, or a .csv file")
+    add("--data_dir", help="root of iemocap or msp_podcast, or of the audio paths in a CSV")
+    add("--fold", type=int, default=1, help="test session 1..K; dev is the next one")
+    add("--label_range", type=float, nargs=2, metavar=("LO", "HI"),
+        help="scale of the labels; default: the corpus's own")
+    add("--max_seconds", type=float, default=12.0,
+        help="of a longer clip, training takes a random window and evaluation the beginning")
+    add("--context", type=int, default=1, help="turns per dialogue chunk; 1 = single utterances")
+    add("--num_workers", type=int, default=2, help="loader processes per rank")
+    add("--prefetch_factor", type=int, default=4, help="micro-batches a loader process holds ready")
+    add("--cache_dir", default="cache", help="decoded audio, eGeMAPS, speaker embeddings")
+    add("--augment", action="store_true", help="gain, noise, speed and time masks in training")
+
+    add = p.add_argument_group("model").add_argument
+    add("--encoder", choices=ENCODERS, default="wavlm", help="what turns the input into frames")
+    add("--wavlm", default="microsoft/wavlm-large",
+        help=f"hub name, local directory, or random weights: {', '.join(SIZES)}")
+    add("--wavlm_revision", help="hub commit or tag of --wavlm")
+    add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")
+    add("--pooling", choices=("mean", "attention"), default="mean", help="frames to utterance")
+    add("--features_dir", "--features_224_dir", help="<utt_id>.npy (T, D) for the Transformers")
+    add("--prosody", choices=("egemaps", "none"), default="egemaps",
+        help="88 functionals by opensmile, which is free for research only")
+    add("--speaker", default="none",
+        help="ecapa, xvector, a DIR of <utt_id>.npy or of an x-vector model, or none")
+    add("--no_film", action="store_true", help="do not condition the speech on the speaker")
+    add("--d_prosody", type=int, default=64, help="width of the prosody code")
+    add("--d_hidden", type=int, default=256, help="hidden width of FiLM, updater and heads")
+    add("--d_state", type=int, default=64, help="width of the dialogue state; 0 = none")
+    add("--ema_alpha", default="0.8", help="decay of the dialogue state in [0, 1), or learned")
+    add("--mamba_layers", type=int, default=2, help="Mamba blocks in the updater; 0 = linear")
+    add("--feedback", action="store_true",
+        help="feed the previous prediction; teacher forcing falls from 1 to 0 over the epochs")
+    add("--d_model", type=int, default=768, help="width of the feature Transformer")
+    add("--num_layers", type=int, default=4, help="layers of the feature Transformer")
+    add("--base_channels", type=int, default=64, help="channels of the CNN's first block")
+    add("--num_blocks", type=int, default=4, help="blocks of the CNN")
+    add("--dropout", type=float, default=0.2, help="everywhere but in WavLM, which has its own")
+
+    add = p.add_argument_group("optimization").add_argument
+    add("--epochs", type=int, default=20, help="passes over the train split")
+    add("--max_steps", type=int, default=-1, help="stop after this many steps; -1 = off")
+    add("--batch_size", default="8", help="utterances per GPU and micro-step, or auto")
+    add("--gradient_accumulation_steps", type=int, help="micro-steps per step; default 1")
+    add("--global_batch_size", type=int, help="= batch_size x accumulation x ranks; default: that")
+    add("--lr", type=float, default=1e-4, help="peak learning rate of all that starts from scratch")
+    add("--encoder_lr", type=float, default=1e-5, help="peak learning rate of WavLM")
+    add("--lr_reference_batch", type=int, default=0,
+        help="multiply both rates by global_batch_size / this; 0 = off")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices only")
+    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient norm; 0 = off")
+    add("--scheduler", choices=("none", "cosine", "plateau"), default="cosine",
+        help="plateau: halve the rates after 3 evaluations without a better dev CCC")
+    add("--warmup", type=float, default=0.1, help="share of all steps with rising rates")
+    add("--unfreeze", default="none",
+        help="of WavLM: none, all, transformer, top:K, or EPOCH:WHAT,... e.g. 1:none,6:top:4,9:all")
+    add("--loss", choices=("ccc", "mse"), default="ccc", help="ccc: 1 - CCC + mse_weight x MSE")
+    add("--mse_weight", type=float, default=0.1, help="share of MSE in --loss ccc")
+    add("--valence_weight", type=float, default=0.5, help="in [0, 1]; arousal has the rest")
+    add("--exact_ccc", choices=("on", "off"), default="on",
+        help="CCC of the global batch; with accumulation this costs one more forward, a third more "
+        "time. off: mean of the micro-batches' CCCs, 0.13 too low at 4 utterances [measured]")
+    add("--patience", type=int, default=0,
+        help="stop after this many evaluations without a better dev CCC; 0 = off")
+    add("--seed", type=int, default=0, help="of everything random")
+
+    add = p.add_argument_group("precision and memory").add_argument
+    add("--amp", choices=("fp16", "bf16", "off"),
+        help="autocast; default fp16 (with GradScaler) on a GPU, off on a CPU")
+    add("--no_amp", dest="amp", action="store_const", const="off", help="same as --amp off")
+    add("--tf32", choices=("on", "off"), default="on", help="TF32 for what stays fp32 on a GPU")
+    add("--gradient_checkpointing", action="store_true",
+        help="keep only layer inputs for backward, which then runs each layer again")
+    add("--compile", action="store_true", help="torch.compile the encoder's layers")
+    add("--attention", choices=ATTENTIONS, default="sdpa", help="WavLM's attention")
+    add("--gpu_gib", type=float, default=24.0, help="card to plan for where there is no GPU, GiB")
+    add("--memory_fraction", type=float, default=0.0,
+        help="cap this process at a share of the GPU's memory; 0 = off")
+
+    add = p.add_argument_group("evaluation and output").add_argument
+    add("--eval_every", type=int, default=1, help="epochs between evaluations on dev")
+    add("--log_every", type=int, default=20, help="steps between log lines")
+    add("--plot_every", type=int, default=0, help="epochs between pictures; 0 = at the end only")
+    add("--separation_every", type=int, default=0,
+        help="epochs between separation figures of the embeddings; 0 = off")
+    add("--out", default="runs", help="directory of all runs")
+    add("--name", help="experiment, in OUT/NAME/foldK; default CORPUS-ENCODER")
+
+    add = p.add_argument_group("run").add_argument
+    add("--preset", choices=sorted(PRESETS), help="sets flags; a flag given by hand wins")
+    add("--resume", action="store_true", help="continue from last.pt; start where there is none")
+    add("--overwrite", action="store_true", help="delete the run directory first")
+    add("--init_from", help="run directory or best.pt whose weights and shape to start from")
+    add("--train_only", choices=("film",), help="freeze everything else (personalisation)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
+    add("--dry_run", action="store_true", help="print the run and its memory, then stop")
+    # fmt: on
+
+    argv = sys.argv[1:] if argv is None else argv
+    given, _ = p.parse_known_args(argv)
+    if given.preset:
+        flags = dict(PRESETS[given.preset])
+        if given.preset == "large_batch" and given.encoder.endswith("transformer"):
+            flags["batch_size"] = 128
+        p.set_defaults(**flags)
+    args = p.parse_args(argv)
+    check_flags(p, args)
+    fill_batch_sizes(p, args)
+    return args
+
+
+def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with code 2 on a value outside its range or on flags that exclude each other."""
+    at_least = {
+        "fold": 1, "context": 1, "num_workers": 0, "prefetch_factor": 1, "d_prosody": 1,
+        "d_hidden": 2, "d_state": 0, "mamba_layers": 0, "num_layers": 1, "base_channels": 1,
+        "num_blocks": 1, "epochs": 1, "max_steps": -1, "lr": 0, "encoder_lr": 0, "weight_decay": 0,
+        "max_grad_norm": 0, "patience": 0, "eval_every": 1, "separation_every": 0, "plot_every": 0,
+        "log_every": 1, "lr_reference_batch": 0, "mse_weight": 0, "max_seconds": 0.1, "seed": 0,
+    }  # fmt: skip
+    for flag, low in at_least.items():
+        if not getattr(args, flag) >= low:
+            p.error(f"--{flag} {getattr(args, flag)}: must be at least {low}")
+    for flag, high in (("warmup", 1.0), ("valence_weight", 1.0), ("memory_fraction", 1.0)):
+        if not 0 <= getattr(args, flag) <= high:
+            p.error(f"--{flag} {getattr(args, flag)}: must be in 0..{high:g}")
+    if not 0 <= args.dropout < 1:
+        p.error(f"--dropout {args.dropout}: must be in [0, 1)")
+    if args.resume and args.overwrite:
+        p.error("--resume and --overwrite exclude each other")
+    if args.label_range and not args.label_range[0] < args.label_range[1]:
+        p.error("--label_range LO HI: LO must be below HI")
+    if args.encoder.endswith("transformer") and not args.features_dir:
+        p.error(f"--encoder {args.encoder} reads feature files: give --features_dir DIR")
+    if args.features_dir and not args.encoder.endswith("transformer"):
+        p.error(f"--features_dir is not used by --encoder {args.encoder}: remove it")
+    if args.encoder.endswith("transformer") and args.d_model % 64:
+        p.error(f"--d_model {args.d_model}: must be a multiple of 64")
+    if args.train_only == "film" and args.no_film:
+        p.error("--train_only film needs FiLM: remove --no_film")
+    if args.amp == "fp16" and args.device == "cpu":
+        p.error("--amp fp16 needs a GPU: use --amp bf16 or off with --device cpu")
+    if args.ema_alpha != "learned":
+        try:
+            valid = 0 <= float(args.ema_alpha) < 1
+        except ValueError:
+            valid = False
+        if not valid:
+            p.error(f"--ema_alpha {args.ema_alpha}: a number in [0, 1) or learned")
+    try:
+        parse_unfreeze(args.unfreeze)
+    except ValueError as error:
+        p.error(str(error))
+    corpus = Path(args.data).stem if args.data.endswith(".csv") else args.data
+    args.name = args.name or f"{corpus}-{args.encoder}"
+    if "/" in args.name or args.name in (".", ".."):
+        p.error(f"--name {args.name}: a directory name without slashes")
+
+
+def fill_batch_sizes(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Sets accumulation and global batch size from each other and the number of ranks."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size == "auto":
+        from memory import largest_batch
+
+        args.batch_size = largest_batch(args)
+    try:
+        args.batch_size = int(args.batch_size)
+    except ValueError:
+        p.error(f"--batch_size {args.batch_size}: a number or auto")
+    if args.batch_size < 1:
+        p.error(f"--batch_size {args.batch_size}: must be at least 1")
+    per_step = args.batch_size * world_size
+    if args.global_batch_size is None:
+        args.global_batch_size = per_step * (args.gradient_accumulation_steps or 1)
+    accumulation, rest = divmod(args.global_batch_size, per_step)
+    if rest or accumulation < 1:
+        p.error(
+            f"--global_batch_size {args.global_batch_size} is not a multiple of "
+            f"batch_size {args.batch_size} x {world_size} ranks = {per_step}"
+        )
+    if args.gradient_accumulation_steps not in (None, accumulation):
+        p.error(
+            f"--global_batch_size {args.global_batch_size} needs "
+            f"--gradient_accumulation_steps {accumulation}, not {args.gradient_accumulation_steps}"
+        )
+    args.gradient_accumulation_steps = accumulation
+    if args.batch_size % args.context:
+        p.error(
+            f"--batch_size {args.batch_size} is not a multiple of --context {args.context}: "
+            "a micro-batch holds whole chunks of turns"
+        )
+
+
+def run_dir(args: argparse.Namespace) -> Path:
+    return Path(args.out) / args.name / f"fold{args.fold}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Pure helpers
+
+
+def parse_unfreeze(text: str) -> list[tuple[int, str]]:
+    """[(first epoch, what)], epochs from 1; ValueError names the flag and the fix."""
+    what = r"none|all|transformer|top:[1-9]\d*"
+    if re.fullmatch(what, text):
+        return [(1, text)]
+    stages = re.findall(rf"(\d+):({what})(?:,|$)", text)
+    schedule = [(int(epoch), stage) for epoch, stage in stages]
+    if ",".join(f"{epoch}:{stage}" for epoch, stage in schedule) != text:
+        raise ValueError(f"--unfreeze {text}: none, all, transformer, top:K, or EPOCH:WHAT,...")
+    epochs = [epoch for epoch, _ in schedule]
+    if epochs[0] != 1 or epochs != sorted(set(epochs)):
+        raise ValueError(f"--unfreeze {text}: epochs must start at 1 and rise")
+    return schedule
+
+
+def unfreeze_at(schedule: list[tuple[int, str]], epoch: int) -> str:
+    """What is trained in `epoch` (from 0)."""
+    return [what for first, what in schedule if first <= epoch + 1][-1]
+
+
+def lr_at(step: int, total_steps: int, warmup: float, scheduler: str) -> float:
+    """Factor on the learning rates at `step` (from 0): linear warm-up, then flat or cosine to 0."""
+    warmup_steps = int(warmup * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if scheduler != "cosine":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def seed_micro_step(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Dropout of a micro-step depends on these four numbers alone."""
+    entropy = np.random.SeedSequence((seed, step, micro_step, rank))
+    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+
+def set_trainable(model: EmotionModel, what: str, train_only: str | None = None) -> None:
+    """requires_grad of every parameter for a stage of the schedule."""
+    if model.config.encoder == "wavlm":
+        model.encoder.wavlm.set_trainable("none" if train_only else what)
+    if train_only == "film":
+        model.requires_grad_(False)
+        model.film.requires_grad_(True)
+
+
+def param_groups(model: EmotionModel, args: argparse.Namespace) -> list[dict]:
+    """AdamW groups of all that any stage trains: WavLM and the rest, matrices and vectors.
+
+    WavLM at encoder_lr, the rest at lr; weight decay on tensors of two dimensions or more.
+    """
+    schedule = parse_unfreeze(args.unfreeze)
+    ever = {}
+    for _, what in schedule:
+        set_trainable(model, what, args.train_only)
+        ever |= {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scale = args.global_batch_size / args.lr_reference_batch if args.lr_reference_batch else 1.0
+    rates = {"wavlm": args.encoder_lr * scale, "rest": args.lr * scale}
+    groups = {}
+    for name, parameter in ever.items():
+        part = "wavlm" if name.startswith("encoder.wavlm.") else "rest"
+        decay = parameter.ndim >= 2
+        group = groups.setdefault(
+            (part, decay),
+            {
+                "name": f"{part}, {'decayed' if decay else 'not decayed'}",
+                "params": [],
+                "peak_lr": rates[part],
+                "lr": rates[part],
+                "weight_decay": args.weight_decay if decay else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(
+    model: EmotionModel, args: argparse.Namespace, device: str
+) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        param_groups(model, args), betas=(0.9, 0.98), fused=True if device == "cuda" else None
+    )
+
+
+def build_model(
+    args: argparse.Namespace, speaker_dim: int, frame_dim: int, load: bool = True
+) -> EmotionModel:
+    """The model of these flags; load=False takes WavLM's shape without its weights (meta)."""
+    names = {f.name for f in fields(ModelConfig)} & vars(args).keys() - {"wavlm"}
+    flags = {name: getattr(args, name) for name in names}
+    flags |= {
+        "layers": tuple(args.layers or ()),
+        "prosody_dim": 88 if args.prosody == "egemaps" else 0,
+        "ema_alpha": -1.0 if args.ema_alpha == "learned" else float(args.ema_alpha),
+        "film": not args.no_film,
+        "speaker_dim": 0 if args.no_film else speaker_dim,
+        "frame_dim": frame_dim,
+    }
+    wavlm = None
+    if args.encoder == "wavlm":
+        name, revision = args.wavlm, args.wavlm_revision
+        wavlm = load_wavlm(name, revision) if load else WavLM(read_config(name, revision))
+        flags["wavlm"] = wavlm.config.to_dict()
+    model = EmotionModel(ModelConfig(**flags), wavlm)
+    set_checkpointing(model, args.gradient_checkpointing)
+    return model
+
+
+def set_checkpointing(model: EmotionModel, on: bool) -> None:
+    target = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
+    target.gradient_checkpointing = on
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def all_reduce(tensor: Tensor, world_size: int) -> Tensor:
+    """Sum over ranks, in place (all ranks participate)."""
+    if world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------
+# One step, and evaluation
+
+
+def train_step(
+    model: EmotionModel,
+    ddp_model: torch.nn.Module,
+    batches: list[dict],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    args: argparse.Namespace,
+    step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    teacher_forcing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(moment sums of the global batch (6, 2), gradient norm) of one update (all ranks call it).
+
+    The loss is that of the whole global batch: each micro-batch replaces its own share of the
+    batch's moment sums by one that carries its gradient. The sums come from a first forward of
+    all micro-batches under the same random numbers; with one micro-batch, or a loss that is
+    linear in the sums (MSE), they need none.
+    """
+    device = next(model.parameters()).device
+    dtype = AUTOCAST[args.amp]
+
+    def forward(module: torch.nn.Module, micro_step: int) -> Tensor:
+        seed_micro_step(args.seed, step, micro_step, rank)
+        with torch.autocast(device.type, dtype, enabled=args.amp != "off"):
+            preds = module(batches[micro_step], teacher_forcing)
+        return moment_sums(preds, batches[micro_step]["labels"])  # (6, 2) float64
+
+    last = len(batches) - 1
+    exact = args.loss == "mse" or args.exact_ccc == "on"
+    total = torch.zeros(6, 2, dtype=torch.float64, device=device)
+    if args.loss == "mse":
+        total[0] = sum(len(batch["labels"]) for batch in batches)
+        all_reduce(total, world_size)  # n is all the gradient of a mean of squares needs
+    elif exact and last > 0:
+        with torch.no_grad():
+            for micro_step in range(len(batches)):
+                total += forward(model, micro_step)
+        all_reduce(total, world_size)
+
+    seen = torch.zeros_like(total)
+    for micro_step in range(len(batches)):
+        syncs = micro_step == last or world_size == 1
+        with contextlib.nullcontext() if syncs else ddp_model.no_sync():
+            sums = forward(ddp_model, micro_step)
+            seen += sums.detach()
+            if args.loss == "ccc" and exact and last == 0:
+                total = all_reduce(sums.detach().clone(), world_size)
+            batch_sums = total + (sums - sums.detach()) if exact else sums
+            loss = loss_from_sums(batch_sums, args.loss, args.valence_weight, args.mse_weight)
+            # DDP averages gradients over ranks. Exact: each rank holds its share of one sum.
+            loss = loss * world_size if exact else loss / len(batches)
+            scaler.scale(loss).backward()
+
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return all_reduce(seen, world_size), norm
+
+
+@torch.no_grad()
+def evaluate(
+    model: EmotionModel,
+    dataset: vadata.Batches,
+    rows: np.ndarray,
+    dialogs: list[str],
+    args: argparse.Namespace,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Tensor:
+    """preds (len(rows), 2), float32 on CPU, in the order of `rows`; all ranks must call it.
+
+    Utterances are encoded in batches that depend on their lengths alone, so the result depends
+    neither on batch size nor on world size; every row counts once. With --context above 1 whole
+    dialogues are then tracked turn after turn, else each utterance begins its own.
+    """
+    autocast = torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "off")
+    model.eval()
+    budget = vadata.EVAL_SECONDS * dataset.rate
+    plan = vadata.eval_plan(dataset.lengths, rows, rank, world_size, budget)
+    place = {row: i for i, row in enumerate(rows.tolist())}
+    turns = torch.zeros(len(rows), model.width, device=device)
+    for batch in make_loader(dataset, plan, args, device):
+        with autocast:
+            encoded = model.encode(to_device(batch, device))  # (B, U)
+        turns[[place[row] for row in batch["index"].tolist()]] = encoded
+    all_reduce(turns, world_size)  # each row was filled by one rank
+
+    if args.context == 1:
+        dialogues = [[i] for i in range(len(rows))]
+    else:
+        by_dialog = {}
+        for i, row in enumerate(rows.tolist()):
+            by_dialog.setdefault(dialogs[row], []).append(i)
+        dialogues = list(by_dialog.values())
+    preds = torch.zeros(len(rows), len(TARGETS))
+    for start in range(0, len(dialogues), 64):
+        chunk = dialogues[start : start + 64]
+        longest = max(map(len, chunk))
+        index = torch.tensor([turn + turn[-1:] * (longest - len(turn)) for turn in chunk])
+        with autocast:
+            tracked = model.track(turns[index.to(device)])[0].float().cpu()  # (C, K, 2)
+        for turn, values in zip(chunk, tracked):
+            preds[turn] = values[: len(turn)]
+    model.train()
+    return preds
+
+
+def make_loader(
+    dataset: vadata.Batches, plan: object, args: argparse.Namespace, device: torch.device
+) -> DataLoader:
+    """Batches of `plan` in order, decoded by num_workers processes."""
+    workers = {}
+    if args.num_workers:
+        workers = {"prefetch_factor": args.prefetch_factor, "persistent_workers": True}
+    return DataLoader(
+        dataset,
+        sampler=plan,
+        batch_size=None,
+        num_workers=args.num_workers,
+        pin_memory=device.type == "cuda",
+        **workers,
+    )
+
+
+def steps_of(loader: DataLoader, accumulation: int, device: torch.device) -> Iterator[list[dict]]:
+    """The micro-batches of one step at a time, on the device."""
+    batches = []
+    for batch in loader:
+        batches.append(to_device(batch, device))
+        if len(batches) == accumulation:
+            yield batches
+            batches = []
+
+
+# ---------------------------------------------------------------------------------------------
+# Files of a run
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Written aside, synced, renamed: `path` is whole at every moment."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Tensors and plain values only; UserError where the file is not one of ours."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as error:
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+
+
+def prepare_run_dir(args: argparse.Namespace) -> None:
+    """Creates the run directory, clears it (--overwrite) or keeps it (--resume). Rank 0 only."""
+    path = run_dir(args)
+    if args.overwrite and path.exists():
+        if any(path.iterdir()) and not (path / "args.json").exists():
+            raise UserError(f"{path} is not a run directory: --overwrite will not delete it")
+        shutil.rmtree(path)
+    try:
+        path.mkdir(parents=True, exist_ok=args.resume)
+    except FileExistsError:
+        raise UserError(
+            f"{path} exists: give --resume to continue it, --overwrite to delete it, "
+            "or another --name"
+        ) from None
+
+
+def check_resumable(args: argparse.Namespace, before: dict) -> None:
+    """UserError when a flag that decides the result differs from the interrupted run's."""
+    for flag, value in vars(args).items():
+        if flag not in FREE_ON_RESUME and before.get(flag) != value:
+            raise UserError(
+                f"--resume: --{flag} was {before.get(flag)} in the interrupted run and is "
+                f"{value} now: give the old value, or start anew with --overwrite"
+            )
+
+
+class RunFiles:
+    """metrics.jsonl, TensorBoard, JSON and CSV files of a run directory. Rank 0 only."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+        self.directory = directory
+        self.metrics = directory / "metrics.jsonl"
+        self.board = SummaryWriter(directory / "tb")
+
+    def rewind(self, step: int) -> None:
+        """Drops the records after `step`; the resumed run writes them again."""
+        lines = self.metrics.read_text().splitlines(True) if self.metrics.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        self.metrics.write_text("".join(kept))
+
+    def record(self, event: str, step: int, values: dict[str, float]) -> None:
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        for key, value in values.items():
+            self.board.add_scalar(key if "/" in key else f"{event}/{key}", value, step)
+
+    def write_json(self, name: str, content: dict) -> None:
+        aside = self.directory / f".{name}"
+        aside.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(aside, self.directory / name)
+
+    def write_predictions(
+        self, split: str, corpus: vadata.Corpus, rows: np.ndarray, preds: Tensor
+    ) -> None:
+        """predictions_<split>.csv: one line per utterance, in the label's own scale."""
+        low, high = corpus.label_range
+        with open(self.directory / f"predictions_{split}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            header = ["utt_id", "dialog", "speaker", "emotion", "seconds", *TARGETS]
+            writer.writerow([*header, *(f"pred_{target}" for target in TARGETS)])
+            for row, pred in zip(rows.tolist(), preds.tolist()):
+                utt = corpus.utterances[row]
+                about = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
+                labels = [getattr(utt, target) for target in TARGETS]
+                scaled = [f"{low + p * (high - low):.6f}" for p in pred]
+                writer.writerow([*about, f"{corpus.seconds[row]:.3f}", *labels, *scaled])
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class Meter:
+    """What happened since the last log line; read() averages it over steps and ranks.
+
+    Losses stay on the device until then, so that a step never waits for the GPU. The first step
+    after a start or an evaluation warms up and counts neither for speed nor for memory.
+    """
+
+    def __init__(self, device: torch.device, world_size: int) -> None:
+        self.device, self.world_size = device, world_size
+        self.losses, self.norms = [], []
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the clock at the end of the next step."""
+        self.steps, self.waited, self.heard, self.start = -1, 0.0, 0.0, 0.0
+
+    def timed(self, steps: Iterator) -> Iterator:
+        """Passes `steps` on and counts the time spent waiting for them."""
+        while True:
+            before = time.perf_counter()
+            item = next(steps, None)
+            self.waited += time.perf_counter() - before
+            if item is None:
+                return
+            yield item
+
+    def add(self, loss: Tensor, norm: Tensor, audio_seconds: float) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.steps += 1
+        self.heard += audio_seconds
+        if self.steps == 0:
+            self.waited, self.heard, self.start = 0.0, 0.0, time.perf_counter()
+
+    def read(self, epoch: float, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """The record of a log line (all ranks participate)."""
+        norms = torch.stack(self.norms)
+        finite = norms.isfinite()  # GradScaler skips the others
+        record = {
+            "epoch": epoch,
+            "loss": torch.stack(self.losses).mean().item(),
+            "gradient_norm": norms[finite].mean().item() if finite.any() else math.inf,
+            "skipped_steps": (~finite).sum().item(),
+        }
+        record |= {f"lr/{g['name']}": g["lr"] for g in optimizer.param_groups}
+        elapsed = time.perf_counter() - self.start
+        if self.steps > 0:
+            sums = torch.tensor([self.heard / elapsed, self.waited / elapsed], device=self.device)
+            speed, waited = all_reduce(sums, self.world_size).tolist()
+            record["audio_seconds_per_second"] = speed
+            record["data_share"] = waited / self.world_size
+            record["ms_per_step"] = 1000 * elapsed / self.steps
+        record["peak_gib"] = memory.peak_gib(self.device)
+        self.losses, self.norms = [], []
+        self.steps, self.waited, self.heard, self.start = 0, 0.0, 0.0, time.perf_counter()
+        return record
+
+
+def git_commit() -> str:
+    try:
+        here = Path(__file__).parent
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+        return run.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def start_logging(path: Path | None, console: bool) -> None:
+    """Log lines go to train.log, and to stdout without breaking a progress bar."""
+
+    class Console(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+
+    log.handlers.clear()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if console:
+        log.addHandler(Console())
+    if path is not None:
+        log.addHandler(logging.FileHandler(path))
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def startup_block(
+    args: argparse.Namespace,
+    corpus: vadata.Corpus,
+    splits: dict[str, np.ndarray],
+    plan: vadata.TrainPlan,
+    total_steps: int,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> str:
+    """What a person checks before they leave a run alone."""
+    precision = {"fp16": "fp16 autocast with GradScaler", "bf16": "bf16 autocast", "off": "fp32"}
+    ranks = args.global_batch_size // (args.batch_size * args.gradient_accumulation_steps)
+    software = " | ".join(f"{name} {version}" for name, version in versions().items())
+    return "\n".join(
+        (
+            f"vatune {git_commit()} | {software}",
+            f"device {device} x {ranks} | {precision[args.amp]} | seed {args.seed}",
+            vadata.describe_splits(corpus, splits),
+            *(f"note: {note}" for note in corpus.notes),
+            f"batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x "
+            f"ranks {ranks} = {args.global_batch_size} utterances per step | "
+            f"{plan.steps_per_epoch} steps per epoch | {total_steps} steps in all",
+            f"unfreeze {args.unfreeze} | now {trainable_line(optimizer)}",
+            "flags " + json.dumps(vars(args)),
+        )
+    )
+
+
+def trainable_line(optimizer: torch.optim.Optimizer) -> str:
+    """Parameters that train now, per group, with the group's peak learning rate."""
+    parts = []
+    for group in optimizer.param_groups:
+        count = sum(p.numel() for p in group["params"] if p.requires_grad) / 1e6
+        parts.append(f"{group['name']} {count:.3f} M at lr {group['peak_lr']:.1e}")
+    return ", ".join(parts)
+
+
+def step_line(
+    record: dict[str, float], step: int, total_steps: int, scaler: torch.amp.GradScaler
+) -> str:
+    rates = dict.fromkeys(f"{v:.1e}" for k, v in record.items() if k.startswith("lr/"))
+    line = (
+        f"step {step:>5}/{total_steps} | epoch {record['epoch']:.2f} | loss {record['loss']:.4f} | "
+        f"lr {'/'.join(rates)} | gnorm {record['gradient_norm']:.2f}"
+    )
+    if scaler.is_enabled():
+        line += f" | scale {scaler.get_scale():.0f} skipped {record['skipped_steps']}"
+    if "ms_per_step" in record:
+        eta = datetime.timedelta(seconds=round((total_steps - step) * record["ms_per_step"] / 1000))
+        line += (
+            f" | {record['audio_seconds_per_second']:.0f} audio-s/s | "
+            f"{record['ms_per_step']:.0f} ms/step (data {record['data_share']:.0%}) | eta {eta}"
+        )
+    return line + f" | peak {record['peak_gib']:.2f} GiB"
+
+
+def score_line(what: str, scores: dict[str, float]) -> str:
+    ccc = " ".join(f"{target} {scores[f'ccc_{target}']:.4f}" for target in TARGETS)
+    return f"{what} CCC {ccc} mean {scores['ccc_mean']:.4f}"
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def load_data(
+    args: argparse.Namespace,
+) -> tuple[vadata.Corpus, dict[str, np.ndarray], vadata.Batches, np.ndarray | None]:
+    """(corpus, splits, dataset, prosody); builds the caches that are missing."""
+    cache_dir = Path(args.cache_dir)
+    label_range = tuple(args.label_range) if args.label_range else None
+    corpus = vadata.read_corpus(args.data, args.data_dir, label_range, cache_dir)
+    corpus, pack = vadata.load_audio(corpus, cache_dir)
+    splits = vadata.make_splits(corpus, args.fold)
+    frames = prosody = speaker = None
+    if args.features_dir:
+        frames = vadata.FrameFeatures(corpus, args.features_dir)
+    if args.prosody == "egemaps":
+        prosody = vadata.egemaps(corpus, pack, cache_dir)
+    if args.speaker != "none" and not args.no_film:
+        speaker = vadata.speaker_embeddings(corpus, pack, args.speaker, cache_dir)
+    dataset = vadata.Batches(
+        labels=corpus.labels(TARGETS),
+        pack=None if frames else pack,
+        features=frames,
+        prosody=prosody,
+        speaker=speaker,
+        max_seconds=args.max_seconds,
+        augment=args.augment,
+        seed=args.seed,
+    )
+    return corpus, splits, dataset, prosody
+
+
+def input_widths(dataset: vadata.Batches) -> tuple[int, int]:
+    """(speaker_dim, frame_dim) of the batches; 0 = absent."""
+    speaker = 0 if dataset.speaker is None else dataset.speaker.shape[1]
+    return speaker, 0 if dataset.features is None else dataset.features.dim
+
+
+def load_model(path: Path, args: argparse.Namespace) -> EmotionModel:
+    """The model of a run directory (its best.pt) or checkpoint file; its shape wins over flags."""
+    checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
+    if "config" not in checkpoint:
+        raise UserError(f"--init_from {path}: not a best.pt of this project")
+    model = EmotionModel(ModelConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    set_checkpointing(model, args.gradient_checkpointing)
+    return model
+
+
+def wrap_ddp(model: EmotionModel, device: torch.device, world_size: int) -> torch.nn.Module:
+    if world_size == 1:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def compile_layers(model: EmotionModel) -> None:
+    """Compiles the encoder's layers in place, for any length; state_dict keeps its names."""
+    if model.config.encoder == "wavlm":
+        layers = model.encoder.wavlm.encoder.layers
+    else:
+        layers = model.encoder.blocks
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def any_rank(flag: bool, device: torch.device, world_size: int) -> bool:
+    """True on every rank when it is on one (all ranks participate)."""
+    if world_size == 1:
+        return flag
+    return all_reduce(torch.tensor(float(flag), device=device), world_size).item() > 0
+
+
+def update_state(state: dict, ccc: float, args: argparse.Namespace) -> bool:
+    """Best score, patience and plateau after an evaluation; True when it is the best so far."""
+    better = ccc > state["best_ccc"]
+    if better:
+        state |= {"best_ccc": ccc, "best_epoch": state["epoch"]}
+    state["bad_evals"] = 0 if better else state["bad_evals"] + 1
+    state["plateau_evals"] = 0 if better else state["plateau_evals"] + 1
+    if args.scheduler == "plateau" and state["plateau_evals"] > 3:
+        state |= {"lr_factor": state["lr_factor"] / 2, "plateau_evals": 0}
+    if args.patience and state["bad_evals"] >= args.patience:
+        state["stopped"] = "patience"
+    return better
+
+
+def main(args: argparse.Namespace) -> int:
+    """Trains, evaluates and tests one fold; returns 0, or 75 when a signal stopped it.
+
+    UserError, DataError and ValueError carry a message for the user; all ranks raise together.
+    """
+    # Distributed: one process per GPU, from torchrun or alone
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU (torch.cuda.is_available() is False)")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    args.amp = args.amp or ("fp16" if cuda else "off")
+    stop_signals = []
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda number, _: stop_signals.append(number))
+
+    # Data comes before the process group: no collective should wait for hours of decoding
+    start_logging(None, console=rank == 0)
+    corpus, splits, dataset, prosody = load_data(args)
+    dialogs = [utt.dialog for utt in corpus.utterances]
+    labels = torch.from_numpy(dataset.labels)  # (N, 2) in [0, 1]
+    low, high = corpus.label_range
+    plan = vadata.TrainPlan(
+        dataset.lengths, splits["train"], dialogs, args.batch_size,
+        args.gradient_accumulation_steps, args.context, rank, world_size, args.seed,
+    )  # fmt: skip
+    total_steps = args.epochs * plan.steps_per_epoch
+    if args.max_steps >= 0:
+        total_steps = min(total_steps, args.max_steps)
+
+    directory = run_dir(args)
+    if rank == 0 and not args.dry_run:
+        prepare_run_dir(args)
+        start_logging(directory / "train.log", console=True)
+    if world_size > 1:
+        if cuda:
+            torch.cuda.set_device(device)
+        limit = datetime.timedelta(minutes=10)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
+    files = RunFiles(directory) if rank == 0 and not args.dry_run else None
+
+    # Seeds and precision
+    torch.manual_seed(args.seed)
+    memory.configure(args, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+
+    # Model: the same initial weights on every rank; normalisers see the train split alone
+    try:
+        if args.init_from:
+            model = load_model(Path(args.init_from), args)
+        else:
+            model = build_model(args, *input_widths(dataset))
+            if prosody is not None:
+                model.prosody.fit(torch.from_numpy(prosody[splits["train"]]))
+        model.to(device)
+
+        # Optimizer over all that any stage trains; AdamW leaves alone what has no gradient yet
+        schedule = parse_unfreeze(args.unfreeze)
+        optimizer = build_optimizer(model, args, device.type)
+        stage = unfreeze_at(schedule, 0)
+        set_trainable(model, stage, args.train_only)
+    except ValueError as error:  # a WavLM that cannot be read, layers that it does not have
+        raise UserError(str(error)) from error
+
+    # Resume
+    state = {
+        "step": 0, "epoch": 0, "best_ccc": -math.inf, "best_epoch": 0, "bad_evals": 0,
+        "plateau_evals": 0, "lr_factor": 1.0, "seconds": 0.0, "audio_seconds": 0.0, "stopped": "",
+    }  # fmt: skip
+    if args.resume and (directory / "last.pt").exists():
+        if (directory / "result.json").exists():
+            log.info(f"{directory} is complete: nothing to resume")
+            return 0
+        last = load_checkpoint(directory / "last.pt")
+        check_resumable(args, last["args"])
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        state = last["state"]
+    if files:
+        files.rewind(state["step"])
+
+    longest = min(args.max_seconds, float(corpus.seconds.max()))
+    planned = memory.plan(args, *input_widths(dataset), seconds=longest, world_size=world_size)
+    log.info(startup_block(args, corpus, splits, plan, total_steps, optimizer, device))
+    log.info(planned.line())
+    if args.dry_run:
+        return 0
+    if files:
+        files.write_json("args.json", vars(args))
+        names = {k: [corpus.utterances[i].utt_id for i in rows] for k, rows in splits.items()}
+        files.write_json("splits.json", names)
+
+    # Compile and DDP. `model` stays the bare module, for checkpoints and evaluation
+    if args.compile:
+        compile_layers(model)
+    ddp_model = wrap_ddp(model, device, world_size)
+    loader = make_loader(dataset, plan, args, device)
+    model.train()
+    meter = Meter(device, world_size)
+    started = time.perf_counter() - state["seconds"]
+    on_terminal = rank == 0 and sys.stderr.isatty()
+    bar = tqdm(total=total_steps, initial=state["step"], unit="step", disable=not on_terminal)
+
+    while state["step"] < total_steps and not state["stopped"]:
+        epoch = state["epoch"]
+        if unfreeze_at(schedule, epoch) != stage:
+            stage = unfreeze_at(schedule, epoch)
+            set_trainable(model, stage, args.train_only)
+            ddp_model = wrap_ddp(model, device, world_size)  # buckets of what trains now
+            log.info(f"epoch {epoch + 1} | unfreeze {stage} | {trainable_line(optimizer)}")
+        plan.set_epoch(epoch, first_step=state["step"] - epoch * plan.steps_per_epoch)
+        teacher_forcing = 1 - epoch / max(1, args.epochs - 1)
+        interrupted = False
+
+        for batches in meter.timed(steps_of(loader, args.gradient_accumulation_steps, device)):
+            factor = state["lr_factor"]
+            factor *= lr_at(state["step"], total_steps, args.warmup, args.scheduler)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+
+            sums, norm = train_step(
+                model, ddp_model, batches, optimizer, scaler, args,
+                state["step"], rank, world_size, teacher_forcing,
+            )  # fmt: skip
+            state["step"] += 1
+            bar.update()
+            loss = loss_from_sums(sums, args.loss, args.valence_weight, args.mse_weight)
+            if not scaler.is_enabled() and not torch.isfinite(norm):
+                rows = [row for batch in batches for row in batch["index"].tolist()]
+                names = " ".join(corpus.utterances[row].utt_id for row in rows[:16])
+                raise FloatingPointError(
+                    f"step {state['step']}: loss {loss:.4g}, gradient norm {norm:.4g} on {names}: "
+                    "lower --lr and --encoder_lr, or look at these utterances"
+                )
+            heard = sum(batch["audio_seconds"] for batch in batches)
+            state["audio_seconds"] += heard * world_size
+            meter.add(loss, norm, heard)
+
+            if state["step"] % args.log_every == 0 or state["step"] == total_steps:
+                record = meter.read(state["step"] / plan.steps_per_epoch, optimizer)
+                log.info(step_line(record, state["step"], total_steps, scaler))
+                if files:
+                    files.record("train", state["step"], record)
+
+            interrupted = any_rank(bool(stop_signals), device, world_size)
+            if interrupted or state["step"] == total_steps:
+                break
+
+        done = state["step"] == total_steps
+        if not interrupted or done:
+            state["epoch"] += 1
+            if state["epoch"] % args.eval_every == 0 or done:
+                preds = evaluate(
+                    model, dataset, splits["dev"], dialogs, args, device, rank, world_size
+                )
+                scores = metrics(preds, labels[splits["dev"]], scale=high - low)
+                better = update_state(state, scores["ccc_mean"], args)
+                log.info(score_line(f"epoch {epoch + 1:>3} | dev", scores) + " | best" * better)
+                if files:
+                    files.record("dev", state["step"], {f"dev/{k}": v for k, v in scores.items()})
+                    if better:
+                        content = {"model": model.state_dict(), "config": asdict(model.config)}
+                        content |= {"args": vars(args), "label_range": [low, high]}
+                        save_checkpoint(directory / "best.pt", content | {"epoch": epoch + 1})
+                        files.write_predictions("dev", corpus, splits["dev"], preds)
+                meter.restart()
+        state["seconds"] = time.perf_counter() - started
+        if files:
+            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            content |= {"scaler": scaler.state_dict(), "state": state, "args": vars(args)}
+            save_checkpoint(directory / "last.pt", content)
+        if interrupted and not done:
+            log.info(f"stopped by a signal at step {state['step']}: continue with --resume")
+            return RETRY_EXIT_CODE
+
+    bar.close()
+
+    # Test: once, with the best weights of the dev split
+    if world_size > 1:
+        dist.barrier()  # best.pt is written (all ranks participate)
+    model.load_state_dict(load_checkpoint(directory / "best.pt")["model"])
+    scores = {}
+    for split in ("dev", "test"):
+        preds = evaluate(model, dataset, splits[split], dialogs, args, device, rank, world_size)
+        scores[split] = metrics(preds, labels[splits[split]], scale=high - low)
+        log.info(score_line(f"best epoch {state['best_epoch']} | {split}", scores[split]))
+        if files:
+            files.record(
+                split, state["step"], {f"{split}/{k}": v for k, v in scores[split].items()}
+            )
+            files.write_predictions(split, corpus, splits[split], preds)
+    if files:
+        result = {
+            "name": args.name, "fold": args.fold, "num_folds": vadata.num_folds(corpus),
+            "encoder": args.encoder, "data": args.data, "seed": args.seed,
+            "best_epoch": state["best_epoch"], "epochs_run": state["epoch"],
+            "stopped": state["stopped"] or ("max_steps" if args.max_steps >= 0 else "epochs"),
+            "seconds": state["seconds"],
+            "audio_seconds_per_second": state["audio_seconds"] / max(state["seconds"], 1e-9),
+            "peak_gib_predicted": planned.peak_gib, "peak_gib_measured": memory.peak_gib(device),
+            "parameters_total": sum(p.numel() for p in model.parameters()),
+            "parameters_trainable": sum(
+                p.numel() for group in optimizer.param_groups for p in group["params"]
+            ),
+            "git_commit": git_commit(),
+            "versions": versions(), "label_range": [low, high],
+            "splits": {name: len(rows) for name, rows in splits.items()}, **scores,
+        }  # fmt: skip
+        files.write_json("result.json", result)
+        files.close()
+        log.info(f"done in {state['seconds']:.0f} s: {directory / 'result.json'}")
+    if world_size > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+def run(argv: list[str] | None = None) -> int:
+    """main with the exit codes: 0 done, 75 resume me, 2 wrong flags or data (one line, no trace)."""
+    try:
+        return main(parse_args(argv))
+    except (UserError, vadata.DataError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run())
