@@ -18,6 +18,7 @@ ConvNeXt arXiv:2201.03545; CCC: Lin, Biometrics 45 (1989), with 1/n moments.
 
 import argparse
 import math
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -583,6 +584,41 @@ class EmotionModel(nn.Module):
         flat = preds.new_zeros(len(utterances) + 1, len(TARGETS))  # the last row takes padding (-1)
         flat = flat.index_put((chunks.flatten(),), preds.flatten(0, 1))
         return flat[:-1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Many utterances: encode in any order, then track each dialogue in its own
+
+
+@torch.no_grad()
+def encode_rows(model: EmotionModel, batches: Iterable[dict], rows: list[int]) -> Tensor:
+    """Utterance vectors (len(rows), U) of the batches' `index` rows; zeros for rows they lack."""
+    place = {row: i for i, row in enumerate(rows)}
+    turns = torch.zeros(len(rows), model.width, device=next(model.parameters()).device)
+    for batch in batches:
+        turns[[place[row] for row in batch["index"].tolist()]] = model.encode(batch)
+    return turns
+
+
+@torch.no_grad()
+def track_dialogues(model: EmotionModel, turns: Tensor, dialogs: Sequence[Hashable]) -> Tensor:
+    """preds (n, 2), float32 on CPU, of turns (n, U); those of one dialog, in order, share a state.
+
+    Dialogues are tracked 64 at a time, in the order of their first turn.
+    """
+    members = {}
+    for i, dialog in enumerate(dialogs):
+        members.setdefault(dialog, []).append(i)
+    dialogues = list(members.values())
+    preds = torch.zeros(len(turns), len(TARGETS))
+    for start in range(0, len(dialogues), 64):
+        chunk = dialogues[start : start + 64]
+        longest = max(map(len, chunk))
+        index = torch.tensor([d + d[-1:] * (longest - len(d)) for d in chunk])  # (C, K)
+        tracked, _ = model.track(turns[index.to(turns.device)])
+        for dialogue, values in zip(chunk, tracked.float().cpu()):
+            preds[dialogue] = values[: len(dialogue)]
+    return preds
 
 
 # ---------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -42,14 +43,17 @@ from tqdm import tqdm
 
 import data as vadata
 import memory
+import report
 from model import (
     ENCODERS,
     TARGETS,
     EmotionModel,
     ModelConfig,
+    encode_rows,
     loss_from_sums,
     metrics,
     moment_sums,
+    track_dialogues,
 )
 from wavlm import ATTENTIONS, SIZES, WavLM, load_wavlm, read_config
 
@@ -509,43 +513,24 @@ def evaluate(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
-) -> Tensor:
-    """preds (len(rows), 2), float32 on CPU, in the order of `rows`; all ranks must call it.
+) -> tuple[Tensor, Tensor]:
+    """(preds (n, 2) in [0, 1], utterance vectors (n, U)) of n `rows`, in their order, on CPU.
 
-    Utterances are encoded in batches that depend on their lengths alone, so the result depends
-    neither on batch size nor on world size; every row counts once. With --context above 1 whole
-    dialogues are then tracked turn after turn, else each utterance begins its own.
+    All ranks must call it. Utterances are encoded in batches that depend on their lengths alone,
+    so the result depends neither on batch size nor on world size; every row counts once. With
+    --context above 1 whole dialogues are then tracked turn after turn, else each utterance is one.
     """
-    autocast = torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "off")
-    model.eval()
     budget = vadata.EVAL_SECONDS * dataset.rate
     plan = vadata.eval_plan(dataset.lengths, rows, rank, world_size, budget)
-    place = {row: i for i, row in enumerate(rows.tolist())}
-    turns = torch.zeros(len(rows), model.width, device=device)
-    for batch in make_loader(dataset, plan, args, device):
-        with autocast:
-            encoded = model.encode(to_device(batch, device))  # (B, U)
-        turns[[place[row] for row in batch["index"].tolist()]] = encoded
-    all_reduce(turns, world_size)  # each row was filled by one rank
-
-    if args.context == 1:
-        dialogues = [[i] for i in range(len(rows))]
-    else:
-        by_dialog = {}
-        for i, row in enumerate(rows.tolist()):
-            by_dialog.setdefault(dialogs[row], []).append(i)
-        dialogues = list(by_dialog.values())
-    preds = torch.zeros(len(rows), len(TARGETS))
-    for start in range(0, len(dialogues), 64):
-        chunk = dialogues[start : start + 64]
-        longest = max(map(len, chunk))
-        index = torch.tensor([turn + turn[-1:] * (longest - len(turn)) for turn in chunk])
-        with autocast:
-            tracked = model.track(turns[index.to(device)])[0].float().cpu()  # (C, K, 2)
-        for turn, values in zip(chunk, tracked):
-            preds[turn] = values[: len(turn)]
+    batches = (to_device(batch, device) for batch in make_loader(dataset, plan, args, device))
+    model.eval()
+    with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "off"):
+        turns = encode_rows(model, batches, rows.tolist())
+        all_reduce(turns, world_size)  # each row was filled by one rank
+        groups = rows.tolist() if args.context == 1 else [dialogs[row] for row in rows]
+        preds = track_dialogues(model, turns, groups)
     model.train()
-    return preds
+    return preds, turns.cpu()
 
 
 def make_loader(
@@ -787,6 +772,7 @@ def startup_block(
             f"device {device} x {ranks} | {precision[args.amp]} | seed {args.seed}",
             vadata.describe_splits(corpus, splits),
             *(f"note: {note}" for note in corpus.notes),
+            *(f"skipped: {why}: {n}" for why, n in Counter(w for _, w in corpus.skipped).items()),
             f"batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x "
             f"ranks {ranks} = {args.global_batch_size} utterances per step | "
             f"{plan.steps_per_epoch} steps per epoch | {total_steps} steps in all",
@@ -1010,6 +996,7 @@ def main(args: argparse.Namespace) -> int:
         files.write_json("args.json", vars(args))
         names = {k: [corpus.utterances[i].utt_id for i in rows] for k, rows in splits.items()}
         files.write_json("splits.json", names)
+        files.write_json("skipped.json", corpus.skipped)
 
     # Compile and DDP. `model` stays the bare module, for checkpoints and evaluation
     if args.compile:
@@ -1071,7 +1058,7 @@ def main(args: argparse.Namespace) -> int:
         if not interrupted or done:
             state["epoch"] += 1
             if state["epoch"] % args.eval_every == 0 or done:
-                preds = evaluate(
+                preds, vectors = evaluate(
                     model, dataset, splits["dev"], dialogs, args, device, rank, world_size
                 )
                 scores = metrics(preds, labels[splits["dev"]], scale=high - low)
@@ -1084,6 +1071,12 @@ def main(args: argparse.Namespace) -> int:
                         content |= {"args": vars(args), "label_range": [low, high]}
                         save_checkpoint(directory / "best.pt", content | {"epoch": epoch + 1})
                         files.write_predictions("dev", corpus, splits["dev"], preds)
+                    if args.separation_every and state["epoch"] % args.separation_every == 0:
+                        figures = report.separation(vectors.numpy(), dataset.labels[splits["dev"]])
+                        figures = {f"separation/{k}": v for k, v in figures.items()}
+                        files.record("separation", state["step"], figures)
+                    if args.plot_every and state["epoch"] % args.plot_every == 0:
+                        report.plot_run(directory, "dev", vectors, labels[splits["dev"]])
                 meter.restart()
         state["seconds"] = time.perf_counter() - started
         if files:
@@ -1102,7 +1095,9 @@ def main(args: argparse.Namespace) -> int:
     model.load_state_dict(load_checkpoint(directory / "best.pt")["model"])
     scores = {}
     for split in ("dev", "test"):
-        preds = evaluate(model, dataset, splits[split], dialogs, args, device, rank, world_size)
+        preds, vectors = evaluate(
+            model, dataset, splits[split], dialogs, args, device, rank, world_size
+        )
         scores[split] = metrics(preds, labels[splits[split]], scale=high - low)
         log.info(score_line(f"best epoch {state['best_epoch']} | {split}", scores[split]))
         if files:
@@ -1128,6 +1123,7 @@ def main(args: argparse.Namespace) -> int:
             "splits": {name: len(rows) for name, rows in splits.items()}, **scores,
         }  # fmt: skip
         files.write_json("result.json", result)
+        report.plot_run(directory, "test", vectors, labels[splits["test"]])
         files.close()
         log.info(f"done in {state['seconds']:.0f} s: {directory / 'result.json'}")
     if world_size > 1:
@@ -1136,7 +1132,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """main with the exit codes: 0 done, 75 resume me, 2 wrong flags or data (one line, no trace)."""
+    """main with exit codes: 0 done, 75 resume me, 2 wrong flags or data (one line, no trace)."""
     try:
         return main(parse_args(argv))
     except (UserError, vadata.DataError) as error:

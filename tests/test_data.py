@@ -324,6 +324,18 @@ def test_without_sessions_each_speaker_is_one_and_without_speakers_it_is_an_erro
         data.make_splits(corpus, 1)
 
 
+def test_dialogues_numbered_anew_in_each_session_are_kept_apart(tmp_path):
+    text = "utt_id,path,valence,arousal,session,dialog\n"
+    text += "".join(f"u{i},a.wav,3,3,s{i % 2},1\n" for i in range(4))
+    corpus = data.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
+    assert [(u.dialog, u.utt_id) for u in corpus.utterances] == [
+        ("1", "u0"),
+        ("1", "u2"),
+        ("s1_1", "u1"),
+        ("s1_1", "u3"),
+    ]
+
+
 # ---------------------------------------------------------------- splits
 
 
@@ -403,6 +415,24 @@ def test_sixteen_bit_samples_at_16_khz_are_kept_exactly(tmp_path):
     _, pack = data.load_audio(data.read_corpus(str(path), None, None), tmp_path / "cache")
     np.testing.assert_array_equal(pack.read(0), samples.astype(np.float32) / 32768)
     np.testing.assert_array_equal(pack.read(0, 100, 200), pack.read(0)[100:200])
+
+
+def test_odd_files_are_mended_and_counted_or_refused_with_a_reason(tmp_path):
+    def decoded(name):
+        return data.decode(data.Utterance("u", tmp_path / name, 0.5, 0.5))
+
+    soundfile.write(tmp_path / "anti.wav", np.c_[tone(0.5), -tone(0.5)], SAMPLE_RATE)
+    audio, reason, changes = decoded("anti.wav")
+    assert not reason and np.abs(audio).max() > 8000
+    assert "channels cancel out, the first one taken" in changes
+    whole = write_wav(tmp_path / "whole.wav").read_bytes()
+    (tmp_path / "half.wav").write_bytes(whole[: len(whole) // 2])
+    assert decoded("whole.wav")[2] == []
+    assert decoded("half.wav")[2] == ["shorter than its header says, kept"]
+    soundfile.write(tmp_path / "silent.wav", np.zeros(8000), SAMPLE_RATE)
+    assert decoded("silent.wav")[2] == ["silent throughout, kept"]
+    (tmp_path / "x.raw").write_bytes(bytes(4000))
+    assert decoded("x.raw")[1].startswith("cannot be decoded")
 
 
 def test_a_very_short_clip_is_padded_to_400_samples_and_counted(tmp_path):
@@ -972,13 +1002,13 @@ def test_the_command_line_prints_what_one_wants_to_know_before_training(tmp_path
     done = cli("--data", tmp_path / "c.csv", "--cache_dir", tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     for fragment in (
-        "23 utterances",
+        "utterances  23",
         "3 speakers",
-        "durations",
+        "seconds     mean",
         "####",
         "correlation",
         "fold 3",
-        "skipped: 1",
+        "skipped     1",
         "u000",
     ):
         assert fragment in done.stdout

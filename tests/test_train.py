@@ -249,9 +249,9 @@ def test_evaluation_does_not_depend_on_batch_size_and_keeps_the_order_of_rows(fl
     rows = splits["test"]
     dialogs = [str(row) for row in range(len(dataset.labels))]
     device = torch.device("cpu")
-    preds = evaluate(model, dataset, rows, dialogs, args, device)
+    preds, _ = evaluate(model, dataset, rows, dialogs, args, device)
     args.batch_size, args.global_batch_size = 2, 2
-    assert torch.equal(preds, evaluate(model, dataset, rows, dialogs, args, device))
+    assert torch.equal(preds, evaluate(model, dataset, rows, dialogs, args, device)[0])
     model.eval()
     with torch.no_grad():
         for i in (0, 7, len(rows) - 1):
@@ -263,7 +263,7 @@ def test_evaluation_with_context_tracks_whole_dialogues(flags):
     args, splits, dataset, model = prepared(flags, "--amp", "off", "--context", "2")
     rows = splits["test"]
     dialogs = [utt.dialog for utt in load_data(args)[0].utterances]
-    preds = evaluate(model, dataset, rows, dialogs, args, torch.device("cpu"))
+    preds, _ = evaluate(model, dataset, rows, dialogs, args, torch.device("cpu"))
     model.eval()
     first = [i for i, row in enumerate(rows) if dialogs[row] == dialogs[rows[0]]]
     with torch.no_grad():
