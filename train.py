@@ -935,7 +935,8 @@ def main(args: argparse.Namespace) -> int:
         total_steps = min(total_steps, args.max_steps)
 
     directory = run_dir(args)
-    if rank == 0 and not args.dry_run:
+    writes = rank == 0 and not args.dry_run
+    if writes:
         prepare_run_dir(args)
         start_logging(directory / "train.log", console=True)
     if world_size > 1:
@@ -943,7 +944,7 @@ def main(args: argparse.Namespace) -> int:
             torch.cuda.set_device(device)
         limit = datetime.timedelta(minutes=10)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
-    files = RunFiles(directory) if rank == 0 and not args.dry_run else None
+    files = RunFiles(directory) if writes else None
 
     # Seeds and precision
     torch.manual_seed(args.seed)
@@ -1065,7 +1066,8 @@ def main(args: argparse.Namespace) -> int:
                 better = update_state(state, scores["ccc_mean"], args)
                 log.info(score_line(f"epoch {epoch + 1:>3} | dev", scores) + " | best" * better)
                 if files:
-                    files.record("dev", state["step"], {f"dev/{k}": v for k, v in scores.items()})
+                    record = {f"dev/{k}": v for k, v in scores.items()}
+                    files.record("dev", state["step"], {"epoch": state["epoch"], **record})
                     if better:
                         content = {"model": model.state_dict(), "config": asdict(model.config)}
                         content |= {"args": vars(args), "label_range": [low, high]}
@@ -1086,7 +1088,6 @@ def main(args: argparse.Namespace) -> int:
         if interrupted and not done:
             log.info(f"stopped by a signal at step {state['step']}: continue with --resume")
             return RETRY_EXIT_CODE
-
     bar.close()
 
     # Test: once, with the best weights of the dev split
@@ -1101,11 +1102,10 @@ def main(args: argparse.Namespace) -> int:
         scores[split] = metrics(preds, labels[splits[split]], scale=high - low)
         log.info(score_line(f"best epoch {state['best_epoch']} | {split}", scores[split]))
         if files:
-            files.record(
-                split, state["step"], {f"{split}/{k}": v for k, v in scores[split].items()}
-            )
             files.write_predictions(split, corpus, splits[split], preds)
     if files:
+        record = {f"{split}/{k}": v for split in scores for k, v in scores[split].items()}
+        files.record("test", state["step"], {"epoch": state["best_epoch"], **record})
         result = {
             "name": args.name, "fold": args.fold, "num_folds": vadata.num_folds(corpus),
             "encoder": args.encoder, "data": args.data, "seed": args.seed,

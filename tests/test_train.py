@@ -128,10 +128,18 @@ def test_the_second_forward_of_exact_ccc_draws_the_dropout_of_the_first(flags, m
     assert not torch.equal(seen[0], first)  # and dropout was on
 
 
-@pytest.mark.parametrize("extra", [[], ["--context", "2"]], ids=["single", "context"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--epochs", "1"],
+        ["--epochs", "1", "--context", "2"],
+        ["--unfreeze", "1:none,2:top:1,3:all", "--epochs", "3"],
+    ],
+    ids=["single", "context", "progressive"],
+)
 def test_two_ranks_give_the_losses_and_weights_of_one(flags, tmp_path, extra):
     """Dropout off (its draws depend on the split); the plan, CCC and DDP are what is compared."""
-    flags = [*flags, "--dropout", "0", "--epochs", "1", "--global_batch_size", "16", *extra]
+    flags = [*flags, "--dropout", "0", "--global_batch_size", "16", *extra]
     flags += ["--wavlm", str(dropless(flags, tmp_path))]
     alone = parse_args([*flags, "--batch_size", "8", "--name", "alone"])
     assert main(alone) == 0
@@ -292,7 +300,9 @@ def test_a_run_leaves_the_files_of_the_design(flags):
         assert -1 <= result[split]["ccc_mean"] <= 1
     test = (run_dir(args) / "predictions_test.csv").read_text().splitlines()
     assert len(test) == 25 and all(line.startswith("s2") for line in test[1:])
-    best = max(record["dev/ccc_mean"] for record in records(args, "dev"))
+    evaluations = records(args, "dev")
+    assert [record["epoch"] for record in evaluations] == [1, 2]
+    best = max(record["dev/ccc_mean"] for record in evaluations)
     assert result["dev"]["ccc_mean"] == pytest.approx(best, abs=1e-6)
 
 
