@@ -234,3 +234,30 @@ def test_a_wrong_folds_list_exits_with_code_2(experiment, folds, capsys):
         run(experiment, "--folds", folds)
     assert exit_info.value.code == 2
     assert "give 1-5, or 1,3,5, or a mix" in capsys.readouterr().err
+
+
+# --- pictures and separation
+
+
+def test_separation_is_high_for_separated_halves_and_none_for_noise():
+    rng = np.random.default_rng(0)
+    labels = rng.uniform(size=(200, 2))
+    noise = rng.standard_normal((200, 8))
+    apart = noise + 10 * (labels[:, :1] > np.median(labels[:, 0]))
+    figures = report.separation(apart, labels)
+    assert figures["fisher_valence"] > 5 and figures["silhouette_valence"] > 0.5
+    assert figures["fisher_arousal"] < 0.1 and abs(figures["silhouette_arousal"]) < 0.05
+
+
+def test_fisher_ratio_and_silhouette_equal_their_definitions():
+    vectors = np.array([[0.0], [2.0], [10.0], [14.0]])
+    labels = np.array([[0.1, 0.1], [0.2, 0.2], [0.8, 0.8], [0.9, 0.9]])
+    figures = report.separation(vectors, labels)
+    assert figures["fisher_valence"] == pytest.approx((12 - 1) ** 2 / (1 + 4))
+    silhouettes = [(12 - 2) / 12, (10 - 2) / 10, (9 - 4) / 9, (13 - 4) / 13]
+    assert figures["silhouette_valence"] == pytest.approx(np.mean(silhouettes))
+
+
+def test_separation_of_constant_labels_is_zero():
+    figures = report.separation(np.random.default_rng(0).standard_normal((10, 3)), np.ones((10, 2)))
+    assert set(figures.values()) == {0.0}
