@@ -56,10 +56,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_checkpoint(path: str | Path) -> tuple[EmotionModel, dict]:
+def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
     """(model in eval mode, the checkpoint's dict) of a run directory or a best.pt.
 
-    DataError names the file when it is missing or not ours.
+    DataError names `flag` and the file when it is missing or not ours.
     """
     path = Path(path)
     path = path / "best.pt" if path.is_dir() else path
@@ -68,12 +68,10 @@ def load_checkpoint(path: str | Path) -> tuple[EmotionModel, dict]:
         model = EmotionModel(ModelConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError:
-        raise vadata.DataError(f"--checkpoint {path}: no such file (a run's best.pt)") from None
+        raise vadata.DataError(f"{flag} {path}: no such file (give a run directory)") from None
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-        raise vadata.DataError(
-            f"--checkpoint {path}: not a best.pt of train.py ({reason})"
-        ) from None
+        raise vadata.DataError(f"{flag} {path}: not a best.pt of train.py ({reason})") from None
     return model.eval(), checkpoint
 
 
@@ -134,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
             raise vadata.DataError("no audio file could be decoded")
         ranges = set()
         for path in args.checkpoint:
-            model, checkpoint = load_checkpoint(path)
+            model, checkpoint = load_model(path, "--checkpoint")
             flags, config = checkpoint["args"], model.config
             low, high = checkpoint["label_range"]
             ranges.add((low, high))

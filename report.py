@@ -20,6 +20,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -32,6 +33,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from data import Corpus
 from model import TARGETS, concordance, metrics, moment_sums
 
 RESAMPLES = 2000
@@ -70,6 +72,57 @@ class Experiment:
     clusters: str = ""  # what the bootstrap draws: "10 speakers"
     utterances: int = 0  # in all test sets
     test_set: str = ""  # hash of their utt_ids: equal where experiments can be compared
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing, while a run goes on
+
+
+class RunFiles:
+    """What a run writes: metrics.jsonl, TensorBoard, JSON and CSV files. For rank 0 alone."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+        self.directory = directory
+        self.metrics = directory / "metrics.jsonl"
+        self.board = SummaryWriter(directory / "tb")
+
+    def rewind(self, step: int) -> None:
+        """Drops the records after `step`; the resumed run writes them again."""
+        lines = self.metrics.read_text().splitlines(True) if self.metrics.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        self.metrics.write_text("".join(kept))
+
+    def record(self, event: str, step: int, values: dict[str, float]) -> None:
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        for key, value in values.items():
+            self.board.add_scalar(key if "/" in key else f"{event}/{key}", value, step)
+
+    def write_json(self, name: str, content: dict) -> None:
+        aside = self.directory / f".{name}"
+        aside.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(aside, self.directory / name)
+
+    def write_predictions(
+        self, split: str, corpus: Corpus, rows: np.ndarray, preds: Tensor
+    ) -> None:
+        """predictions_<split>.csv of preds (n, 2) in the label's own scale, and the labels."""
+        with open(self.directory / f"predictions_{split}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            header = ["utt_id", "dialog", "speaker", "emotion", "seconds", *TARGETS]
+            writer.writerow([*header, *(f"pred_{target}" for target in TARGETS)])
+            for row, pred in zip(rows.tolist(), preds.tolist()):
+                utt = corpus.utterances[row]
+                about = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
+                labels = [getattr(utt, target) for target in TARGETS]
+                texts = [f"{value:.6f}" for value in pred]
+                writer.writerow([*about, f"{corpus.seconds[row]:.3f}", *labels, *texts])
+
+    def close(self) -> None:
+        self.board.close()
 
 
 # ---------------------------------------------------------------------------------------------

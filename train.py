@@ -15,7 +15,6 @@ again, and a resumed run repeats the uninterrupted one bit for bit.
 
 import argparse
 import contextlib
-import csv
 import datetime
 import json
 import logging
@@ -55,6 +54,8 @@ from model import (
     moment_sums,
     track_dialogues,
 )
+from predict import load_model
+from report import RunFiles
 from wavlm import ATTENTIONS, SIZES, WavLM, load_wavlm, read_config
 
 log = logging.getLogger("vatune")
@@ -610,54 +611,6 @@ def check_resumable(args: argparse.Namespace, before: dict) -> None:
             )
 
 
-class RunFiles:
-    """metrics.jsonl, TensorBoard, JSON and CSV files of a run directory. Rank 0 only."""
-
-    def __init__(self, directory: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second to import
-
-        self.directory = directory
-        self.metrics = directory / "metrics.jsonl"
-        self.board = SummaryWriter(directory / "tb")
-
-    def rewind(self, step: int) -> None:
-        """Drops the records after `step`; the resumed run writes them again."""
-        lines = self.metrics.read_text().splitlines(True) if self.metrics.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        self.metrics.write_text("".join(kept))
-
-    def record(self, event: str, step: int, values: dict[str, float]) -> None:
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        for key, value in values.items():
-            self.board.add_scalar(key if "/" in key else f"{event}/{key}", value, step)
-
-    def write_json(self, name: str, content: dict) -> None:
-        aside = self.directory / f".{name}"
-        aside.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(aside, self.directory / name)
-
-    def write_predictions(
-        self, split: str, corpus: vadata.Corpus, rows: np.ndarray, preds: Tensor
-    ) -> None:
-        """predictions_<split>.csv: one line per utterance, in the label's own scale."""
-        low, high = corpus.label_range
-        with open(self.directory / f"predictions_{split}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            header = ["utt_id", "dialog", "speaker", "emotion", "seconds", *TARGETS]
-            writer.writerow([*header, *(f"pred_{target}" for target in TARGETS)])
-            for row, pred in zip(rows.tolist(), preds.tolist()):
-                utt = corpus.utterances[row]
-                about = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
-                labels = [getattr(utt, target) for target in TARGETS]
-                scaled = [f"{low + p * (high - low):.6f}" for p in pred]
-                writer.writerow([*about, f"{corpus.seconds[row]:.3f}", *labels, *scaled])
-
-    def close(self) -> None:
-        self.board.close()
-
-
 class Meter:
     """What happened since the last log line; read() averages it over steps and ranks.
 
@@ -853,17 +806,6 @@ def input_widths(dataset: vadata.Batches) -> tuple[int, int]:
     return speaker, 0 if dataset.features is None else dataset.features.dim
 
 
-def load_model(path: Path, args: argparse.Namespace) -> EmotionModel:
-    """The model of a run directory (its best.pt) or checkpoint file; its shape wins over flags."""
-    checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
-    if "config" not in checkpoint:
-        raise UserError(f"--init_from {path}: not a best.pt of this project")
-    model = EmotionModel(ModelConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    set_checkpointing(model, args.gradient_checkpointing)
-    return model
-
-
 def wrap_ddp(model: EmotionModel, device: torch.device, world_size: int) -> torch.nn.Module:
     if world_size == 1:
         return model
@@ -954,7 +896,8 @@ def main(args: argparse.Namespace) -> int:
     # Model: the same initial weights on every rank; normalisers see the train split alone
     try:
         if args.init_from:
-            model = load_model(Path(args.init_from), args)
+            model, _ = load_model(args.init_from, "--init_from")
+            set_checkpointing(model, args.gradient_checkpointing)
         else:
             model = build_model(args, *input_widths(dataset))
             if prosody is not None:
@@ -1072,7 +1015,8 @@ def main(args: argparse.Namespace) -> int:
                         content = {"model": model.state_dict(), "config": asdict(model.config)}
                         content |= {"args": vars(args), "label_range": [low, high]}
                         save_checkpoint(directory / "best.pt", content | {"epoch": epoch + 1})
-                        files.write_predictions("dev", corpus, splits["dev"], preds)
+                        scaled = low + (high - low) * preds
+                        files.write_predictions("dev", corpus, splits["dev"], scaled)
                     if args.separation_every and state["epoch"] % args.separation_every == 0:
                         figures = report.separation(vectors.numpy(), dataset.labels[splits["dev"]])
                         figures = {f"separation/{k}": v for k, v in figures.items()}
@@ -1102,7 +1046,7 @@ def main(args: argparse.Namespace) -> int:
         scores[split] = metrics(preds, labels[splits[split]], scale=high - low)
         log.info(score_line(f"best epoch {state['best_epoch']} | {split}", scores[split]))
         if files:
-            files.write_predictions(split, corpus, splits[split], preds)
+            files.write_predictions(split, corpus, splits[split], low + (high - low) * preds)
     if files:
         record = {f"{split}/{k}": v for split in scores for k, v in scores[split].items()}
         files.record("test", state["step"], {"epoch": state["best_epoch"], **record})
