@@ -142,31 +142,70 @@ class LogMel(nn.Module):
         return x / (deviation + 0.1), frame_mask  # 0.1: silence stays quiet
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, channels, T, M): no statistics shared between utterances,
-    so neither padding nor the split of a batch can change a result (BatchNorm fails both)."""
+class UtteranceNorm(nn.Module):
+    """x (B, C, T, M) at zero mean and unit variance over the real frames of its own utterance.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    Over channels, frames and bands together, then a scale and shift per channel. Nothing is shared
+    between utterances, so neither padding nor the split of a batch changes a result (BatchNorm
+    fails both), and channels and frames keep their relative levels (LayerNorm over channels alone
+    loses them: 0.2 of arousal CCC on an unseen speaker [measured, baseline, Berlin clips]).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """mask (B, 1, T, 1), 1 = real; float32 inside, since it sums over the whole utterance."""
+        dtype, x = x.dtype, x.float()
+        count = mask.sum((1, 2, 3), keepdim=True) * x.shape[1] * x.shape[3]
+        x = x - (x * mask).sum((1, 2, 3), keepdim=True) / count
+        variance = (x * mask).square().sum((1, 2, 3), keepdim=True) / count
+        return (x * torch.rsqrt(variance + 1e-5) * self.weight + self.bias).to(dtype)
+
+
+class ConvBlock(nn.Module):
+    """The baseline's block: 3x3 convolution and max pooling by `stride` in time and mel."""
+
+    def __init__(self, before: int, after: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(before, after, 3, padding=1)
+        self.norm = UtteranceNorm(after)
+        self.pool = nn.MaxPool2d(stride)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.norm(self.conv(x * mask), mask))
+        return self.dropout(self.pool(x)), shrink(mask, self.pool.kernel_size)
 
 
 class ConvNeXtBlock(nn.Module):
-    def __init__(self, channels: int, dropout: float) -> None:
+    """A strided convolution that divides time and mel by `stride`, then ConvNeXt's block."""
+
+    def __init__(self, before: int, after: int, stride: int, dropout: float) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-        self.norm = ChannelNorm(channels)
-        self.expand = nn.Conv2d(channels, 4 * channels, 1)
-        self.project = nn.Conv2d(4 * channels, channels, 1)
+        self.stride = stride
+        self.down = nn.Conv2d(before, after, stride, stride)
+        self.depthwise = nn.Conv2d(after, after, 7, padding=3, groups=after)
+        self.norm = UtteranceNorm(after)
+        self.expand = nn.Conv2d(after, 4 * after, 1)
+        self.project = nn.Conv2d(4 * after, after, 1)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, channels, T, M); mask (B, 1, T, 1): the 7 x 7 window must see zeros as padding."""
-        hidden = self.norm(self.depthwise(x * mask))
-        return x + self.dropout(self.project(F.gelu(self.expand(hidden))))
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        x, mask = self.down(x * mask), shrink(mask, self.stride)
+        hidden = self.norm(self.depthwise(x * mask), mask)
+        return x + self.dropout(self.project(F.gelu(self.expand(hidden)))), mask
+
+
+def shrink(mask: Tensor, stride: int) -> Tensor:
+    """mask (B, 1, T, 1) -> (B, 1, T / stride, 1): real where any of the frames was."""
+    return F.max_pool2d(mask, (stride, 1))
 
 
 class ConvEncoder(nn.Module):
-    """A CNN on log-mel: `convnext`, or `baseline`: 3x3 convolutions with max pooling.
+    """A CNN on log-mel: `convnext` or `baseline`.
 
     Each of the first four blocks divides time and mel (by 2, convnext's first by 4), and channels
     double up to the fourth. Padded frames are zeroed before every convolution that looks at
@@ -175,39 +214,29 @@ class ConvEncoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        convnext = config.encoder == "convnext"
+        block = {"convnext": ConvNeXtBlock, "baseline": ConvBlock}[config.encoder]
+        strides = [2 if i < 4 else 1 for i in range(config.num_blocks)]
+        strides[0] = 4 if config.encoder == "convnext" else 2
+        self.total_stride = math.prod(strides)
+        channels = [1, *(config.base_channels * 2 ** min(i, 3) for i in range(config.num_blocks))]
         self.log_mel = LogMel()
+        self.blocks = nn.ModuleList(
+            block(before, after, stride, config.dropout)
+            for before, after, stride in zip(channels, channels[1:], strides)
+        )
         self.num_states = 1
-        self.strides = [2 if i < 4 else 1 for i in range(config.num_blocks)]
-        self.strides[0] = 4 if convnext else 2
-        self.downs, self.blocks = nn.ModuleList(), nn.ModuleList()
-        before = 1
-        for i, stride in enumerate(self.strides):
-            after = config.base_channels * 2 ** min(i, 3)
-            if convnext:
-                norm = ChannelNorm(before) if i > 0 else nn.Identity()
-                down = (norm, nn.Conv2d(before, after, stride, stride))
-                self.blocks.append(ConvNeXtBlock(after, config.dropout))
-            else:
-                conv = nn.Conv2d(before, after, 3, padding=1)
-                pool = nn.MaxPool2d(stride)
-                down = (conv, ChannelNorm(after), nn.ReLU(), pool, nn.Dropout(config.dropout))
-            self.downs.append(nn.Sequential(*down))
-            before = after
-        self.width = before
+        self.width = channels[-1]
         self.norm = nn.LayerNorm(self.width)
 
     def forward(self, batch: dict) -> tuple[list[Tensor], Tensor]:
         x, mask = self.log_mel(batch["input_values"], batch["attention_mask"])  # (B, T, M), (B, T)
-        padding = -x.shape[1] % math.prod(self.strides)
-        x = F.pad(x, (0, 0, 0, padding)).unsqueeze(1)  #           (B, 1, T, M)
-        mask = F.pad(mask, (0, padding))
-        for i, (down, stride) in enumerate(zip(self.downs, self.strides)):
-            x = down(x * mask[:, None, :, None])  #                (B, channels, T/stride, M/stride)
-            mask = mask.unflatten(1, (-1, stride)).any(2)  #       (B, T/stride)
-            if self.blocks:
-                x = self.blocks[i](x, mask[:, None, :, None])
-        return [self.norm(x.mean(3).transpose(1, 2))], mask  #     (B, T, D)
+        padding = -x.shape[1] % self.total_stride
+        x = F.pad(x, (0, 0, 0, padding)).unsqueeze(1)  #                    (B, 1, T, M)
+        mask = F.pad(mask, (0, padding))[:, None, :, None].to(x.dtype)  #   (B, 1, T, 1)
+        for block in self.blocks:
+            x, mask = block(x, mask)  #                                     (B, C, T/s, M/s)
+        frames = self.norm(x.mean(3).transpose(1, 2))  #                    (B, T/s, D)
+        return [frames], mask[:, 0, :, 0] > 0
 
 
 class FeatureTransformer(nn.Module):

@@ -361,7 +361,7 @@ def plot_curves(directory: Path) -> None:
     train = [r for r in records if r["event"] == "train"]
     dev = [r for r in records if r["event"] == "dev" and "epoch" in r]
     figure, (left, right) = new_figure(2)
-    left.plot([r["step"] for r in train], [r["loss"] for r in train], color="black")
+    left.plot([r["step"] for r in train], [r["loss"] for r in train], "o-", ms=2, color="black")
     left.set(xlabel="step", ylabel="training loss")
     for target in TARGETS:
         ccc = [r[f"dev/ccc_{target}"] for r in dev]
