@@ -63,7 +63,7 @@ log = logging.getLogger("vatune")
 STANDARD = {"batch_size": 8, "d_prosody": 64, "d_hidden": 256}
 PRESETS = {
     "demo": {
-        "data": "demo", "wavlm": "tiny", "unfreeze": "all", "epochs": 14, "batch_size": 16,
+        "data": "demo", "wavlm": "tiny", "unfreeze": "all", "epochs": 10, "batch_size": 16,
         "lr": 1e-3, "encoder_lr": 1e-3, "device": "cpu", "num_workers": 0, "name": "demo",
     },
     "verify": {"fold": 1, "epochs": 20, "unfreeze": "all", "batch_size": 8},
@@ -271,9 +271,10 @@ def fill_batch_sizes(p: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """Sets accumulation and global batch size from each other and the number of ranks."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size == "auto":
-        from memory import largest_batch
-
-        args.batch_size = largest_batch(args)
+        try:
+            args.batch_size = memory.largest_batch(args)
+        except ValueError as error:
+            p.error(str(error))
     try:
         args.batch_size = int(args.batch_size)
     except ValueError:
