@@ -63,7 +63,7 @@ log = logging.getLogger("vatune")
 STANDARD = {"batch_size": 8, "d_prosody": 64, "d_hidden": 256}
 PRESETS = {
     "demo": {
-        "data": "demo", "wavlm": "tiny", "unfreeze": "all", "epochs": 10, "batch_size": 16,
+        "data": "demo", "wavlm": "tiny", "unfreeze": "all", "epochs": 6, "batch_size": 16,
         "lr": 1e-3, "encoder_lr": 1e-3, "device": "cpu", "num_workers": 0, "name": "demo",
     },
     "verify": {"fold": 1, "epochs": 20, "unfreeze": "all", "batch_size": 8},
