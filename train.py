@@ -126,6 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--wavlm", default="microsoft/wavlm-large",
         help=f"hub name, local directory, or random weights: {', '.join(SIZES)}")
     add("--wavlm_revision", help="hub commit or tag of --wavlm")
+    add("--wavlm_dropout", type=float, help="in place of all dropouts of the WavLM checkpoint")
     add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")
     add("--pooling", choices=("mean", "attention"), default="mean", help="frames to utterance")
     add("--features_dir", "--features_224_dir", help="<utt_id>.npy (T, D) for the Transformers")
@@ -234,8 +235,9 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for flag, high in (("warmup", 1.0), ("valence_weight", 1.0), ("memory_fraction", 1.0)):
         if not 0 <= getattr(args, flag) <= high:
             p.error(f"--{flag} {getattr(args, flag)}: must be in 0..{high:g}")
-    if not 0 <= args.dropout < 1:
-        p.error(f"--dropout {args.dropout}: must be in [0, 1)")
+    for flag in ("dropout", "wavlm_dropout"):
+        if not 0 <= (getattr(args, flag) or 0) < 1:
+            p.error(f"--{flag} {getattr(args, flag)}: must be in [0, 1)")
     if args.resume and args.overwrite:
         p.error("--resume and --overwrite exclude each other")
     if args.label_range and not args.label_range[0] < args.label_range[1]:
@@ -411,8 +413,8 @@ def build_model(
     }
     wavlm = None
     if args.encoder == "wavlm":
-        name, revision = args.wavlm, args.wavlm_revision
-        wavlm = load_wavlm(name, revision) if load else WavLM(read_config(name, revision))
+        source = (args.wavlm, args.wavlm_revision, args.wavlm_dropout)
+        wavlm = load_wavlm(*source) if load else WavLM(read_config(*source))
         flags["wavlm"] = wavlm.config.to_dict()
     model = EmotionModel(ModelConfig(**flags), wavlm)
     set_checkpointing(model, args.gradient_checkpointing)

@@ -536,8 +536,17 @@ def _init_weights(module: nn.Module, std: float) -> None:
 
 
 # ---------------------------------------------------------------------------- weights on disk
-def read_config(name: str, revision: str | None = None) -> WavLMConfig:
-    """The shape of a WavLM by size, local directory or hub name; ValueError as `load_wavlm`."""
+def read_config(
+    name: str, revision: str | None = None, dropout: float | None = None
+) -> WavLMConfig:
+    """The shape of a WavLM by size, local directory or hub name; ValueError as `load_wavlm`.
+
+    `dropout`, where given, takes the place of all four dropouts of the checkpoint.
+    """
+    if dropout is not None:
+        names = ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout")
+        config = read_config(name, revision)
+        return dataclasses.replace(config, **dict.fromkeys(names, dropout))
     if name in SIZES:
         return SIZES[name]
     with _naming_the_flag(name):
@@ -548,14 +557,15 @@ def read_config(name: str, revision: str | None = None) -> WavLMConfig:
         return WavLMConfig.from_dict(raw)
 
 
-def load_wavlm(name: str, revision: str | None = None) -> WavLM:
+def load_wavlm(name: str, revision: str | None = None, dropout: float | None = None) -> WavLM:
     """A WavLM by size ("tiny", "base", "large": random), local directory or hub name, in float32.
 
     model.safetensors is preferred; pytorch_model.bin is read with weights_only. A checkpoint of a
     task model ("wavlm." prefix) gives its encoder. `revision` is a branch, tag or commit of the
-    hub. ValueError, one line that names --wavlm, on anything unreadable or not exactly a WavLM.
+    hub. `dropout`, where given, takes the place of the checkpoint's. ValueError, one line that
+    names --wavlm, on anything unreadable or not exactly a WavLM.
     """
-    config = read_config(name, revision)
+    config = read_config(name, revision, dropout)
     if name in SIZES:
         return WavLM(config)
     with _naming_the_flag(name):

@@ -33,6 +33,7 @@ from train import (
 )
 
 ROOT = Path(__file__).parent.parent
+NO_DROPOUT = ("--dropout", "0", "--wavlm_dropout", "0")
 
 
 def weights_of(args, file="last.pt"):
@@ -73,22 +74,12 @@ def prepared(flags, *more):
     return args, splits, dataset, build_model(args, 0, 0)
 
 
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-    return model
-
-
 # --- contract 1: the same global batch gives the same update
 
 
 @pytest.mark.parametrize("loss", ["ccc", "mse"])
 def test_four_micro_batches_give_the_update_of_one_batch(flags, loss):
-    args, splits, dataset, model = prepared(flags, "--loss", loss)
-    without_dropout(model)
+    args, splits, dataset, model = prepared(flags, "--loss", loss, *NO_DROPOUT)
     rows = splits["train"][:16].tolist()
     whole = [dataset[BatchSpec(tuple((row,) for row in rows), 0)]]
     parts = [dataset[BatchSpec(tuple((r,) for r in rows[i::4]), 0)] for i in range(4)]
@@ -100,8 +91,7 @@ def test_four_micro_batches_give_the_update_of_one_batch(flags, loss):
 
 
 def test_averaging_micro_batch_cccs_is_another_update(flags):
-    args, splits, dataset, model = prepared(flags, "--exact_ccc", "off")
-    without_dropout(model)
+    args, splits, dataset, model = prepared(flags, "--exact_ccc", "off", *NO_DROPOUT)
     rows = splits["train"][:16].tolist()
     whole = [dataset[BatchSpec(tuple((row,) for row in rows), 0)]]
     parts = [dataset[BatchSpec(tuple((r,) for r in rows[i::4]), 0)] for i in range(4)]
@@ -137,10 +127,9 @@ def test_the_second_forward_of_exact_ccc_draws_the_dropout_of_the_first(flags, m
     ],
     ids=["single", "context", "progressive"],
 )
-def test_two_ranks_give_the_losses_and_weights_of_one(flags, tmp_path, extra):
+def test_two_ranks_give_the_losses_and_weights_of_one(flags, extra):
     """Dropout off (its draws depend on the split); the plan, CCC and DDP are what is compared."""
-    flags = [*flags, "--dropout", "0", "--global_batch_size", "16", *extra]
-    flags += ["--wavlm", str(dropless(flags, tmp_path))]
+    flags = [*flags, *NO_DROPOUT, "--global_batch_size", "16", *extra]
     alone = parse_args([*flags, "--batch_size", "8", "--name", "alone"])
     assert main(alone) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -161,18 +150,6 @@ def test_two_ranks_give_the_losses_and_weights_of_one(flags, tmp_path, extra):
     assert len(alone_csv.read_text().splitlines()) == 25  # 24 test utterances, each once
     one, two = (np.genfromtxt(f, delimiter=",", skip_header=1) for f in (alone_csv, ranks_csv))
     np.testing.assert_allclose(one[:, -2:], two[:, -2:], atol=1e-4)
-
-
-def dropless(flags, tmp_path):
-    """A copy of the small WavLM whose config has no dropout."""
-    source = Path(flags[flags.index("--wavlm") + 1])
-    config = json.loads((source / "config.json").read_text())
-    config |= {key: 0.0 for key in config if key.endswith("_dropout")}
-    target = tmp_path / "dropless"
-    target.mkdir()
-    (target / "config.json").write_text(json.dumps(config))
-    (target / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    return target
 
 
 def test_gradient_checkpointing_changes_no_gradient(flags):
