@@ -77,7 +77,7 @@ sweep() { # FOLD: kill what is left of it; torchrun's ranks are in sessions of t
         kill -KILL "$pid" 2>/dev/null || true
     done < <(grep -lsxzF "VATUNE_LAUNCH=$launch_id-$1" /proc/[0-9]*/environ)
 }
-# shellcheck disable=SC2317 # reached through the trap
+# shellcheck disable=SC2317,SC2329 # reached through the trap
 stop_all() {
     local pid fold deadline=$((SECONDS + 30))
     trap '' INT TERM HUP
