@@ -576,7 +576,7 @@ def load_audio(
         first = "; ".join(f"{utt_id}: {reason}" for utt_id, reason in named[:3])
         raise DataError(
             f"{corpus.name}: {len(named)} of {len(corpus.utterances)} audio files are unusable, "
-            f"more than {most_bad:.0%} ({first})"
+            f"more than {100 * most_bad:g} % ({first})"
         )
     good = [row for row in range(len(corpus.utterances)) if row not in pack.bad]
     pack = pack.part(good)
