@@ -503,7 +503,8 @@ def train_step(
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    # DDP's gradients are views of its buckets: dropped, accumulation would hold them twice
+    optimizer.zero_grad(set_to_none=world_size == 1)
     return all_reduce(seen, world_size), norm
 
 
@@ -960,6 +961,7 @@ def main(args: argparse.Namespace) -> int:
         epoch = state["epoch"]
         if unfreeze_at(schedule, epoch) != stage:
             stage = unfreeze_at(schedule, epoch)
+            optimizer.zero_grad(set_to_none=True)  # what is frozen now must not be updated
             set_trainable(model, stage, args.train_only)
             ddp_model = wrap_ddp(model, device, world_size)  # buckets of what trains now
             log.info(f"epoch {epoch + 1} | unfreeze {stage} | {trainable_line(optimizer)}")
