@@ -105,8 +105,8 @@ class LogMel(nn.Module):
 
     No centring: a frame is real when all its samples are, so padding changes no real frame. Each
     utterance is brought to zero mean and unit variance over its real frames and all bands: that
-    takes away the recording's level and keeps the shape of the spectrum. On speakers that training
-    never saw it was worth 0.15 of arousal CCC [measured, Berlin clips].
+    takes away the recording's level, which on a new microphone says nothing, and keeps the shape of
+    the spectrum.
     """
 
     n_fft, hop, n_mels = 400, 160, 80
@@ -147,8 +147,9 @@ class UtteranceNorm(nn.Module):
 
     Over channels, frames and bands together, then a scale and shift per channel. Nothing is shared
     between utterances, so neither padding nor the split of a batch changes a result (BatchNorm
-    fails both), and channels and frames keep their relative levels (LayerNorm over channels alone
-    loses them: 0.2 of arousal CCC on an unseen speaker [measured, baseline, Berlin clips]).
+    fails both), and channels and frames keep their relative levels, which LayerNorm over channels
+    alone loses. With LogMel's level taken away as well, the baseline's arousal CCC on five unseen
+    speakers went from 0.67 to 0.73, convnext's did not move [measured, Berlin clips, one seed].
     """
 
     def __init__(self, channels: int) -> None:
