@@ -34,7 +34,7 @@ def commands():
                 yield words
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_every_command_parses(words):
     words = [re.sub(r"\$\w+", "1", word) for word in words if word != "&"]
     if words[0] == "./launch.sh":

@@ -391,7 +391,7 @@ def test_film_alone_can_be_trained_from_an_earlier_run(flags):
 def test_compiled_layers_train_like_plain_ones(flags):
     losses = []
     for name, extra in (("plain", []), ("compiled", ["--compile"])):
-        args = parse_args([*flags, "--name", name, "--dropout", "0", *extra])
+        args = parse_args([*flags, "--name", name, *NO_DROPOUT, *extra])
         assert main(args) == 0
         losses.append([record["loss"] for record in records(args, "train")])
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-4)
