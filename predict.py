@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data as vadata
 from model import TARGETS, EmotionModel, ModelConfig, encode_rows, track_dialogues
 
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -111,7 +111,7 @@ def predict(
             yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     model.to(device)
-    with torch.autocast(device.type, AUTOCAST.get(amp), enabled=amp in AUTOCAST):
+    with torch.autocast(device.type, AUTOCAST[amp], enabled=amp != "off"):
         return track_dialogues(model, encode_rows(model, batches(), rows.tolist()), dialogs)
 
 

@@ -54,7 +54,7 @@ from model import (
     moment_sums,
     track_dialogues,
 )
-from predict import load_model
+from predict import AUTOCAST, load_model
 from report import RunFiles
 from wavlm import ATTENTIONS, SIZES, WavLM, load_wavlm, read_config
 
@@ -83,7 +83,6 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 RETRY_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, resume me
 
 
