@@ -33,6 +33,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wavlm import BlockAttention
+
 GIB = 2**30
 CONTEXT_GIB = 0.45  # CUDA context with its kernels, more with NCCL [guess, to be measured]
 WORKSPACE_GIB = 0.03  # cuBLAS on Hopper; 0.008 on Ampere and Ada
@@ -172,19 +174,24 @@ SINGLE = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, 
 class CudaRules(TorchFunctionMode):
     """Makes meta tensors allocate what CUDA tensors would."""
 
-    def __init__(self, tracker: Tracker, dtype: torch.dtype | None) -> None:
+    def __init__(self, tracker: Tracker, dtype: torch.dtype | None, on_gpu: bool) -> None:
         super().__init__()
-        self.tracker, self.dtype = tracker, dtype
+        self.tracker, self.dtype, self.on_gpu = tracker, dtype, on_gpu
         self.cache: dict[int, Tensor] = {}  # half copies of weights, alive until autocast ends
         self.copies: set[int] = set()
         self.enabled = self.recomputing = False
+        self.depth = 0
 
     @contextlib.contextmanager
-    def autocast(self, device_type: str, dtype: torch.dtype, enabled: bool = True) -> Iterator:
-        """Stands in for torch.autocast; its weight cache ends with it."""
-        self.enabled = enabled
+    def autocast(
+        self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True
+    ) -> Iterator:
+        """Stands in for torch.autocast; the cache of weights ends with the outermost one."""
+        before, self.enabled, self.depth = self.enabled, enabled, self.depth + 1
         yield
-        self.cache.clear()
+        self.enabled, self.depth = before, self.depth - 1
+        if self.depth == 0:
+            self.cache.clear()
 
     def in_recomputation(self) -> contextlib.AbstractContextManager:
         """A mode is off inside backward: turns it on for modules that checkpointing runs there."""
@@ -195,7 +202,7 @@ class CudaRules(TorchFunctionMode):
                 return call(module, *args, **kwargs)
             self.recomputing = True
             try:
-                with self:
+                with self, self.autocast("cuda"):
                     return call(module, *args, **kwargs)
             finally:
                 self.recomputing = False
@@ -205,7 +212,7 @@ class CudaRules(TorchFunctionMode):
     def half(self, value: object) -> object:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
-        if not (value.is_leaf and value.requires_grad):
+        if not is_weight(value):
             return value.to(self.dtype)
         if id(value) not in self.cache:
             self.cache[id(value)] = value.to(self.dtype)
@@ -221,13 +228,21 @@ class CudaRules(TorchFunctionMode):
             kwargs = {key: self.half(value) for key, value in kwargs.items()}
         if self.enabled and self.dtype and func in SINGLE:
             args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
-        if func is F.dropout:
+        if func is Tensor.to and self.dtype and is_weight(args[0]):  # cast by the model itself
+            out = func(*args, **kwargs)
+            self.copies.add(self.tracker.see(out))
+            return out
+        if func is F.dropout and self.on_gpu:
             p, training = (*args[1:], 0.5, True)[:2]
             p, training = kwargs.get("p", p), kwargs.get("training", training)
             return torch.native_dropout(args[0], p, True)[0] if training and p else args[0]
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and self.on_gpu:
             return efficient_attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def is_weight(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_leaf and value.requires_grad
 
 
 def efficient_attention(
@@ -290,7 +305,7 @@ def trace(
     args.amp = args.amp or ("fp16" if on_gpu else "off")
     tracker = Tracker()
     dtype = train.AUTOCAST[args.amp] if args.amp != "off" else None
-    rules = CudaRules(tracker, dtype)
+    rules = CudaRules(tracker, dtype, on_gpu)
     with torch.device("meta"):
         model = train.build_model(args, speaker_dim, frame_dim, load=False)
     optimizer = train.build_optimizer(model, args, "cpu")
@@ -325,6 +340,7 @@ def trace(
         torch.random.fork_rng(devices=[]),
         rules.in_recomputation() if on_gpu or dtype else contextlib.nullcontext(),
         mock.patch("torch.autocast", rules.autocast),
+        contextlib.nullcontext() if on_gpu else mock.patch("wavlm.KernelAttention", BlockAttention),
         rules if on_gpu or dtype else contextlib.nullcontext(),
         tracker,
     ):

@@ -45,7 +45,7 @@ class ModelConfig:
     wavlm: dict | None = None  # a Hugging Face WavLM config.json, for encoder "wavlm"
     layers: tuple[int, ...] = ()  # hidden states to mix; () = the quarter points
     pooling: str = "mean"  # mean | attention
-    attention: str = "sdpa"  # WavLM's attention: sdpa | eager
+    attention: str = "fused"  # WavLM's attention: fused | sdpa | eager
     frame_dim: int = 0  # width of the feature files, for the feature transformers
     speaker_dim: int = 0  # width of the speaker embedding; 0 = FiLM on a learned vector
     prosody_dim: int = 88  # eGeMAPS functionals; 0 = no prosody

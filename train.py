@@ -182,7 +182,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gradient_checkpointing", action="store_true",
         help="keep only layer inputs for backward, which then runs each layer again")
     add("--compile", action="store_true", help="torch.compile the encoder's layers")
-    add("--attention", choices=ATTENTIONS, default="sdpa", help="WavLM's attention")
+    add("--attention", choices=ATTENTIONS, default="fused",
+        help="of WavLM; fused keeps nothing of size frames x frames for backward")
     add("--gpu_gib", type=float, default=24.0, help="card to plan for where there is no GPU, GiB")
     add("--memory_fraction", type=float, default=0.0,
         help="cap this process at a share of the GPU's memory; 0 = off")

@@ -100,7 +100,7 @@ def test_with_accumulation_gradients_are_there_while_activations_are():
 
 def test_autocast_keeps_a_half_copy_of_every_matrix_that_trains():
     plan = planned(*LARGE, "--unfreeze", "transformer", "--max_seconds", "8")
-    assert plan.bytes["autocast copies"] == pytest.approx(2 * 311e6, rel=0.05)
+    assert plan.bytes["autocast copies"] == pytest.approx(2 * 311e6, rel=0.08)
     off = planned(*LARGE, "--unfreeze", "transformer", "--max_seconds", "8", "--no_amp")
     assert off.bytes["autocast copies"] == 0
     assert off.bytes["activations"] > 1.4 * plan.bytes["activations"]
