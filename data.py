@@ -820,18 +820,18 @@ class Batches(torch.utils.data.Dataset):
         self.lengths = np.minimum(source.lengths, int(max_seconds * self.rate))
 
     def __getitem__(self, spec: BatchSpec) -> dict:
-        """All torch CPU tensors but the last two:
-        index (B,) corpus rows, chunk_index (C, K) positions in the batch (-1 = padding),
+        """All torch CPU tensors but the last three:
+        chunk_index (C, K) positions in the batch (-1 = padding),
         labels (B, 2), input_values (B, L) and attention_mask (B, L) True = sample,
         frames (B, T, D) and frame_mask (B, T), prosody (B, 88) raw with NaN, speaker (B, S),
-        audio_seconds float, padded_share float.
+        rows (list of the corpus'), audio_seconds and padded_share (floats).
         """
         rows = [row for chunk in spec.chunks for row in chunk]
         width = max(len(chunk) for chunk in spec.chunks)
         chunk_index = np.full((len(spec.chunks), width), -1, dtype=np.int64)
         chunk_index[[[k < len(c) for k in range(width)] for c in spec.chunks]] = range(len(rows))
         batch: dict = {
-            "index": torch.tensor(rows),
+            "rows": rows,
             "chunk_index": torch.from_numpy(chunk_index),
             "labels": torch.from_numpy(self.labels[rows]),
         }
@@ -890,6 +890,10 @@ class TrainPlan:
     dealt out: a step sees the same utterances however they are split over ranks and micro-steps.
     A global batch holds utterances of like length; its micro-batches, sorted by length, go to
     the ranks in turn, so that ranks have equal work within a micro-step.
+
+    A micro-batch holds `batch_size` utterances or, with a `budget`, as many as fit into so many
+    padded samples (units of `lengths`; give at least the longest clip), the same number in each
+    micro-batch of a step. Then the number of steps differs a little between epochs.
     """
 
     # Sorting by length saves padding (IEMOCAP, batch 8: 1.05x instead of 2.2x [measured]) but
@@ -908,44 +912,51 @@ class TrainPlan:
         rank: int,
         world_size: int,
         seed: int,
+        budget: float | None = None,
     ) -> None:
         if batch_size % context:
             raise ValueError(f"batch_size {batch_size} is not divisible by context {context}")
         self.lengths, self.context, self.seed = lengths, context, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.budget = rank, world_size, budget
         self.accumulation = gradient_accumulation_steps
+        self.micro_batches = gradient_accumulation_steps * world_size  # in a step
         self.chunks_per_batch = batch_size // context
         turns: dict[str, list[int]] = {}  # rows are in time order within a dialogue
         for row in np.sort(rows).tolist():
             turns.setdefault(dialogs[row], []).append(row)
         self.dialogues = list(turns.values())
-        chunks = sum(math.ceil(len(d) / context) for d in self.dialogues)
-        self.steps_per_epoch = chunks // self._global_chunks()
-        if not self.steps_per_epoch:
+        self._counts: dict[int, int] = {}
+        if not self.steps_in(0):
             raise DataError(
-                f"the train split holds {len(rows)} utterances in {chunks} chunks of up to "
-                f"{context}, fewer than one global batch of {batch_size} x "
+                f"the train split holds {len(rows)} utterances in {len(self._chunks(0))} chunks "
+                f"of up to {context}, fewer than one global batch of {batch_size} x "
                 f"{gradient_accumulation_steps} x {world_size} (batch x accumulation x ranks): "
                 "lower --batch_size or --global_batch_size"
             )
         self.set_epoch(0)
 
-    def _global_chunks(self) -> int:
-        return self.chunks_per_batch * self.accumulation * self.world_size
-
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Choose the epoch, and the step to start at (resume inside an epoch)."""
         self.epoch, self.first_step = epoch, first_step
 
-    def __len__(self) -> int:
-        return (self.steps_per_epoch - self.first_step) * self.accumulation
+    def steps_in(self, epoch: int) -> int:
+        if epoch not in self._counts:
+            self._counts[epoch] = len(self._steps(epoch)[1])
+        return self._counts[epoch]
 
-    def _chunks(self, rng: np.random.Generator) -> list[tuple[int, ...]]:
+    def steps_before(self, epoch: int) -> int:
+        return sum(self.steps_in(e) for e in range(epoch))
+
+    def __len__(self) -> int:
+        return (self.steps_in(self.epoch) - self.first_step) * self.accumulation
+
+    def _chunks(self, epoch: int) -> list[tuple[int, ...]]:
         """Every dialogue cut into chunks, at a place drawn anew each epoch.
 
         The first chunk is at least as long as the remainder of turns / context, which keeps the
-        number of chunks, and with it steps_per_epoch, constant.
+        number of chunks constant.
         """
+        rng = np.random.default_rng((self.seed, epoch, 0))
         chunks = []
         for rows in self.dialogues:
             first = rng.integers((len(rows) - 1) % self.context + 1, self.context + 1)
@@ -953,20 +964,47 @@ class TrainPlan:
             chunks += [tuple(rows[a:b]) for a, b in itertools.pairwise(cuts)]
         return chunks
 
-    def __iter__(self) -> Iterator[BatchSpec]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        chunks = self._chunks(rng)
-        size = self._global_chunks()
+    def _steps(self, epoch: int) -> tuple[list[tuple[int, ...]], list[np.ndarray]]:
+        """(chunks, indices into them per step, in the order of training)."""
+        chunks = self._chunks(epoch)
+        rng = np.random.default_rng((self.seed, epoch, 1))
         longest = np.array([max(self.lengths[row] for row in chunk) for chunk in chunks])
-        order = rng.permutation(len(chunks))[: self.steps_per_epoch * size]
+        size = self.chunks_per_batch * self.micro_batches
+        if self.budget is not None:  # chunks in a step, on average
+            size = max(1, int(self.budget * self.micro_batches / (longest.mean() * self.context)))
+        order = rng.permutation(len(chunks))
         blurred = longest * rng.uniform(1 - self.BLUR, 1 + self.BLUR, len(chunks))
-        window = size * min(self.WINDOW, math.ceil(self.steps_per_epoch / 2))
-        windows = np.split(order, range(window, len(order), window))
-        order = np.concatenate([w[np.argsort(blurred[w], kind="stable")] for w in windows])
-        steps = rng.permutation(order.reshape(self.steps_per_epoch, size))
+        windows = max(1, math.ceil(len(chunks) / size / self.WINDOW), min(2, len(chunks) // size))
+        steps, rest = [], np.zeros(0, dtype=np.int64)
+        for window in np.array_split(order, windows):
+            window = np.concatenate((rest, window))
+            window = window[np.argsort(-blurred[window], kind="stable")]
+            while (count := self._fitting(longest[window])) > 0:
+                steps.append(window[:count])
+                window = window[count:]
+            rest = window
+        return chunks, [steps[i] for i in rng.permutation(len(steps))]
+
+    def _fitting(self, longest: np.ndarray) -> int:
+        """How many of the chunks, about longest first, make the next step; 0 = too few are left."""
+        if self.budget is None:
+            count = self.chunks_per_batch * self.micro_batches
+            return count if count <= len(longest) else 0
+        count = self.micro_batches
+        while count + self.micro_batches <= len(longest):
+            more = count + self.micro_batches
+            each = more // self.micro_batches
+            if each * self.context * longest[:more].max() > self.budget:
+                break
+            count = more
+        return count if count <= len(longest) else 0
+
+    def __iter__(self) -> Iterator[BatchSpec]:
+        chunks, steps = self._steps(self.epoch)
+        longest = np.array([max(self.lengths[row] for row in chunk) for chunk in chunks])
         for step in steps[self.first_step :]:
             step = step[np.argsort(longest[step], kind="stable")]
-            micro_batches = step.reshape(-1, self.chunks_per_batch)
+            micro_batches = step.reshape(self.micro_batches, -1)
             for micro_batch in micro_batches[self.rank :: self.world_size]:
                 yield BatchSpec(tuple(chunks[i] for i in micro_batch), self.epoch)
 

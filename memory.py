@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import AdamW
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -253,6 +254,10 @@ def efficient_attention(
     return kernel(q, k, v, attn_mask, True, dropout_p)[0]
 
 
+def unfused(params: list[dict], **flags: object) -> torch.optim.Optimizer:
+    return AdamW(params, **flags | {"fused": False})
+
+
 def meta_batch(
     args: argparse.Namespace, speaker_dim: int, frame_dim: int, seconds: float
 ) -> dict[str, Tensor]:
@@ -308,7 +313,8 @@ def trace(
     rules = CudaRules(tracker, dtype, on_gpu)
     with torch.device("meta"):
         model = train.build_model(args, speaker_dim, frame_dim, load=False)
-    optimizer = train.build_optimizer(model, args, "cpu")
+    with mock.patch("torch.optim.AdamW", unfused):  # the fused one refuses meta tensors
+        optimizer = train.build_optimizer(model, args)
     train.set_trainable(model, stage, args.train_only)
     model.train()
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -327,9 +333,7 @@ def trace(
         tracker.phase = "optimizer"
         gradients.update(tracker.see(p.grad) for p in trained if p.grad is not None)
 
-    optimizer.register_step_pre_hook(before_update)
-    if on_gpu:  # fused: in place, no temporary
-        optimizer.step = lambda: before_update()
+    optimizer.step = lambda: before_update()  # fused: in place, no temporary
     batches = [
         meta_batch(args, speaker_dim, frame_dim, seconds)
         for _ in range(args.gradient_accumulation_steps)

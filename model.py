@@ -628,11 +628,11 @@ class EmotionModel(nn.Module):
 
 @torch.no_grad()
 def encode_rows(model: EmotionModel, batches: Iterable[dict], rows: list[int]) -> Tensor:
-    """Utterance vectors (len(rows), U) of the batches' `index` rows; zeros for rows they lack."""
+    """Utterance vectors (len(rows), U) of the batches' `rows`; zeros for rows they lack."""
     place = {row: i for i, row in enumerate(rows)}
     turns = torch.zeros(len(rows), model.width, device=next(model.parameters()).device)
     for batch in batches:
-        turns[[place[row] for row in batch["index"].tolist()]] = model.encode(batch)
+        turns[[place[row] for row in batch["rows"]]] = model.encode(batch)
     return turns
 
 

@@ -688,7 +688,7 @@ def test_a_batch_is_padded_with_zeros_behind_the_mask_and_keeps_the_chunks(small
     corpus, pack, _ = small
     batch = batches_of(corpus, pack)[BatchSpec(((4, 5), (9,)))]
     lengths = pack.lengths[[4, 5, 9]]
-    assert batch["index"].tolist() == [4, 5, 9]
+    assert batch["rows"] == [4, 5, 9]
     assert batch["chunk_index"].tolist() == [[0, 1], [2, -1]]
     assert batch["attention_mask"].dtype == torch.bool
     assert batch["attention_mask"].sum(1).tolist() == lengths.tolist()
@@ -834,7 +834,7 @@ def test_an_epoch_has_no_duplicates_and_drops_less_than_a_global_batch(iemocap_l
     for epoch in range(3):
         p.set_epoch(epoch)
         rows = [row for spec in p for row in rows_of(spec)]
-        assert len(rows) == len(set(rows)) == p.steps_per_epoch * 32 > 6000 - 32
+        assert len(rows) == len(set(rows)) == p.steps_in(epoch) * 32 > 6000 - 32
         dropped.append(set(range(6000)) - set(rows))
     assert dropped[0] != dropped[1] != dropped[2]
 
@@ -871,6 +871,46 @@ def test_ranks_have_equal_work_and_padding_is_below_a_tenth(iemocap_like):
     specs = list(plan(iemocap_like, 8))
     real = sum(lengths[row] for spec in specs for row in rows_of(spec))
     assert sum(padded_work(lengths, specs)) / real < 1.1
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "world_size", "context"), [(1, 1, 1), (2, 2, 1), (1, 2, 4)]
+)
+def test_a_budget_of_seconds_bounds_every_micro_batch(
+    iemocap_like, accumulation, world_size, context
+):
+    lengths, rows, dialogs = iemocap_like
+    lengths = np.minimum(lengths, 12 * SAMPLE_RATE)
+    budget = 60 * SAMPLE_RATE
+    ranks = []
+    for rank in range(world_size):
+        p = TrainPlan(
+            lengths, rows, dialogs, context, accumulation, context, rank, world_size, 0, budget
+        )
+        p.set_epoch(2)
+        ranks.append(list(p))
+        assert len(ranks[-1]) == len(p) == p.steps_in(2) * accumulation
+    for specs in zip(*ranks):
+        assert len({len(spec.chunks) for spec in specs}) == 1  # the same number on every rank
+    specs = [spec for rank in ranks for spec in rank]
+    work = padded_work(lengths, specs)
+    assert max(work) <= budget and np.mean(work) > (0.8 if context == 1 else 0.6) * budget
+    seen = [row for spec in specs for row in rows_of(spec)]
+    assert len(seen) == len(set(seen)) > 0.98 * len(rows)
+    if context == 1:
+        assert sum(work) / sum(lengths[row] for row in seen) < 1.1
+    p.set_epoch(2, first_step=3)
+    assert list(p) == ranks[-1][3 * accumulation :]
+
+
+def test_a_plan_knows_the_steps_of_epochs_to_come(iemocap_like):
+    lengths, rows, dialogs = iemocap_like
+    p = TrainPlan(lengths, rows, dialogs, 1, 2, 1, 0, 1, 0, 34 * SAMPLE_RATE)
+    counts = [p.steps_in(epoch) for epoch in range(4)]
+    assert p.steps_before(3) == sum(counts[:3])
+    for epoch in range(4):
+        p.set_epoch(epoch)
+        assert len(list(p)) == counts[epoch] * 2
 
 
 def test_small_corpora_still_get_different_company_each_epoch(iemocap_like):

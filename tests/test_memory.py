@@ -27,7 +27,7 @@ def real_peak(args, seconds):
     """Bytes alive at the peak of a real second step on CPU, from the profiler's memory events."""
     torch.manual_seed(0)
     model = train.build_model(args, 0, 0)
-    optimizer = train.build_optimizer(model, args, "cpu")
+    optimizer = train.build_optimizer(model, args)
     train.set_trainable(model, args.unfreeze)
     model.train()
     args.amp = args.amp or "off"
@@ -183,7 +183,7 @@ def test_the_command_line_prints_a_table_or_json_and_exits_2_on_what_cannot_be_p
 def test_the_planned_peak_is_what_cuda_allocates():
     args = train.parse_args([*TINY, "--unfreeze", "all", "--amp", "fp16", "--device", "cuda"])
     model = train.build_model(args, 0, 0).cuda()
-    optimizer = train.build_optimizer(model, args, "cuda")
+    optimizer = train.build_optimizer(model, args)
     train.set_trainable(model, "all")
     batch = {k: torch.ones_like(v, device="cuda") for k, v in shapes(args, 2.5).items()}
     batch["chunk_index"] = torch.arange(4, device="cuda").unsqueeze(1)
