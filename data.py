@@ -754,6 +754,63 @@ class FrameFeatures:
         return frames
 
 
+# ---------------------------------------------------------------- hidden states of a frozen encoder
+
+HIDDEN_VERSION = 1  # raise it with every change of what the model prepares: part of the cache key
+
+
+class HiddenStates:
+    """What a frozen encoder makes of every utterance, float16, in one flat memory map.
+
+    A row holds one vector (N, D) where `pooled`, else one per frame; rows lie in the order in
+    which `compute` yielded them, (corpus row, (T, N, D)), each once.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        cache_dir: str | Path,
+        compute: Callable[[], Iterator[tuple[int, np.ndarray]]],
+        pooled: bool,
+    ) -> None:
+        self.directory = Path(cache_dir) / f"hidden-{key}"
+        self.pooled = pooled
+        build_dir(self.directory, lambda aside: self._write(compute(), aside))
+        index = json.loads((self.directory / "index.json").read_text())
+        self.counts = np.array(index["counts"], dtype=np.int64)  # (rows,) vectors
+        self.offsets = np.array(index["offsets"], dtype=np.int64)
+        self.shape = tuple(index["shape"])  # (N, D)
+        size = 2 * self.counts.sum() * math.prod(self.shape)
+        if (self.directory / "values.f16").stat().st_size != size:
+            raise DataError(f"{self.directory} is damaged: delete it, it is built again")
+        self._values: np.ndarray | None = None  # opened in the process that reads
+
+    @staticmethod
+    def _write(rows: Iterator[tuple[int, np.ndarray]], aside: Path) -> None:
+        counts, offsets, total, shape = {}, {}, 0, ()
+        with open(aside / "values.f16", "wb") as file:
+            for row, values in rows:
+                file.write(values.astype(np.float16).tobytes())
+                counts[row], offsets[row], shape = len(values), total, values.shape[1:]
+                total += len(values)
+        index = {
+            name: [of[row] for row in range(len(of))]
+            for name, of in (("counts", counts), ("offsets", offsets))
+        }
+        (aside / "index.json").write_text(json.dumps(index | {"shape": shape}))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_values": None}
+
+    def read(self, row: int) -> np.ndarray:
+        """(T, N, D) float16; T = 1 where pooled."""
+        if self._values is None:
+            flat = np.memmap(self.directory / "values.f16", dtype=np.float16, mode="r")
+            self._values = flat.reshape(-1, *self.shape)
+        offset = int(self.offsets[row])
+        return np.array(self._values[offset : offset + int(self.counts[row])])
+
+
 # ---------------------------------------------------------------- augmentation and batches
 
 
@@ -818,12 +875,14 @@ class Batches(torch.utils.data.Dataset):
         self.rate = SAMPLE_RATE if pack is not None else FRAME_RATE
         source = pack if pack is not None else features
         self.lengths = np.minimum(source.lengths, int(max_seconds * self.rate))
+        self.hidden: HiddenStates | None = None  # takes the place of audio while it is set
 
     def __getitem__(self, spec: BatchSpec) -> dict:
         """All torch CPU tensors but the last three:
         chunk_index (C, K) positions in the batch (-1 = padding),
         labels (B, 2), input_values (B, L) and attention_mask (B, L) True = sample,
-        frames (B, T, D) and frame_mask (B, T), prosody (B, 88) raw with NaN, speaker (B, S),
+        frames (B, T, D) and frame_mask (B, T), hidden (B, N, D) or (B, T, N, D) float16,
+        prosody (B, 88) raw with NaN, speaker (B, S),
         rows (list of the corpus'), audio_seconds and padded_share (floats).
         """
         rows = [row for chunk in spec.chunks for row in chunk]
@@ -835,20 +894,30 @@ class Batches(torch.utils.data.Dataset):
             "chunk_index": torch.from_numpy(chunk_index),
             "labels": torch.from_numpy(self.labels[rows]),
         }
-        if self.features is not None:
+        batch["audio_seconds"] = float(self.lengths[rows].sum()) / self.rate
+        batch["padded_share"], real = 0.0, None
+        if self.hidden is not None:
+            states = [self.hidden.read(row) for row in rows]
+            if self.hidden.pooled:
+                batch["hidden"] = torch.from_numpy(np.concatenate(states))
+            else:
+                batch["hidden"], real = pad(states)
+                batch["frame_mask"] = real
+        elif self.features is not None:
             frames = [self._window(self.features, FRAME_RATE, row, spec.epoch)[0] for row in rows]
             batch["frames"], batch["frame_mask"] = pad(frames)
             real = batch["frame_mask"]
-        if self.pack is not None:
+        elif self.pack is not None:
             audio = [self._waveform(row, spec.epoch) for row in rows]
             batch["input_values"], batch["attention_mask"] = pad(audio)
             real = batch["attention_mask"]
+            batch["audio_seconds"] = float(real.sum()) / self.rate
         if self.prosody is not None:
             batch["prosody"] = torch.from_numpy(self.prosody[rows])
         if self.speaker is not None:
             batch["speaker"] = torch.from_numpy(self.speaker[rows])
-        batch["audio_seconds"] = float(real.sum()) / self.rate
-        batch["padded_share"] = 1.0 - float(real.sum()) / real.numel()
+        if real is not None:
+            batch["padded_share"] = 1.0 - float(real.sum()) / real.numel()
         return batch
 
     def _window(
@@ -877,7 +946,8 @@ class Batches(torch.utils.data.Dataset):
 def pad(items: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Arrays (L_i, ...) -> zero-padded (B, L, ...) and a mask (B, L), True = real."""
     lengths = torch.tensor([len(item) for item in items])
-    padded = torch.zeros(len(items), int(lengths.max()), *items[0].shape[1:])
+    kind = torch.from_numpy(items[0]).dtype
+    padded = torch.zeros(len(items), int(lengths.max()), *items[0].shape[1:], dtype=kind)
     for i, item in enumerate(items):
         padded[i, : len(item)] = torch.from_numpy(item)
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]

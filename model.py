@@ -298,7 +298,8 @@ class Pooling(nn.Module):
 
     Each layer is normalised before it is mixed: the residual stream of a pre-norm WavLM grows
     with depth, and raw mix weights would compare scales. Mean pooling is linear, so it goes
-    first and the mix costs (B, D), not (B, T, D).
+    first and the mix costs (B, D), not (B, T, D). `prepare` does what needs no weights, and its
+    result, small and within float16's range, is what a frozen encoder's cache holds.
     """
 
     def __init__(self, kind: str, num_states: int, width: int) -> None:
@@ -308,18 +309,20 @@ class Pooling(nn.Module):
         if kind == "attention":
             self.score = nn.Sequential(nn.Linear(width, 128), nn.Tanh(), nn.Linear(128, 1))
 
-    def mix(self, states: list[Tensor]) -> Tensor:
-        states = [F.layer_norm(state.float(), state.shape[-1:]) for state in states]
-        if self.layer_weights is None:
-            return states[0]
-        weights = self.layer_weights.softmax(0)
-        return torch.stack(states, dim=-1) @ weights
-
-    def forward(self, states: list[Tensor], mask: Tensor) -> Tensor:
+    def prepare(self, states: list[Tensor], mask: Tensor) -> Tensor:
+        """(B, N, D) means over time, or (B, T, N, D) for attention; each vector normalised."""
         if self.score is None:
             weights = mask / mask.sum(1, keepdim=True)  # (B, T) sums to 1 over real frames
-            return self.mix([torch.einsum("bt,btd->bd", weights.to(s.dtype), s) for s in states])
-        frames = self.mix(states)  # (B, T, D)
+            states = [torch.einsum("bt,btd->bd", weights.to(s.dtype), s) for s in states]
+        return torch.stack([F.layer_norm(s.float(), s.shape[-1:]) for s in states], dim=-2)
+
+    def forward(self, prepared: Tensor, mask: Tensor | None) -> Tensor:
+        if self.layer_weights is None:
+            frames = prepared[..., 0, :]
+        else:
+            frames = self.layer_weights.softmax(0) @ prepared  # (B, D) or (B, T, D)
+        if self.score is None:
+            return frames
         scores = self.score(frames).squeeze(2).float().masked_fill(~mask, -torch.inf)
         return torch.einsum("bt,btd->bd", scores.softmax(1), frames)
 
@@ -553,8 +556,12 @@ class EmotionModel(nn.Module):
 
     def encode(self, batch: dict) -> Tensor:
         """Utterance vectors (B, U), each from its own utterance alone, float32."""
-        states, frame_mask = self.encoder(batch)
-        utterance = self.pooling(states, frame_mask)  # (B, D)
+        if "hidden" in batch:  # of a frozen encoder, from the cache
+            hidden, frame_mask = batch["hidden"].float(), batch.get("frame_mask")
+        else:
+            states, frame_mask = self.encoder(batch)
+            hidden = self.pooling.prepare(states, frame_mask)
+        utterance = self.pooling(hidden, frame_mask)  # (B, D)
         if self.film is not None:
             utterance = self.film(utterance, batch.get("speaker"))
         if self.prosody is not None:

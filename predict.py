@@ -28,6 +28,7 @@ from tqdm import tqdm
 import data as vadata
 from model import TARGETS, EmotionModel, ModelConfig, encode_rows, track_dialogues
 
+WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 
 
@@ -56,6 +57,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Path) -> None:
+    """Fills the model; a WavLM that did not train is in the directory's frozen.pt."""
+    if model.config.encoder == "wavlm" and not any(name.startswith(WAVLM) for name in weights):
+        frozen = torch.load(directory / "frozen.pt", map_location="cpu", weights_only=True)
+        weights = weights | frozen["model"]
+    model.load_state_dict(weights)
+
+
 def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
     """(model in eval mode, the checkpoint's dict) of a run directory or a best.pt.
 
@@ -66,9 +75,10 @@ def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = EmotionModel(ModelConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-    except FileNotFoundError:
-        raise vadata.DataError(f"{flag} {path}: no such file (give a run directory)") from None
+        load_weights(model, checkpoint["model"], path.parent)
+    except FileNotFoundError as error:
+        fault = f"{flag} {error.filename}: no such file (give a run directory)"
+        raise vadata.DataError(fault) from None
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
         raise vadata.DataError(f"{flag} {path}: not a best.pt of train.py ({reason})") from None

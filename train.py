@@ -54,7 +54,7 @@ from model import (
     moment_sums,
     track_dialogues,
 )
-from predict import AUTOCAST, load_model
+from predict import AUTOCAST, WAVLM, load_model, load_weights
 from report import RunFiles
 from wavlm import ATTENTIONS, SIZES, WavLM, load_wavlm, read_config
 
@@ -118,6 +118,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_workers", type=int, default=2, help="loader processes per rank")
     add("--prefetch_factor", type=int, default=4, help="micro-batches a loader process holds ready")
     add("--cache_dir", default="cache", help="decoded audio, eGeMAPS, speaker embeddings")
+    add("--feature_cache", choices=("auto", "on", "off"), default="auto",
+        help="while WavLM is frozen, run it once per utterance and keep its hidden states in "
+        "--cache_dir (float16; means over time, or all frames for --pooling attention); auto: on "
+        "unless --augment")
     add("--augment", action="store_true", help="gain, noise, speed and time masks in training")
 
     add = p.add_argument_group("model").add_argument
@@ -256,6 +260,13 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error("--train_only film needs FiLM: remove --no_film")
     if args.amp == "fp16" and args.device == "cpu":
         p.error("--amp fp16 needs a GPU: use --amp bf16 or off with --device cpu")
+    if args.feature_cache == "on" and args.augment:
+        p.error(
+            "--feature_cache on keeps what WavLM makes of the plain recording, --augment changes "
+            "the recording every epoch: remove one of the two"
+        )
+    if args.feature_cache == "on" and args.encoder != "wavlm":
+        p.error(f"--feature_cache on is for a frozen WavLM, not for --encoder {args.encoder}")
     if args.ema_alpha != "learned":
         try:
             valid = 0 <= float(args.ema_alpha) < 1
@@ -552,18 +563,88 @@ def evaluate(
     return preds, turns.cpu()
 
 
+def is_frozen(args: argparse.Namespace, stage: str) -> bool:
+    """Does nothing of WavLM train in this stage?"""
+    return args.encoder == "wavlm" and bool(args.train_only or stage == "none")
+
+
+def never_trains(args: argparse.Namespace, schedule: list[tuple[int, str]], epoch: int) -> bool:
+    """Was WavLM frozen from the start to `epoch` (from 0)?"""
+    return all(is_frozen(args, what) for first, what in schedule if first <= epoch + 1)
+
+
+def wavlm_weights(model: EmotionModel) -> dict[str, Tensor]:
+    return {k: v for k, v in model.state_dict().items() if k.startswith(WAVLM)}
+
+
+def weights_to_save(
+    model: EmotionModel, args: argparse.Namespace, schedule: list[tuple[int, str]], epoch: int
+) -> dict[str, Tensor]:
+    """Of a WavLM that has not trained, the weights are in frozen.pt, once: 1.3 GB for Large."""
+    weights = model.state_dict()
+    if never_trains(args, schedule, epoch):
+        weights = {k: v for k, v in weights.items() if not k.startswith(WAVLM)}
+    return weights
+
+
+def frozen_states(
+    model: EmotionModel,
+    dataset: vadata.Batches,
+    args: argparse.Namespace,
+    stage: str,
+    device: torch.device,
+) -> vadata.HiddenStates | None:
+    """The encoder's hidden states of all utterances while `stage` freezes it, else None.
+
+    Computed on first use, under a key of everything that decides them; folds share them. Of a
+    clip longer than max_seconds they hold the beginning.
+    """
+    wanted = args.feature_cache == "on" or (args.feature_cache == "auto" and not args.augment)
+    if not (wanted and is_frozen(args, stage)):
+        return None
+    wavlm, pooled = model.encoder.wavlm, model.pooling.score is None
+    key = vadata.digest(
+        vadata.HIDDEN_VERSION, dataset.pack.key, len(dataset.lengths), args.max_seconds, args.amp,
+        vadata.weights_digest(wavlm), wavlm.config.to_dict(), list(model.encoder.layers), pooled,
+    )  # fmt: skip
+
+    @torch.no_grad()
+    def compute() -> Iterator[tuple[int, np.ndarray]]:
+        rows = np.arange(len(dataset.lengths))
+        plan = vadata.eval_plan(dataset.lengths, rows, 0, 1)
+        loader = make_loader(dataset, plan, args, device)
+        model.eval()
+        for batch in vadata.progress(loader, len(plan), "hidden states"):
+            with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "off"):
+                states, mask = model.encoder(to_device(batch, device))
+                hidden = model.pooling.prepare(states, mask).half().cpu().numpy()
+            counts = [1] * len(hidden) if pooled else mask.sum(1).tolist()
+            for row, values, count in zip(batch["rows"], hidden, counts):
+                yield row, values[None] if pooled else values[:count]
+        model.train()
+
+    try:
+        return vadata.HiddenStates(key, args.cache_dir, compute, pooled)
+    except OSError as error:
+        raise UserError(
+            f"--cache_dir {args.cache_dir}: hidden states cannot be written ({error.strerror}): "
+            "make room, or set --feature_cache off"
+        ) from None
+
+
 def make_loader(
     dataset: vadata.Batches, plan: object, args: argparse.Namespace, device: torch.device
 ) -> DataLoader:
-    """Batches of `plan` in order, decoded by num_workers processes."""
+    """Batches of `plan` in order, decoded by num_workers processes; hidden states by this one."""
+    num_workers = args.num_workers if dataset.hidden is None else 0
     workers = {}
-    if args.num_workers:
+    if num_workers:
         workers = {"prefetch_factor": args.prefetch_factor, "persistent_workers": True}
     return DataLoader(
         dataset,
         sampler=plan,
         batch_size=None,
-        num_workers=args.num_workers,
+        num_workers=num_workers,
         pin_memory=device.type == "cuda",
         **workers,
     )
@@ -954,8 +1035,6 @@ def main(args: argparse.Namespace) -> int:
         # Optimizer over all that any stage trains; AdamW leaves alone what has no gradient yet
         schedule = parse_unfreeze(args.unfreeze)
         optimizer = build_optimizer(model, args)
-        stage = unfreeze_at(schedule, 0)
-        set_trainable(model, stage, args.train_only)
     except ValueError as error:  # a WavLM that cannot be read, layers that it does not have
         raise UserError(str(error)) from error
 
@@ -970,10 +1049,12 @@ def main(args: argparse.Namespace) -> int:
             return 0
         last = load_checkpoint(directory / "last.pt")
         check_resumable(args, last["args"])
-        model.load_state_dict(last["model"])
+        load_weights(model, last["model"], directory)
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
         state = last["state"]
+    stage = unfreeze_at(schedule, state["epoch"])
+    set_trainable(model, stage, args.train_only)
     if files:
         files.rewind(state["step"])
 
@@ -993,6 +1074,9 @@ def main(args: argparse.Namespace) -> int:
     if args.compile:
         compile_layers(model)
     ddp_model = wrap_ddp(model, device, world_size)
+    if files and is_frozen(args, stage) and not (directory / "frozen.pt").exists():
+        save_checkpoint(directory / "frozen.pt", {"model": wavlm_weights(model)})
+    dataset.hidden = frozen_states(model, dataset, args, stage, device)
     loader = make_loader(dataset, plan, args, device)
     model.train()
     meter = Meter(device, world_size)
@@ -1007,6 +1091,9 @@ def main(args: argparse.Namespace) -> int:
             optimizer.zero_grad(set_to_none=True)  # what is frozen now must not be updated
             set_trainable(model, stage, args.train_only)
             ddp_model = wrap_ddp(model, device, world_size)  # buckets of what trains now
+            dataset.hidden = None
+            dataset.hidden = frozen_states(model, dataset, args, stage, device)
+            loader = make_loader(dataset, plan, args, device)
             log.info(f"epoch {epoch + 1} | unfreeze {stage} | {trainable_line(optimizer)}")
         epoch_start = plan.steps_before(epoch)
         plan.set_epoch(epoch, first_step=state["step"] - epoch_start)
@@ -1055,7 +1142,8 @@ def main(args: argparse.Namespace) -> int:
                     record = {f"dev/{k}": v for k, v in scores.items()}
                     files.record("dev", state["step"], {"epoch": state["epoch"], **record})
                     if better:
-                        content = {"model": model.state_dict(), "config": asdict(model.config)}
+                        content = {"model": weights_to_save(model, args, schedule, epoch)}
+                        content |= {"config": asdict(model.config)}
                         content |= {"args": vars(args), "label_range": [low, high]}
                         save_checkpoint(directory / "best.pt", content | {"epoch": epoch + 1})
                         scaled = low + (high - low) * preds
@@ -1069,7 +1157,8 @@ def main(args: argparse.Namespace) -> int:
                 meter.restart()
         state["seconds"] = time.perf_counter() - started
         if files:
-            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            content = {"model": weights_to_save(model, args, schedule, epoch)}
+            content |= {"optimizer": optimizer.state_dict()}
             content |= {"scaler": scaler.state_dict(), "state": state, "args": vars(args)}
             save_checkpoint(directory / "last.pt", content)
         if interrupted and not done:
@@ -1080,7 +1169,9 @@ def main(args: argparse.Namespace) -> int:
     # Test: once, with the best weights of the dev split
     if world_size > 1:
         dist.barrier()  # best.pt is written (all ranks participate)
-    model.load_state_dict(load_checkpoint(directory / "best.pt")["model"])
+    load_weights(model, load_checkpoint(directory / "best.pt")["model"], directory)
+    if not never_trains(args, schedule, epoch=args.epochs):
+        dataset.hidden = None  # the best epoch's encoder may be another one
     scores = {}
     for split in ("dev", "test"):
         preds, vectors = evaluate(

@@ -184,6 +184,7 @@ SETTINGS = {
         "2",
     ],
     "workers": ["--num_workers", "2", "--augment", "--patience", "3"],
+    "frozen": ["--unfreeze", "none", "--max_seconds", "1.5", "--batch_seconds", "6"],
 }
 
 
@@ -226,6 +227,111 @@ def test_a_complete_run_has_nothing_to_resume(flags):
     before = (run_dir(parse_args(flags)) / "result.json").read_bytes()
     assert main(parse_args([*flags, "--resume"])) == 0
     assert (run_dir(parse_args(flags)) / "result.json").read_bytes() == before
+
+
+# --- the cache of a frozen encoder
+
+
+def whole_weights(args):
+    """All weights of a run's last.pt, its frozen WavLM included."""
+    return {**load_checkpoint(run_dir(args) / "frozen.pt")["model"], **weights_of(args)}
+
+
+def caches(args):
+    return sorted(Path(args.cache_dir).glob("hidden-*"))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_a_frozen_run_from_the_cache_learns_what_one_from_audio_learns(flags, pooling, tmp_path):
+    flags = [*flags, "--unfreeze", "none", "--pooling", pooling, "--cache_dir", str(tmp_path)]
+    on, off = (parse_args([*flags, "--name", how, "--feature_cache", how]) for how in ("on", "off"))
+    assert main(off) == 0 and not caches(off)
+    assert main(on) == 0 and len(caches(on)) == 1
+    assert_same(weights_of(on), weights_of(off), rtol=0.02, atol=0.004)  # Adam of float16 inputs
+    for event, key in (("train", "loss"), ("test", "test/ccc_mean")):
+        pairs = zip(records(on, event), records(off, event), strict=True)
+        assert all(one[key] == pytest.approx(two[key], abs=0.01) for one, two in pairs)
+    assert not any(name.startswith("encoder.wavlm.") for name in weights_of(on))
+
+
+def test_the_cache_serves_all_folds_and_no_other_encoder(flags, tmp_path, monkeypatch):
+    flags = [*flags, "--unfreeze", "none", "--max_steps", "1", "--cache_dir", str(tmp_path)]
+    count = 0
+    for more, new in (
+        ([], 1), (["--fold", "2"], 0), (["--lr", "0.5", "--batch_size", "4"], 0),
+        (["--layers", "2"], 1), (["--pooling", "attention"], 1), (["--amp", "bf16"], 1),
+        (["--max_seconds", "0.9"], 1),
+    ):  # fmt: skip
+        args = parse_args([*flags, *more, "--overwrite"])
+        assert main(args) == 0
+        count += new
+        assert len(caches(args)) == count, more
+    real = train.build_model
+
+    def shifted(*args, **kwargs):
+        model = real(*args, **kwargs)
+        if kwargs.get("load", True):
+            with torch.no_grad():
+                model.encoder.wavlm.encoder.layers[0].final_layer_norm.bias[0] += 1e-6
+        return model
+
+    monkeypatch.setattr(train, "build_model", shifted)
+    assert main(parse_args([*flags, "--overwrite"])) == 0
+    assert len(caches(args)) == count + 1  # one weight changed by a millionth
+
+
+def test_a_progressive_run_leaves_the_cache_when_the_encoder_trains(flags, monkeypatch):
+    fed = []
+    step = train.train_step
+
+    def seen(model, ddp_model, batches, *rest):
+        if not batches[0]["labels"].is_meta:  # the memory plan takes steps, too
+            fed.append("hidden" in batches[0])
+        return step(model, ddp_model, batches, *rest)
+
+    monkeypatch.setattr(train, "train_step", seen)
+    args = parse_args([*flags, "--unfreeze", "1:none,2:top:1,3:none", "--epochs", "3"])
+    assert main(args) == 0
+    assert fed == [True] * 3 + [False] * 3 + [True] * 3
+    # the third epoch's states are those of the weights that the second one trained
+    model = build_model(args, 0, 0)
+    best = load_checkpoint(run_dir(args) / "best.pt")
+    assert best["epoch"] in (1, 2, 3)
+    train.load_weights(model, best["model"], run_dir(args))
+    _, splits, dataset, _ = load_data(args)
+    dialogs = [str(row) for row in range(len(dataset.labels))]
+    preds, _ = evaluate(model, dataset, splits["test"], dialogs, args, torch.device("cpu"))
+    lines = (run_dir(args) / "predictions_test.csv").read_text().splitlines()
+    column = lines[0].split(",").index("pred_valence")
+    written = torch.tensor([float(line.split(",")[column]) for line in lines[1:]])
+    torch.testing.assert_close(written, preds[:, 0], rtol=0, atol=1e-5)
+
+
+def test_augmentation_and_cache_exclude_each_other(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args([*flags, "--augment", "--feature_cache", "on"])
+    assert "--feature_cache on" in capsys.readouterr().err
+    args = parse_args([*flags, "--unfreeze", "none", "--augment", "--cache_dir", str(tmp_path)])
+    assert main(args) == 0 and not caches(args)
+
+
+def test_a_damaged_cache_is_refused_and_a_full_disk_named(flags, tmp_path, monkeypatch):
+    flags = [*flags, "--unfreeze", "none", "--max_steps", "1", "--cache_dir", str(tmp_path)]
+    args = parse_args(flags)
+    assert main(args) == 0
+    (cache,) = caches(args)
+    with open(cache / "values.f16", "ab") as file:
+        file.write(b"xx")
+    with pytest.raises(DataError, match=rf"{cache.name} is damaged: delete it"):
+        main(parse_args([*flags, "--overwrite"]))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.vadata.HiddenStates, "_write", full)
+    with pytest.raises(train.UserError, match="--cache_dir .*No space left.*--feature_cache off"):
+        main(parse_args([*flags, "--overwrite", "--layers", "1"]))
+    assert caches(args) == [cache]
 
 
 # --- contract 4: evaluation
@@ -383,7 +489,7 @@ def test_film_alone_can_be_trained_from_an_earlier_run(flags):
     personal = ["--name", "personal", "--init_from", str(run_dir(first)), "--train_only", "film"]
     second = parse_args([*flags, *personal])
     assert main(second) == 0
-    before, after = weights_of(first, "best.pt"), weights_of(second)
+    before, after = weights_of(first, "best.pt"), whole_weights(second)
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"film"}
 
