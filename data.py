@@ -998,8 +998,8 @@ class TrainPlan:
         self._counts: dict[int, int] = {}
         if not self.steps_in(0):
             raise DataError(
-                f"the train split holds {len(rows)} utterances in {len(self._chunks(0))} chunks "
-                f"of up to {context}, fewer than one global batch of {batch_size} x "
+                f"the train split holds {len(rows)} utterances in chunks of up to "
+                f"{context}, fewer than one global batch of {batch_size} x "
                 f"{gradient_accumulation_steps} x {world_size} (batch x accumulation x ranks): "
                 "lower --batch_size or --global_batch_size"
             )
@@ -1020,13 +1020,12 @@ class TrainPlan:
     def __len__(self) -> int:
         return (self.steps_in(self.epoch) - self.first_step) * self.accumulation
 
-    def _chunks(self, epoch: int) -> list[tuple[int, ...]]:
+    def _chunks(self, rng: np.random.Generator) -> list[tuple[int, ...]]:
         """Every dialogue cut into chunks, at a place drawn anew each epoch.
 
         The first chunk is at least as long as the remainder of turns / context, which keeps the
         number of chunks constant.
         """
-        rng = np.random.default_rng((self.seed, epoch, 0))
         chunks = []
         for rows in self.dialogues:
             first = rng.integers((len(rows) - 1) % self.context + 1, self.context + 1)
@@ -1036,38 +1035,37 @@ class TrainPlan:
 
     def _steps(self, epoch: int) -> tuple[list[tuple[int, ...]], list[np.ndarray]]:
         """(chunks, indices into them per step, in the order of training)."""
-        chunks = self._chunks(epoch)
-        rng = np.random.default_rng((self.seed, epoch, 1))
+        rng = np.random.default_rng((self.seed, epoch))
+        chunks = self._chunks(rng)
         longest = np.array([max(self.lengths[row] for row in chunk) for chunk in chunks])
-        size = self.chunks_per_batch * self.micro_batches
-        if self.budget is not None:  # chunks in a step, on average
-            size = max(1, int(self.budget * self.micro_batches / (longest.mean() * self.context)))
         order = rng.permutation(len(chunks))
         blurred = longest * rng.uniform(1 - self.BLUR, 1 + self.BLUR, len(chunks))
-        windows = max(1, math.ceil(len(chunks) / size / self.WINDOW), min(2, len(chunks) // size))
-        steps, rest = [], np.zeros(0, dtype=np.int64)
-        for window in np.array_split(order, windows):
-            window = np.concatenate((rest, window))
-            window = window[np.argsort(-blurred[window], kind="stable")]
-            while (count := self._fitting(longest[window])) > 0:
-                steps.append(window[:count])
-                window = window[count:]
-            rest = window
+        if self.budget is None:
+            size = self.chunks_per_batch * self.micro_batches
+            order = order[: len(order) // size * size]
+        else:  # on average
+            size = int(self.budget * self.micro_batches / (longest.mean() * self.context))
+        window = max(1, size * min(self.WINDOW, math.ceil(len(order) / size / 2)))
+        steps, rest = [], order[:0]
+        for part in np.split(order, range(window, len(order), window)):
+            part = np.concatenate((rest, part[np.argsort(blurred[part], kind="stable")]))
+            while count := self._fitting(longest[part]):
+                steps.append(part[:count])
+                part = part[count:]
+            rest = part
         return chunks, [steps[i] for i in rng.permutation(len(steps))]
 
     def _fitting(self, longest: np.ndarray) -> int:
-        """How many of the chunks, about longest first, make the next step; 0 = too few are left."""
+        """How many of the chunks, about in order of length, make a step; 0 = too few are left."""
         if self.budget is None:
             count = self.chunks_per_batch * self.micro_batches
             return count if count <= len(longest) else 0
-        count = self.micro_batches
-        while count + self.micro_batches <= len(longest):
-            more = count + self.micro_batches
-            each = more // self.micro_batches
-            if each * self.context * longest[:more].max() > self.budget:
-                break
-            count = more
-        return count if count <= len(longest) else 0
+        counts = np.arange(self.micro_batches, len(longest) + 1, self.micro_batches)
+        if not len(counts):
+            return 0
+        padded = counts // self.micro_batches * self.context
+        padded = padded * np.maximum.accumulate(longest)[counts - 1]
+        return int(counts[max(0, np.searchsorted(padded, self.budget, side="right") - 1)])
 
     def __iter__(self) -> Iterator[BatchSpec]:
         chunks, steps = self._steps(self.epoch)

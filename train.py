@@ -942,7 +942,12 @@ def wrap_ddp(model: EmotionModel, device: torch.device, world_size: int) -> torc
 
 
 def compile_layers(model: EmotionModel) -> None:
-    """Compiles the encoder's layers in place, for any length; state_dict keeps its names."""
+    """Compiles the encoder's layers in place, for any length; state_dict keeps its names.
+
+    All layers share one code object, whose variants (frozen or not, evaluation, a first layer fed
+    by the frozen part) may be more than the 8 after which torch gives up and runs it plain.
+    """
+    torch._dynamo.config.recompile_limit = 64
     if model.config.encoder == "wavlm":
         layers = model.encoder.wavlm.encoder.layers
     else:

@@ -11,6 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import WavLMConfig as HFConfig
 from transformers import WavLMForCTC, WavLMModel
@@ -630,6 +631,21 @@ def test_a_layer_compiles_as_one_graph_for_every_length():
         states, _ = model(input_values, mask)
         states[3].sum().backward()
     assert set(model.state_dict()) == names == set(WavLM(NARROW).state_dict())
+
+
+def test_new_lengths_do_not_compile_again():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = WavLM(NARROW).train()
+    model.attention = "sdpa"
+    for layer in model.encoder.layers:
+        layer.compile(backend=counter, dynamic=True)
+    compiled = []
+    for length in (9_000, 5_000, 12_345, 7_777, 16_000, 20_001, 6_007):
+        input_values, mask = batch([length, length // 2])
+        model(input_values, mask)[0][3].sum().backward()
+        compiled.append(counter.frame_count)
+    assert compiled[0] >= 1 and compiled[-1] == compiled[1] <= 4
 
 
 # ---------------------------------------------------------------- weights on disk
