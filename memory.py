@@ -15,10 +15,8 @@ only the longest clip matters. GiB = 2^30 bytes.
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
-import platform
 import resource
 import sys
 import weakref
@@ -43,7 +41,6 @@ CONTEXT_GIB = 0.45  # CUDA context with its kernels, more with NCCL [guess, to b
 WORKSPACE_GIB = 0.03  # cuBLAS on Hopper; 0.008 on Ampere and Ada
 FRAGMENTATION = 1.03  # what the allocator reserves over what it hands out [guess]
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 KINDS = ("parameters", "gradients", "optimizer", "autocast copies", "activations", "transient")
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts
@@ -54,15 +51,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read 
 
 
 def configure(args: argparse.Namespace, device: torch.device) -> None:
-    """Applies --tf32 and --memory_fraction, and starts the measurement of the peak.
-
-    On a CPU, freed memory stays with the process: glibc would give large blocks back at once, and
-    fresh pages for the next ones cost 7 % of a step [measured]. Not where there is no glibc.
-    """
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+    """Applies --tf32 and --memory_fraction, and starts the measurement of the peak."""
     torch.backends.cuda.matmul.allow_tf32 = args.tf32 == "on"
     torch.backends.cudnn.allow_tf32 = args.tf32 == "on"
     if device.type == "cuda":
