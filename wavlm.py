@@ -189,7 +189,7 @@ class Dropout(nn.Dropout):
         if not active or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         bits = np.random.SFC64(int(torch.randint(2**62, ())))
-        return x * keep_mask(bits, self.p, torch.empty_like(x)).mul_(keep_scale(self.p))
+        return x * keep_mask(bits, self.p, x.new_empty(x.shape)).mul_(keep_scale(self.p))
 
 
 # ---------------------------------------------------------------------------- CNN front end

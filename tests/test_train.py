@@ -90,6 +90,22 @@ def test_four_micro_batches_give_the_update_of_one_batch(flags, loss):
     assert moved > 1e-3  # five steps did go somewhere
 
 
+def test_under_autocast_the_split_matters_no_more_than_its_rounding(flags):
+    args, splits, dataset, model = prepared(flags, *NO_DROPOUT)
+    rows = splits["train"][:16].tolist()
+    whole = [dataset[BatchSpec(tuple((row,) for row in rows), 0)]]
+    parts = [dataset[BatchSpec(tuple((r,) for r in rows[i::4]), 0)] for i in range(4)]
+    exact = step_on(args, model, whole, steps=5)
+    half = parse_args([*flags, *NO_DROPOUT, "--amp", "bf16"])
+    one, four = (step_on(half, model, batches, steps=5) for batches in (whole, parts))
+
+    def distance(a, b):
+        return sum((a[k].double() - b[k].double()).square().sum() for k in a) ** 0.5
+
+    assert 0 < distance(one, four) < 1.5 * distance(one, exact)
+    assert distance(one, four) < 0.3 * distance(one, model.state_dict())
+
+
 def test_averaging_micro_batch_cccs_is_another_update(flags):
     args, splits, dataset, model = prepared(flags, "--exact_ccc", "off", *NO_DROPOUT)
     rows = splits["train"][:16].tolist()
