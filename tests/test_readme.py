@@ -56,7 +56,9 @@ def test_the_first_command_runs(tmp_path):
 
 
 def test_every_flag_in_the_text_exists():
-    known = "\n".join((ROOT / name).read_text() for name in (*PARSERS, "launch.sh"))
+    benches = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/bench_*.py"))
+    assert all(name in README for name in benches)
+    known = "\n".join((ROOT / name).read_text() for name in (*PARSERS, "launch.sh", *benches))
     ours = re.sub(r"\btorchrun [^`]*?train\.py|#SBATCH.*|pip install.*", "", README)
     for flag in sorted(set(re.findall(r"(?<![\w-])--([a-z_0-9]+)", ours))):
         assert f"--{flag}" in known, flag
