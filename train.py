@@ -102,6 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
+        usage="python train.py [flags], all of which --help explains",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -297,7 +298,7 @@ def fill_batch_sizes(p: argparse.ArgumentParser, args: argparse.Namespace) -> No
         if fewest < args.context:
             p.error(
                 f"--batch_seconds {args.batch_seconds:g} does not hold --context {args.context} "
-                f"utterances of --max_seconds {args.max_seconds:g}"
+                f"utterances of --max_seconds {args.max_seconds:g}: raise it, or lower those"
             )
         args.batch_size = fewest // args.context * args.context
     if args.batch_size == "auto":

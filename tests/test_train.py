@@ -554,6 +554,10 @@ def test_batch_sizes_are_derived_from_each_other(monkeypatch):
         (["--name", "a/b"], "--name"),
         (["--epochs", "0"], "--epochs 0: must be at least 1"),
         (["--label_range", "5", "1"], "LO must be below HI"),
+        (["--batch_seconds", "5"], "does not hold --context 1 utterances of --max_seconds 12"),
+        (["--batch_seconds", "60", "--global_batch_size", "8"], "remove --global_batch_size"),
+        (["--feature_cache", "on", "--augment"], "remove one of the two"),
+        (["--feature_cache", "on", "--encoder", "convnext"], "not for --encoder convnext"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_exit_code_2(wrong, said, capsys):
