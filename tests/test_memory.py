@@ -60,6 +60,9 @@ def shapes(args, seconds):
     "flags",
     [
         ["--unfreeze", "all"],
+        ["--unfreeze", "all", "--amp", "bf16"],
+        ["--unfreeze", "all", "--gradient_checkpointing"],
+        ["--unfreeze", "none"],
         ["--unfreeze", "transformer"],
         ["--unfreeze", "top:2"],
         ["--unfreeze", "all", "--gradient_accumulation_steps", "2"],
