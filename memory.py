@@ -1,47 +1,53 @@
-"""Bytes of a training step before it is run, for exactly the flags that train.py takes.
+"""Bytes and seconds of training before it is run, for exactly the flags that train.py takes.
 
     python memory.py --wavlm large --unfreeze all --batch_size 8 --max_seconds 8
-    python memory.py --wavlm large --unfreeze top:6 --amp fp16 --gpu_gib 24 --json
+    python memory.py --wavlm large --unfreeze all --batch_size auto --gpu rtx3090 --json
+    python memory.py --preset full --data iemocap --data_dir D --gpus 4 --plot memory.png
+    python memory.py --calibrate        # measures this machine's speed once, in under a minute
+    python memory.py --measure          # predicted against real, over a grid of settings
 
-One real optimizer step (train.train_step, with the real model and optimizer) runs on torch's meta
-device under a mode that sees every allocation, so a changed model is planned right without a line
-changed here. What meta tensors would do otherwise than CUDA is corrected in `CudaRules`: autocast
-and its cache of half-precision weights, one-byte dropout masks, the memory-efficient attention
-kernel, fused AdamW. Sizes are rounded to 512 bytes, as CUDA's allocator does.
+Bytes come from tracing.py, which runs the project's own training step without data, so that a
+changed model is planned right without a line changed here. Seconds are the operations of that step
+at a machine's rates (timing.py).
 
-The run-time side is here too: TF32, the memory cap, the measured peak. Not here: audio; of a corpus
-only the longest clip matters. GiB = 2^30 bytes.
+The run-time side is here too: TF32, the memory cap, the measured peak, the probe behind
+`--batch_size auto`. Not here: audio; of a corpus only the lengths matter. GiB = 2^30 bytes.
+Tags: [measured] by us, [P] published, [guess].
 """
 
 import argparse
-import contextlib
+import bisect
+import gc
 import json
+import math
 import os
+import re
 import resource
 import sys
-import weakref
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.optim import AdamW
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
-from wavlm import BlockAttention
+import data as vadata
+from timing import GPUS, Clock, calibrate, clips, device_name, machine
+from tracing import KINDS, Trace, blend, meta_batch, on_cuda, real_step, trace
 
 GIB = 2**30
-CONTEXT_GIB = 0.45  # CUDA context with its kernels, more with NCCL [guess, to be measured]
-WORKSPACE_GIB = 0.03  # cuBLAS on Hopper; 0.008 on Ampere and Ada
-FRAGMENTATION = 1.03  # what the allocator reserves over what it hands out [guess]
+CONTEXT_GIB, NCCL_GIB = 0.45, 0.4  # outside the allocator: CUDA context with its kernels [guess]
+FITS, TIGHT = 0.90, 0.97  # shares of the card: clips of many lengths fragment what is reserved
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-KINDS = ("parameters", "gradients", "optimizer", "autocast copies", "activations", "transient")
+
+# Shapes of hub checkpoints, so that planning needs no network
+KNOWN_SHAPES = {
+    "microsoft/wavlm-large": "large", "microsoft/wavlm-base": "base",
+    "microsoft/wavlm-base-plus": "base",
+}  # fmt: skip
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts
 
@@ -67,219 +73,190 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
+def capacity_gib(args: argparse.Namespace) -> float:
+    """What there is to fill: the GPU here, --gpu_gib where there is none, or free RAM."""
+    if on_cuda(args):
+        whole = args.gpu_gib
+        if torch.cuda.is_available():
+            whole = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[1] / GIB
+        return whole * (args.memory_fraction or 1.0)
+    free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(free[1]) * 1024 / GIB
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's OutOfMemoryError, and the RuntimeError of torch's allocator on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 # ---------------------------------------------------------------------------------------------
-# Tracing one step
+# The plan
 
 
 @dataclass
 class Plan:
-    """Bytes at the worst moment of a step, by kind; they add up to peak_bytes."""
+    """Bytes at the worst moment, by kind; they add up to peak_bytes."""
 
-    peak_bytes: int
-    moment: str  # forward | backward | optimizer
     bytes: dict[str, int]  # by KINDS
+    moment: str  # forward | backward | optimizer | evaluation
+    reserved_bytes: int  # by the allocator, around peak_bytes; on a CPU the same
+    outside_gib: float  # beside the allocator: CUDA context, NCCL
+    capacity_gib: float  # of the card, or free RAM
+    batch_size: int
     on_gpu: bool
-    gpu_gib: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """Tensors alone: what torch.cuda.max_memory_allocated shows."""
+        return sum(self.bytes.values())
 
     @property
     def peak_gib(self) -> float:
-        """Tensors alone: what torch.cuda.max_memory_allocated shows."""
         return self.peak_bytes / GIB
 
     @property
     def needed_gib(self) -> float:
-        """With the CUDA context, workspaces and the allocator's loss: what the card must have."""
-        if not self.on_gpu:
-            return self.peak_gib
-        return self.peak_gib * FRAGMENTATION + CONTEXT_GIB + WORKSPACE_GIB
+        """What the card must have."""
+        return self.reserved_bytes / GIB + self.outside_gib
 
     @property
     def verdict(self) -> str:
-        share = self.needed_gib / self.gpu_gib
-        return "fits" if share < 0.9 else "tight" if share < 0.97 else "does not fit"
+        share = self.needed_gib / self.capacity_gib
+        return "fits" if share < FITS else "tight" if share < TIGHT else "does not fit"
 
     def as_dict(self) -> dict:
-        return asdict(self) | {"needed_gib": self.needed_gib, "verdict": self.verdict}
+        names = ("peak_bytes", "peak_gib", "needed_gib", "verdict")
+        return asdict(self) | {name: getattr(self, name) for name in names}
 
     def line(self) -> str:
-        parts = ", ".join(f"{kind} {self.bytes[kind] / GIB:.2f}" for kind in KINDS)
-        text = (
-            f"memory plan {self.peak_gib:.2f} GiB of tensors at the peak ({self.moment}): {parts}"
+        parts = ", ".join(f"{kind} {n / GIB:.2f}" for kind, n in self.bytes.items() if n)
+        return (
+            f"memory plan {self.peak_gib:.2f} GiB of tensors at the peak ({self.moment}): {parts} "
+            f"| needs {self.needed_gib:.2f} of {self.capacity_gib:.1f} GiB: {self.verdict}"
         )
-        if self.on_gpu:
-            text += f" | needs {self.needed_gib:.2f} of {self.gpu_gib:g} GiB: {self.verdict}"
-        return text
 
 
-class Tracker(TorchDispatchMode):
-    """Notes when each storage is allocated and freed; `at` counts the notes."""
+class Planner:
+    """Plans of a run's flags and of variations of them; each trace is made once."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.moment = self.phase = "forward"
-        self.born: dict[int, tuple[int, int, str]] = {}  # id -> (birth, bytes, phase)
-        self.died: dict[int, int] = {}
-        self.at = self.peak_at = self.last_id = 0
-        self.ids: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        widths: tuple[int, int],
+        seconds: float,
+        world_size: int = 1,
+    ) -> None:
+        self.args, self.widths, self.seconds, self.world_size = args, widths, seconds, world_size
+        self.capacity_gib = capacity_gib(args)
+        self.traces: dict[str, Trace] = {}
 
-    def __torch_dispatch__(
-        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
-                self.see(tensor)
-        return out
+    def trace(
+        self, size: int, stage: str, seconds: float = 0.0, evaluate: bool = False, **flags: object
+    ) -> Trace:
+        """A step of `size` utterances of `seconds` (default: the longest), or an evaluation."""
+        args = argparse.Namespace(**vars(self.args) | flags | {"unfreeze": stage})
+        where = (size, seconds or self.seconds, stage, self.world_size, evaluate)
+        key = repr((where, sorted(vars(args).items(), key=lambda item: item[0])))
+        if key not in self.traces:
+            self.traces[key] = trace(args, self.widths, *where)
+        return self.traces[key]
 
-    def see(self, tensor: Tensor) -> int:
-        """The storage's id; a storage not seen before counts as allocated now."""
-        storage = tensor.untyped_storage()
-        if storage in self.ids:
-            return self.ids[storage]
-        self.at, self.last_id = self.at + 1, self.last_id + 1
-        size = -(-storage.nbytes() // 512) * 512
-        in_backward = torch._C._current_graph_task_id() != -1
-        phase = "backward" if in_backward and self.phase == "forward" else self.phase
-        self.ids[storage] = self.last_id
-        self.born[self.last_id] = (self.at, size, phase)
-        weakref.finalize(storage, self.free, self.last_id, size)
-        self.live += size
-        if self.live > self.peak:
-            self.peak, self.peak_at, self.moment = self.live, self.at, phase
-        return self.last_id
+    def evaluation(self, stage: str, seconds: float = 0.0, **flags: object) -> Trace:
+        """One of evaluation's batches, whose size depends on no flag."""
+        size = max(1, int(vadata.EVAL_SECONDS / (seconds or self.seconds)))
+        flags |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
+        return self.trace(size, stage, seconds, evaluate=True, **flags)
 
-    def free(self, storage_id: int, size: int) -> None:
-        self.at += 1
-        self.live -= size
-        self.died[storage_id] = self.at
+    def peaks(
+        self, size: int, unfreeze: str, between: tuple[int, int] | None = None, **flags: object
+    ) -> dict[str, np.ndarray] | None:
+        """{phase: bytes by KINDS at its highest moment, then bytes reserved but not used}.
 
-    def at_peak(self) -> dict[int, int]:
-        """id -> bytes of the storages alive at the peak."""
-        never = self.at + 1
-        return {
-            i: size
-            for i, (birth, size, _) in self.born.items()
-            if birth <= self.peak_at < self.died.get(i, never)
-        }
+        Of a schedule, each phase's heaviest stage. Evaluation runs beside optimizer states. With
+        `between`, a step is a blend of those of two other sizes; None where there is none.
+        """
+        import train
 
+        peaks: dict[str, np.ndarray] = {}
+        for stage in sorted({what for _, what in train.parse_unfreeze(unfreeze)}):
+            if between:
+                ends = (self.trace(n, stage, **flags) for n in between)
+                step = blend(*ends, (size - between[0]) / (between[1] - between[0]))
+                if step is None:
+                    return None
+            else:
+                step = self.trace(size, stage, **flags)
+            evaluation = self.evaluation(stage, **flags).peaks()["evaluation"]
+            for kind in ("gradients", "optimizer"):
+                evaluation[KINDS.index(kind)] = step.at_start()[KINDS.index(kind)]
+            spare = step.reserved_bytes() - step.timeline.sum(1).max()
+            for phase, kinds in (*step.peaks().items(), ("evaluation", evaluation)):
+                if phase not in peaks or kinds.sum() > peaks[phase][:-1].sum():
+                    peaks[phase] = np.append(kinds, spare)
+        return peaks
 
-HALF = {
-    F.linear, F.conv1d, F.conv2d, torch.conv1d, torch.conv2d, torch.matmul, Tensor.matmul,
-    Tensor.__matmul__, Tensor.__rmatmul__, torch.bmm, torch.baddbmm, torch.einsum,
-    F.scaled_dot_product_attention,
-}  # fmt: skip
-SINGLE = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, torch.layer_norm}
+    def as_plan(self, size: int, peaks: dict[str, np.ndarray]) -> Plan:
+        moment, worst = max(peaks.items(), key=lambda item: item[1][:-1].sum())
+        kinds = dict(zip(KINDS, (round(n) for n in worst[:-1].tolist())))
+        outside = 0.0
+        if on_cuda(self.args):
+            outside = CONTEXT_GIB + NCCL_GIB * (self.world_size > 1)
+        reserved = sum(kinds.values()) + round(float(worst[-1]))
+        return Plan(kinds, moment, reserved, outside, self.capacity_gib, size, on_cuda(self.args))
 
+    def plan(self, size: int, unfreeze: str, **flags: object) -> Plan:
+        return self.as_plan(size, self.peaks(size, unfreeze, **flags))
 
-class CudaRules(TorchFunctionMode):
-    """Makes meta tensors allocate what CUDA tensors would."""
+    def curve(self, sizes: Sequence[int], unfreeze: str, **flags: object) -> list[Plan]:
+        """Plans over `sizes`, not each of them traced.
 
-    def __init__(self, tracker: Tracker, dtype: torch.dtype | None, on_gpu: bool) -> None:
-        super().__init__()
-        self.tracker, self.dtype, self.on_gpu = tracker, dtype, on_gpu
-        self.cache: dict[int, Tensor] = {}  # half copies of weights, alive until autocast ends
-        self.copies: set[int] = set()
-        self.enabled = self.recomputing = False
-        self.depth = 0
+        They follow from the traces of two sizes, or, where these differ in their events, of every
+        second size, and the others lie between, phase by phase.
+        """
+        found: dict[int, dict | None] = {}
+        if len(sizes) > 3:
+            ends = (sizes[-3], sizes[-1])
+            found = {size: self.peaks(size, unfreeze, ends, **flags) for size in sizes[1:]}
+        if None in found.values() or not found:
+            found = {size: self.peaks(size, unfreeze, **flags) for size in sizes[::-2]}
+        found[sizes[0]] = self.peaks(sizes[0], unfreeze, **flags)
+        for low, size, high in zip(sizes, sizes[1:], sizes[2:]):
+            if size not in found:
+                share, one, two = (size - low) / (high - low), found[low], found[high]
+                found[size] = {p: one[p] + share * (two[p] - one[p]) for p in one}
+        return [self.as_plan(size, found[size]) for size in sizes]
 
-    @contextlib.contextmanager
-    def autocast(
-        self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True
-    ) -> Iterator:
-        """Stands in for torch.autocast; the cache of weights ends with the outermost one."""
-        before, self.enabled, self.depth = self.enabled, enabled, self.depth + 1
-        yield
-        self.enabled, self.depth = before, self.depth - 1
-        if self.depth == 0:
-            self.cache.clear()
+    def largest(
+        self,
+        sizes: Sequence[int],
+        unfreeze: str,
+        near: tuple[Plan, Plan] | None = None,
+        **flags: object,
+    ) -> Plan | None:
+        """The largest of `sizes` that fits, to 2 %, traced itself; None when not even one does.
 
-    def in_recomputation(self) -> contextlib.AbstractContextManager:
-        """A mode is off inside backward: turns it on for modules that checkpointing runs there."""
-        call = torch.nn.Module.__call__
-
-        def call_with_rules(module: torch.nn.Module, *args: object, **kwargs: object) -> object:
-            if torch._C._current_graph_task_id() == -1 or self.recomputing:
-                return call(module, *args, **kwargs)
-            self.recomputing = True
-            try:
-                with self, self.autocast("cuda"):
-                    return call(module, *args, **kwargs)
-            finally:
-                self.recomputing = False
-
-        return mock.patch.object(torch.nn.Module, "__call__", call_with_rules)
-
-    def half(self, value: object) -> object:
-        if not isinstance(value, Tensor) or value.dtype != torch.float32:
-            return value
-        if not is_weight(value):
-            return value.to(self.dtype)
-        if id(value) not in self.cache:
-            self.cache[id(value)] = value.to(self.dtype)
-            self.copies.add(self.tracker.see(self.cache[id(value)]))
-        return self.cache[id(value)]
-
-    def __torch_function__(
-        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        kwargs = kwargs or {}
-        if self.enabled and self.dtype and func in HALF:
-            args = torch.utils._pytree.tree_map(self.half, args)
-            kwargs = {key: self.half(value) for key, value in kwargs.items()}
-        if self.enabled and self.dtype and func in SINGLE:
-            args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
-        if func is Tensor.to and self.dtype and is_weight(args[0]):  # cast by the model itself
-            out = func(*args, **kwargs)
-            self.copies.add(self.tracker.see(out))
-            return out
-        if func is F.dropout and self.on_gpu:
-            p, training = (*args[1:], 0.5, True)[:2]
-            p, training = kwargs.get("p", p), kwargs.get("training", training)
-            return torch.native_dropout(args[0], p, True)[0] if training and p else args[0]
-        if func is F.scaled_dot_product_attention and self.on_gpu:
-            return efficient_attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def is_weight(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_leaf and value.requires_grad
-
-
-def efficient_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
-) -> Tensor:
-    """The kernel that CUDA takes where the bias needs a gradient: keeps no T x T probabilities."""
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    return kernel(q, k, v, attn_mask, True, dropout_p)[0]
-
-
-def unfused(params: list[dict], **flags: object) -> torch.optim.Optimizer:
-    return AdamW(params, **flags | {"fused": False})
-
-
-def meta_batch(
-    args: argparse.Namespace, speaker_dim: int, frame_dim: int, seconds: float
-) -> dict[str, Tensor]:
-    """A micro-batch of the longest utterances, without data."""
-    size = args.batch_size
-    batch = {
-        "labels": torch.empty(size, 2),
-        "chunk_index": torch.arange(size).reshape(-1, args.context),
-    }
-    if frame_dim:
-        frames = max(1, int(seconds * 50))
-        batch["frames"] = torch.empty(size, frames, frame_dim)
-        batch["frame_mask"] = torch.empty(size, frames, dtype=torch.bool)
-    else:
-        samples = max(400, int(seconds * 16_000))
-        batch["input_values"] = torch.empty(size, samples)
-        batch["attention_mask"] = torch.empty(size, samples, dtype=torch.bool)
-    if args.prosody == "egemaps":
-        batch["prosody"] = torch.empty(size, 88)
-    if speaker_dim:
-        batch["speaker"] = torch.empty(size, speaker_dim)
-    return {key: value.to("meta") for key, value in batch.items()}
+        Bytes are close to linear in the batch: the line through two plans finds it soon. `near`:
+        two plans to begin with.
+        """
+        one, two = near or (
+            self.plan(sizes[n], unfreeze, **flags) for n in (0, min(7, len(sizes) - 1))
+        )
+        low, high, fitting = -1, len(sizes), None
+        while high - low > 1 and (low < 0 or sizes[min(high, len(sizes) - 1)] > 1.02 * sizes[low]):
+            steps, gained = two.batch_size - one.batch_size, two.needed_gib - one.needed_gib
+            most = sizes[-1]
+            if steps * gained > 0:
+                room = FITS * self.capacity_gib - two.needed_gib
+                most = two.batch_size + room * steps / gained
+            place = min(max(bisect.bisect(sizes, most) - 1, low + 1), high - 1)
+            one, two = two, self.plan(sizes[place], unfreeze, **flags)
+            if two.verdict == "fits":
+                low, fitting = place, two
+            else:
+                high = place
+        return fitting
 
 
 def plan(
@@ -289,200 +266,551 @@ def plan(
     seconds: float,
     world_size: int = 1,
 ) -> Plan:
-    """The heaviest stage's second step (optimizer states exist) with utterances of `seconds`.
+    """The heaviest stage's worst moment with utterances of `seconds`, evaluation included.
 
-    Under DDP gradients live in the buckets (gradient_as_bucket_view), which adds nothing.
+    ValueError, naming the flag, as train.build_model.
     """
-    import train  # which imports this file
-
-    stages = {what for _, what in train.parse_unfreeze(args.unfreeze)}
-    plans = [trace(args, speaker_dim, frame_dim, seconds, stage) for stage in sorted(stages)]
-    return max(plans, key=lambda p: p.peak_bytes)
+    planner = Planner(args, (speaker_dim, frame_dim), seconds, world_size)
+    return planner.plan(args.batch_size, args.unfreeze)
 
 
-def trace(
-    args: argparse.Namespace, speaker_dim: int, frame_dim: int, seconds: float, stage: str
+def batch_sizes(args: argparse.Namespace, world_size: int, most: int = 1024) -> list[int]:
+    """Micro-batches of whole chunks of turns; those that divide --global_batch_size, if given."""
+    sizes = range(args.context, most + 1, args.context)
+    if not args.global_batch_size:
+        return list(sizes)
+    return [size for size in sizes if args.global_batch_size % (size * world_size) == 0]
+
+
+def largest_batch(
+    args: argparse.Namespace,
+    widths: tuple[int, int],
+    seconds: float,
+    world_size: int = 1,
+    most: int = 1024,
 ) -> Plan:
-    import train
-
-    on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    args = argparse.Namespace(**vars(args))
-    args.amp = args.amp or ("fp16" if on_gpu else "off")
-    tracker = Tracker()
-    dtype = train.AUTOCAST[args.amp] if args.amp != "off" else None
-    rules = CudaRules(tracker, dtype, on_gpu)
-    with torch.device("meta"):
-        model = train.build_model(args, speaker_dim, frame_dim, load=False)
-    with mock.patch("torch.optim.AdamW", unfused):  # the fused one refuses meta tensors
-        optimizer = train.build_optimizer(model, args)
-    train.set_trainable(model, stage, args.train_only)
-    model.train()
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    fixed = [*model.parameters(), *model.buffers()]
-    for tensor in fixed:
-        tracker.see(tensor.data)
-    parameters = {tracker.see(tensor.data) for tensor in fixed}
-    states = set()
-    for p in trained:  # as after the first step
-        state = {name: torch.empty_like(p) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(0.0), **state}
-        states |= {tracker.see(tensor) for tensor in state.values()}
-    gradients: set[int] = set()
-
-    def before_update(*_: object) -> None:
-        tracker.phase = "optimizer"
-        gradients.update(tracker.see(p.grad) for p in trained if p.grad is not None)
-
-    optimizer.step = lambda: before_update()  # fused: in place, no temporary
-    batches = [
-        meta_batch(args, speaker_dim, frame_dim, seconds)
-        for _ in range(args.gradient_accumulation_steps)
-    ]
-    inputs = {tracker.see(tensor) for batch in batches for tensor in batch.values()}
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    with (
-        torch.random.fork_rng(devices=[]),
-        rules.in_recomputation() if on_gpu or dtype else contextlib.nullcontext(),
-        mock.patch("torch.autocast", rules.autocast),
-        contextlib.nullcontext() if on_gpu else mock.patch("wavlm.KernelAttention", BlockAttention),
-        rules if on_gpu or dtype else contextlib.nullcontext(),
-        tracker,
-    ):
-        train.train_step(model, model, batches, optimizer, scaler, args)
-    counts: Counter = Counter()
-    for i, size in tracker.at_peak().items():
-        counts[
-            "parameters" if i in parameters
-            else "optimizer" if i in states
-            else "gradients" if i in gradients
-            else "autocast copies" if i in rules.copies
-            else "activations" if i in inputs or tracker.born[i][2] == "forward"
-            else "transient"
-        ] += size  # fmt: skip
-    kinds = {kind: counts[kind] for kind in KINDS}
-    return Plan(tracker.peak, tracker.moment, kinds, on_gpu, args.gpu_gib)
+    """The plan of the largest micro-batch up to `most` that fits; ValueError when none does."""
+    sizes = batch_sizes(args, world_size, most)
+    if not sizes:
+        raise ValueError(
+            f"--global_batch_size {args.global_batch_size} is not a multiple of "
+            f"--context {args.context} x {world_size} ranks"
+        )
+    steps = None if args.global_batch_size else args.gradient_accumulation_steps or 1
+    flags = argparse.Namespace(**vars(args) | {"gradient_accumulation_steps": steps})
+    planner = Planner(flags, widths, seconds, world_size)
+    best = planner.largest(sizes, args.unfreeze)
+    if best is None:
+        needed = planner.plan(sizes[0], args.unfreeze).needed_gib
+        raise ValueError(
+            f"--batch_size auto: {sizes[0]} utterances of {seconds:g} s need {needed:.1f} GiB, "
+            f"more than {FITS:.0%} of {planner.capacity_gib:.1f}: lower --max_seconds, unfreeze "
+            "less, or give --gradient_checkpointing"
+        )
+    return best
 
 
 # ---------------------------------------------------------------------------------------------
-# Choosing
+# Real steps: probe, measurement
+
+
+def probe(
+    model: torch.nn.Module,
+    args: argparse.Namespace,
+    widths: tuple[int, int],
+    seconds: float,
+    device: torch.device,
+) -> bool:
+    """Does a step of the longest clips run, in every stage? The weights are put back.
+
+    Forward, backward, optimizer, and a batch of evaluation; the second step has all states.
+    """
+    import train
+
+    before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+    run = None
+    try:
+        for stage in {what for _, what in train.parse_unfreeze(args.unfreeze)}:
+            run, _ = real_step(model, args, widths, seconds, stage, device)
+            run()
+            run()
+        size = max(1, int(vadata.EVAL_SECONDS / seconds))
+        audio = meta_batch(args, widths, size, seconds)
+        batch = {key: torch.ones_like(value, device=device) for key, value in audio.items()}
+        dtype = train.AUTOCAST[args.amp]
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=args.amp != "off"):
+            model.eval().encode(batch)
+        return True
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        run = None  # its optimizer goes
+        model.zero_grad()
+        model.load_state_dict(before)
+        model.train()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def auto_batch(
+    model: torch.nn.Module,
+    args: argparse.Namespace,
+    widths: tuple[int, int],
+    seconds: float,
+    device: torch.device,
+    world_size: int,
+    most: int,
+) -> tuple[int, str]:
+    """--batch_size auto: the plan proposes, a probe confirms, all ranks take the smallest.
+
+    (micro-batch up to `most`, how it was found) (all ranks participate); ValueError when nothing
+    fits.
+    """
+
+    def smallest(number: int) -> int:
+        tensor = torch.tensor(number)
+        if world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return int(tensor)
+
+    sizes, fault = batch_sizes(args, world_size, most), ""
+    try:
+        size = largest_batch(args, widths, seconds, world_size, most).batch_size
+    except ValueError as error:
+        size, fault = 0, str(error)
+    size = proposed = smallest(size)
+    while size:
+        steps = args.gradient_accumulation_steps or 1
+        if args.global_batch_size:
+            steps = args.global_batch_size // (size * world_size)
+        trial = {"batch_size": size, "gradient_accumulation_steps": min(2, steps)}
+        trial = argparse.Namespace(**vars(args) | trial | {"global_batch_size": size})
+        if smallest(probe(model, trial, widths, seconds, device)):
+            found = (
+                f" | batch {size}, planned as {proposed} and probed at {peak_gib(device):.2f} GiB"
+            )
+            return size, found
+        size = max((n for n in sizes if n <= 0.85 * size), default=0)
+    raise ValueError(
+        fault
+        or "--batch_size auto: nothing fits: lower --max_seconds, unfreeze less, "
+        "or give --gradient_checkpointing"
+    )
+
+
+def measure(
+    args: argparse.Namespace, widths: tuple[int, int], seconds: float, device: torch.device
+) -> tuple[int, int]:
+    """(bytes allocated, bytes reserved) at the peak of a real second step.
+
+    On CUDA by the allocator's own count; on a CPU by the profiler's record of every allocation,
+    which shares nothing with `Tracker`.
+    """
+    import train
+
+    torch.manual_seed(0)
+    gc.collect()
+    held = 0
+    if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_allocated(device)
+    model = train.build_model(args, *widths).to(device)
+    run, between = real_step(model, args, widths, seconds, args.unfreeze, device)
+    run()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        peak = torch.cuda.max_memory_allocated(device) - held
+        return peak, torch.cuda.max_memory_reserved(device)
+    held = sum(tensor.nbytes for tensor in between())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return held + peak, held + peak
+
+
+def grid(cuda: bool) -> list[tuple[list[str], float]]:
+    """(flags, seconds) of the settings that --measure and the tests go through."""
+    all_of_it = ["--unfreeze", "all"]
+    variations = [
+        *(["--unfreeze", what] for what in ("none", "top:2", "transformer", "all")),
+        ["--unfreeze", "none", "--augment"],
+        *([*all_of_it, "--attention", kind] for kind in ("sdpa", "eager")),
+        [*all_of_it, "--gradient_checkpointing"],
+        [*all_of_it, "--gradient_checkpointing", "--attention", "eager"],
+        [*all_of_it, "--gradient_accumulation_steps", "3"],
+        [*all_of_it, "--pooling", "attention", "--layers", "1", "2"],
+        [*all_of_it, "--context", "2", "--feedback"],
+    ]
+    amps = ("fp16", "bf16", "off") if cuda else ("off", "bf16")
+    sizes = ("base", "large") if cuda else ("tiny",)
+    shapes = ((8, 5.7), (4, 11.0)) if cuda else ((4, 2.5), (6, 1.0))
+    settings = [
+        (["--wavlm", size, "--amp", amp, "--batch_size", str(batch), *flags], seconds)
+        for size in sizes
+        for amp in amps
+        for batch, seconds in shapes
+        for flags in variations
+    ]
+    cnn = ["--batch_size", "4", "--base_channels", "16", "--encoder"]
+    settings += [([*cnn, encoder], 2.5) for encoder in ("convnext", "baseline")]
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
 
 
 def widths(args: argparse.Namespace) -> tuple[int, int]:
-    """(speaker_dim, frame_dim) that the flags lead to, from a file where there is one."""
+    """(speaker_dim, frame_dim) that the flags lead to, from a file where there is one.
 
-    def width_of(directory: str, default: int) -> int:
-        file = next(iter(sorted(Path(directory).glob("*.npy"))), None)
-        if file is None:
-            return default
-        return np.load(file, mmap_mode="r", allow_pickle=False).shape[-1]
-
-    known = {"none": 0, "ecapa": 192, "xvector": 512}
-    speaker = known.get(args.speaker)
-    speaker = width_of(args.speaker, 512) if speaker is None else speaker
-    return speaker, width_of(args.features_dir, 768) if args.features_dir else 0
-
-
-def with_batch(args: argparse.Namespace, batch_size: int, **flags: object) -> argparse.Namespace:
-    changed = vars(args) | {"batch_size": batch_size, "global_batch_size": batch_size}
-    return argparse.Namespace(**changed | flags)
-
-
-def largest_batch(args: argparse.Namespace) -> int:
-    """The largest micro-batch that fits the card; at most --global_batch_size, dividing it.
-
-    ValueError when not even the smallest fits.
+    ValueError when --features_dir holds none.
     """
-    if torch.cuda.is_available() and args.device != "cpu":
-        args.gpu_gib = torch.cuda.mem_get_info()[1] / GIB
-    accumulation = args.gradient_accumulation_steps or (2 if args.global_batch_size else 1)
-    most = args.global_batch_size or 1024
-    sizes = list(range(args.context, most + 1, args.context))
-    if args.global_batch_size:
-        sizes = [n for n in sizes if args.global_batch_size % n == 0]
-    low, high = -1, len(sizes)
-    while high - low > 1:
-        middle = (low + high) // 2
-        changed = with_batch(args, sizes[middle], gradient_accumulation_steps=accumulation)
-        if plan(changed, *widths(args), args.max_seconds).verdict == "fits":
-            low = middle
-        else:
-            high = middle
-    if low < 0:
-        raise ValueError(f"--batch_size auto: not even {args.context} fits {args.gpu_gib:g} GiB")
-    return sizes[low]
+
+    def width_of(directory: str) -> int | None:
+        file = next(iter(sorted(Path(directory).glob("*.npy"))), None)
+        return np.load(file, mmap_mode="r", allow_pickle=False).shape[-1] if file else None
+
+    speaker = {"none": 0, "ecapa": 192, "xvector": 512}.get(args.speaker)
+    if speaker is None:
+        speaker = width_of(args.speaker) or 512  # an x-vector model
+    frames = 0
+    if args.features_dir:
+        frames = width_of(args.features_dir)
+        if frames is None:
+            raise ValueError(f"--features_dir {args.features_dir}: no <utt_id>.npy there")
+    return speaker, frames
 
 
-def table(args: argparse.Namespace) -> dict[str, dict[int, Plan]]:
-    """Plans by what is unfrozen and batch size."""
-    what = ["none", "top:6", "all"] if args.encoder == "wavlm" else [args.unfreeze]
-    plans = {}
-    for unfreeze in what:
-        with contextlib.suppress(ValueError):  # fewer than six layers
-            plans[unfreeze] = {
-                size: plan(
-                    with_batch(args, size, unfreeze=unfreeze), *widths(args), args.max_seconds
-                )
-                for size in BATCHES
-                if size % args.context == 0
+def comparable(args: argparse.Namespace) -> list[str]:
+    """What --unfreeze is compared with; an encoder other than WavLM has nothing to freeze."""
+    import train
+
+    if args.encoder != "wavlm" or args.train_only:
+        return [args.unfreeze]
+    depth = max(args.layers or [train.read_config(args.wavlm).num_hidden_layers])
+    top = min(6, depth)
+    third = max(1, args.epochs // 3)
+    progressive = f"1:none,{third + 1}:top:{top},{2 * third + 1}:all"
+    given = progressive if args.epochs < 3 or ":" not in args.unfreeze else args.unfreeze
+    rows = ["none", f"top:{top}", "all", given, args.unfreeze]
+    return [row for row in dict.fromkeys(rows) if args.epochs >= 3 or "," not in row]
+
+
+def switches(args: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """Flags that save memory or time, one at a time, as changes to `args`."""
+    import train
+
+    found: dict[str, dict[str, object]] = {}
+    if on_cuda(args):
+        half = args.amp != "off"
+        found["--amp off" if half else "--amp fp16"] = {"amp": "off" if half else "fp16"}
+    else:
+        found["--amp bf16"] = {"amp": "bf16"}
+    on = args.gradient_checkpointing
+    name = "without --gradient_checkpointing" if on else "--gradient_checkpointing"
+    found[name] = {"gradient_checkpointing": not on}
+    if args.encoder == "wavlm":
+        kinds = [kind for kind in ("fused", "eager") if kind != args.attention]
+        found |= {f"--attention {kind}": {"attention": kind} for kind in kinds}
+        depth = max(args.layers or [train.read_config(args.wavlm).num_hidden_layers])
+        half = sorted({max(1, round(depth * q / 8)) for q in (1, 2, 3, 4)})
+        found["--layers " + " ".join(map(str, half))] = {"layers": half}
+    return found
+
+
+def costs(clock: Clock, batch_size: int, accumulation: int, gpus: int) -> list[dict]:
+    """What each way of unfreezing costs: GiB, seconds per epoch, hours of one and of all folds."""
+    planner, rows = clock.planner, []
+    for what in comparable(planner.args):
+        epoch, fold = clock.fold(what, batch_size, accumulation)
+        folds = clock.clips.folds
+        rows.append(
+            {
+                "unfreeze": what,
+                "needed_gib": planner.plan(batch_size, what).needed_gib,
+                "epoch_seconds": epoch,
+                "fold_hours": fold / 3600,
+                "series_hours": folds * fold / 3600,
+                "parallel_hours": math.ceil(folds / gpus) * fold / 3600,
             }
-    return plans
+        )
+    return rows
+
+
+def ways_to(clock: Clock, global_batch_size: int) -> list[dict]:
+    """Settings with this global batch that fit the card, fastest first; the eight largest batches
+    with and without checkpointing."""
+    planner, args = clock.planner, clock.planner.args
+    sizes = batch_sizes(args, planner.world_size, global_batch_size)[-8:]
+    rows = []
+    for checkpointing in (False, True):
+        flags = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": None}
+        slower = clock.slower(**flags)
+        for plan in planner.curve(sizes, args.unfreeze, **flags):
+            steps = global_batch_size // (plan.batch_size * planner.world_size)
+            if plan.verdict != "does not fit":
+                seconds, _ = clock.fold(args.unfreeze, plan.batch_size, steps)
+                rows.append(
+                    {
+                        "batch_size": plan.batch_size,
+                        "gradient_accumulation_steps": steps,
+                        "gradient_checkpointing": checkpointing,
+                        "needed_gib": plan.needed_gib,
+                        "verdict": plan.verdict,
+                        "epoch_seconds": slower * seconds,
+                    }
+                )
+    return sorted(rows, key=lambda row: row["epoch_seconds"])
+
+
+def answers(planner: Planner, own: argparse.Namespace) -> dict:
+    """All that the command prints, in the order in which it does."""
+    args = planner.args
+    steps = args.gradient_accumulation_steps
+    clock = Clock(planner, machine(args, own.gpu), clips(args, own.from_data))
+    sizes = [n for n in BATCHES if n % args.context == 0] or [args.context]
+    every = batch_sizes(argparse.Namespace(**vars(args) | {"global_batch_size": None}), 1)
+    table, largest = {}, {}
+    for what in comparable(args):
+        if "," not in what:
+            plans = planner.curve(sizes, what)
+            table[what] = [plan.as_dict() for plan in plans]
+            best = planner.largest(every, what, plans[-2:])
+            largest[what] = best.batch_size if best else 0
+    effects = {
+        name: {
+            "needed_gib": planner.plan(args.batch_size, args.unfreeze, **flags).needed_gib,
+            "time": clock.slower(**flags),
+        }
+        for name, flags in ({"as given": {}} | switches(args)).items()
+    }
+    return {
+        "flags": vars(args),
+        "plan": planner.plan(args.batch_size, args.unfreeze).as_dict(),
+        "sizes": sizes,
+        "table": table,
+        "largest": largest,
+        "switches": effects,
+        "ways": ways_to(clock, args.global_batch_size) if own.wants_global else [],
+        "machine": asdict(clock.machine),
+        "clips": f"{len(clock.clips.splits['train'])} training clips, {clock.clips.source}",
+        "folds": clock.clips.folds,
+        "gpus": own.gpus,
+        "costs": costs(clock, args.batch_size, steps, own.gpus),
+    }
 
 
 def bar(size: int, whole: int) -> str:
     return "#" * round(40 * size / max(whole, 1))
 
 
-def table_text(plans: dict[str, dict[int, Plan]]) -> str:
-    """GiB that the card must have, by batch size, with a verdict."""
-    sizes = sorted({size for row in plans.values() for size in row})
-    lines = ["batch size" + "".join(f"{what:>24}" for what in plans)]
-    for size in sizes:
-        cells = (row[size] for row in plans.values())
-        lines.append(
-            f"{size:>10}" + "".join(f"{p.needed_gib:>9.2f} {p.verdict:>14}" for p in cells)
+def columns(rows: list[list[str]]) -> str:
+    """Rows of cells, the first column to the left and the others to the right."""
+    sizes = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(cell.ljust(n) if i == 0 else cell.rjust(n) for i, (cell, n) in enumerate(cells))
+        for cells in (zip(row, sizes) for row in rows)
+    )
+
+
+def text(found: dict) -> str:
+    """`answers` for a person."""
+    flags, plan = found["flags"], found["plan"]
+    gpu = plan["on_gpu"]
+    model = flags["wavlm"] if flags["encoder"] == "wavlm" else flags["encoder"]
+    where = f"{'GPU' if gpu else 'RAM'} of {plan['capacity_gib']:.1f} GiB"
+    blocks = [
+        f"{model} | unfreeze {flags['unfreeze']} | batch {flags['batch_size']} x "
+        f"{flags['gradient_accumulation_steps']} micro-steps of {flags['max_seconds']:g} s | "
+        f"amp {flags['amp']} | {where}"
+    ]
+    rows = [
+        f"{kind:<16}{n / GIB:>8.2f} GiB  {bar(n, plan['peak_bytes'])}".rstrip()
+        for kind, n in plan["bytes"].items()
+        if n
+    ]
+    rows.append(f"{'peak':<16}{plan['peak_gib']:>8.2f} GiB  in {plan['moment']}")
+    if gpu:
+        rows.append(
+            f"{'card must have':<16}{plan['needed_gib']:>8.2f} GiB  with the allocator's "
+            f"segments and CUDA's context: {plan['verdict']}"
         )
-    return "\n".join(lines)
+    blocks.append("\n".join(rows))
+
+    mark = {"fits": " ", "tight": "?", "does not fit": "!"}
+    rows = [["GiB at batch size", *map(str, found["sizes"]), "largest"]]
+    for what, plans in found["table"].items():
+        cells = [f"{p['needed_gib']:.2f}{mark[p['verdict']]}" for p in plans]
+        rows.append([what, *cells, str(found["largest"][what])])
+    blocks.append(f"{columns(rows)}\n(? tight, ! does not fit {plan['capacity_gib']:.1f} GiB)")
+
+    rows = [["one switch at a time", "GiB", "time of a step"]]
+    for name, effect in found["switches"].items():
+        rows.append([name, f"{effect['needed_gib']:.2f}", f"x {effect['time']:.2f}"])
+    blocks.append(columns(rows))
+
+    if found["ways"]:
+        wanted = flags["global_batch_size"]
+        rows = [[f"ways to {wanted} per step", "batch", "accumulation", "GiB", "s per epoch"]]
+        for way in found["ways"]:
+            name = "checkpointing" if way["gradient_checkpointing"] else ""
+            gib = f"{way['needed_gib']:.2f}{mark[way['verdict']]}"
+            counts = (way["batch_size"], way["gradient_accumulation_steps"])
+            rows.append([name, *map(str, counts), gib, f"{way['epoch_seconds']:.0f}"])
+        blocks.append(columns(rows))
+
+    folds, epochs = found["folds"], flags["epochs"]
+    parallel = f"on {found['gpus']} GPU{'s' * (found['gpus'] > 1)}"
+    rows = [["unfreeze", "GiB", "s per epoch", "h per fold", f"{folds} folds", parallel]]
+    for cost in found["costs"]:
+        hours = (cost["fold_hours"], cost["series_hours"], cost["parallel_hours"])
+        numbers = (f"{cost['needed_gib']:.2f}", f"{cost['epoch_seconds']:.0f}")
+        rows.append([cost["unfreeze"], *numbers, *(f"{h:.2f}" for h in hours)])
+    speed = found["machine"]
+    blocks.append(
+        f"{columns(rows)}\n({epochs} epochs, {found['clips']}; {speed['name']}, {speed['source']})"
+    )
+    return "\n\n".join(blocks)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """train.py's flags and --json; --device defaults to cuda, planned without one."""
+def plot(planner: Planner, found: dict, path: str) -> None:
+    """Memory over a step, stacked by kind, and against the batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     import train
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in argv
-    argv = [word for word in argv if word != "--json"]
-    if "--device" not in argv and "demo" not in argv:
-        argv += ["--device", "cuda"]
-    args = train.parse_args(argv)
-    args.amp = args.amp or ("off" if args.device == "cpu" else "fp16")
-    args.json = as_json
-    return args
+    args, plan = planner.args, found["plan"]
+    stage = train.unfreeze_at(train.parse_unfreeze(args.unfreeze), args.epochs - 1)
+    step = planner.trace(args.batch_size, stage)
+    alive = step.timeline[step.start - 1 :] / GIB
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    colours = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
+    left.stackplot(range(len(alive)), alive.T, labels=KINDS, colors=colours)
+    phases = [phase for _, _, phase in step.events[step.start - 1 :]]
+    left.set(xlabel="allocations and frees of one step", ylabel="GiB")
+    left.set(xlim=(0, len(alive)), ylim=(0, 1.12 * alive.sum(1).max()))
+    for phase in ("forward", "backward", "optimizer"):
+        if phase in phases:
+            first = phases.index(phase, 1)
+            left.axvline(first, color="black", lw=0.6)
+            left.text(first, 1.05 * alive.sum(1).max(), f" {phase}"[:11], fontsize="small")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize="small", ncols=4)
+    for style, (what, plans) in zip(("o-", "s--", "^:", "d-."), found["table"].items()):
+        right.plot(found["sizes"], [p["needed_gib"] for p in plans], style, label=what)
+    right.axhline(plan["capacity_gib"], color="black", lw=0.8)
+    right.text(found["sizes"][0], plan["capacity_gib"], "there is", va="bottom")
+    right.set(xscale="log", yscale="log", xlabel="batch size", ylabel="GiB needed")
+    right.set_xticks(found["sizes"], map(str, found["sizes"]))
+    low, high = right.get_ylim()
+    ticks = [n * 10**e for e in range(-3, 4) for n in (1, 2, 5) if low <= n * 10**e <= high]
+    right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    right.minorticks_off()
+    right.legend(title="unfreeze")
+    figure.savefig(path, dpi=120)
+
+
+def measured_table(args: argparse.Namespace) -> str:
+    """Predicted against real peaks of a training step, over `grid`."""
+    import train
+
+    device = torch.device("cuda" if on_cuda(args) else "cpu")
+    rows = [["setting", "predicted MiB", "allocated", "error", "predicted reserve", "reserved"]]
+    errors = []
+    for flags, seconds in grid(device.type == "cuda"):
+        setting = train.parse_args(["--prosody", "none", "--device", device.type, *flags])
+        setting.amp = setting.amp or ("fp16" if device.type == "cuda" else "off")
+        step = Planner(setting, (0, 0), seconds).trace(setting.batch_size, setting.unfreeze)
+        predicted, reserve = step.timeline.sum(1).max(), step.reserved_bytes()
+        real, reserved = measure(setting, (0, 0), seconds, device)
+        errors.append(predicted / real - 1)
+        numbers = [f"{n / 2**20:.1f}" for n in (predicted, real, reserve, reserved)]
+        name = " ".join(flags) + f" ({seconds:g} s)"
+        rows.append([name, *numbers[:2], f"{errors[-1]:+.2%}", *numbers[2:]])
+        print(rows[-1][0], file=sys.stderr, flush=True)
+    worst = f"errors {min(errors):+.2%} to {max(errors):+.2%} over {len(errors)} settings"
+    return f"{columns(rows)}\n{worst}; {device_name(device.type == 'cuda')}"
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """(train.py's flags, our own); --device defaults to cuda, planned for without one.
+
+    Exits with code 2 and one line on a wrong flag.
+    """
+    import train
+
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="and every flag of train.py (python train.py --help)",
+        usage="python memory.py [flags of its own] [train.py's flags]",
+        allow_abbrev=False,
+    )
+    # fmt: off
+    p.add_argument("--gpu", choices=sorted(GPUS), help="card to plan for: its memory and speed")
+    p.add_argument("--gpus", type=int, default=1, help="cards that folds are dealt to")
+    p.add_argument("--world_size", type=int, default=1, help="cards that share a fold (DDP)")
+    p.add_argument("--json", action="store_true", help="all of it as JSON")
+    p.add_argument("--plot", metavar="FILE", help="picture of memory over a step and over batches")
+    p.add_argument("--calibrate", action="store_true", help="measure this machine's speed and stop")
+    p.add_argument("--measure", action="store_true",
+                   help="predicted against real peaks over a grid of settings, and stop")
+    # fmt: on
+    argv = sys.argv[1:] if argv is None else argv
+    own, rest = p.parse_known_args(argv)
+    for flag in ("gpus", "world_size"):
+        if getattr(own, flag) < 1:
+            p.error(f"--{flag} {getattr(own, flag)}: must be at least 1")
+    if own.plot and not Path(own.plot).absolute().parent.is_dir():
+        p.error(f"--plot {own.plot}: there is no such directory")
+    own.from_data = "--data" in rest
+    own.wants_global = "--global_batch_size" in rest
+    if own.gpu and "--gpu_gib" not in rest:
+        rest += ["--gpu_gib", str(GPUS[own.gpu][0])]
+    with mock.patch.dict(os.environ, WORLD_SIZE=str(own.world_size)):
+        args = train.parse_args(rest)
+        args.wavlm = KNOWN_SHAPES.get(args.wavlm, args.wavlm)
+        if args.device == "auto" and (own.gpu or not (own.calibrate or own.measure)):
+            args.device = "cuda"
+        args.amp = args.amp or ("fp16" if on_cuda(args) else "off")
+        if args.batch_size == "auto" and not (own.calibrate or own.measure):
+            best = largest_batch(args, widths(args), args.max_seconds, own.world_size)
+            train.set_batch_size(args, best.batch_size, own.world_size)
+    return args, own
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the plan and the table; 2 with one line on what cannot be planned."""
+    """Prints what was asked for; 2 with one line on what cannot be planned."""
     try:
-        args = parse_args(argv)
-        chosen = plan(args, *widths(args), args.max_seconds)
-        plans = table(args)
+        args, own = parse_args(argv)
+        if own.measure:
+            print(measured_table(args))
+            return 0
+        if own.calibrate:
+            found = calibrate(args)
+            print(
+                f"{found.name}: {found.half_tflops:.3f} TFLOPS in half precision, "
+                f"{found.single_tflops:.3f} in single, {found.gb_per_second:.1f} GB/s, "
+                f"{found.operator_us:.1f} us per operator: {Path(args.cache_dir) / 'machine.json'}"
+            )
+            return 0
+        planner = Planner(args, widths(args), args.max_seconds, own.world_size)
+        found = answers(planner, own)
+        if own.plot:
+            plot(planner, found, own.plot)
     except (ValueError, OSError) as error:
         print(f"memory.py: error: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        rows = {what: {n: p.as_dict() for n, p in row.items()} for what, row in plans.items()}
-        print(json.dumps({"plan": chosen.as_dict(), "table": rows}, indent=1))
-        return 0
-    where = f"GPU of {args.gpu_gib:g} GiB" if chosen.on_gpu else "CPU"
-    print(
-        f"{args.encoder}, batch {args.batch_size} x {args.gradient_accumulation_steps} micro-steps "
-        f"of {args.max_seconds:g} s, unfreeze {args.unfreeze}, amp {args.amp}, {where}\n"
-    )
-    for kind, size in chosen.bytes.items():
-        print(f"{kind:<16}{size / GIB:>8.2f} GiB  {bar(size, chosen.peak_bytes)}")
-    print(f"{'peak':<16}{chosen.peak_gib:>8.2f} GiB  in {chosen.moment}")
-    if chosen.on_gpu:
-        print(f"{'card must have':<16}{chosen.needed_gib:>8.2f} GiB  with context and allocator")
-    print(f"\n{table_text(plans)}")
+    print(json.dumps(found, indent=1) if own.json else text(found))
     return 0
 
 

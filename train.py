@@ -83,6 +83,7 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+LEAST_STEPS = 20  # in an epoch, when --batch_size auto may choose
 RETRY_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, resume me
 
 
@@ -155,7 +156,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = p.add_argument_group("optimization").add_argument
     add("--epochs", type=int, default=20, help="passes over the train split")
     add("--max_steps", type=int, default=-1, help="stop after this many steps; -1 = off")
-    add("--batch_size", default="8", help="utterances per GPU and micro-step, or auto")
+    add("--batch_size", default="8",
+        help="utterances per GPU and micro-step; auto: the most that fit, by plan and probe, and "
+        f"leave {LEAST_STEPS} steps in an epoch")
     add("--batch_seconds", type=float, default=0.0,
         help="in place of --batch_size: as many utterances as fit into so many seconds of audio, "
         "padding included, per GPU and micro-step; 0 = off")
@@ -301,37 +304,40 @@ def fill_batch_sizes(p: argparse.ArgumentParser, args: argparse.Namespace) -> No
                 f"utterances of --max_seconds {args.max_seconds:g}: raise it, or lower those"
             )
         args.batch_size = fewest // args.context * args.context
-    if args.batch_size == "auto":
-        try:
-            args.batch_size = memory.largest_batch(args)
-        except ValueError as error:
-            p.error(str(error))
+    if args.batch_size == "auto":  # known once there is a model and a device
+        return
     try:
-        args.batch_size = int(args.batch_size)
-    except ValueError:
-        p.error(f"--batch_size {args.batch_size}: a number or auto")
-    if args.batch_size < 1:
-        p.error(f"--batch_size {args.batch_size}: must be at least 1")
-    per_step = args.batch_size * world_size
-    if args.global_batch_size is None:
-        args.global_batch_size = per_step * (args.gradient_accumulation_steps or 1)
-    accumulation, rest = divmod(args.global_batch_size, per_step)
-    if rest or accumulation < 1:
-        p.error(
-            f"--global_batch_size {args.global_batch_size} is not a multiple of "
-            f"batch_size {args.batch_size} x {world_size} ranks = {per_step}"
-        )
-    if args.gradient_accumulation_steps not in (None, accumulation):
-        p.error(
-            f"--global_batch_size {args.global_batch_size} needs "
-            f"--gradient_accumulation_steps {accumulation}, not {args.gradient_accumulation_steps}"
-        )
-    args.gradient_accumulation_steps = accumulation
-    if args.batch_size % args.context:
-        p.error(
-            f"--batch_size {args.batch_size} is not a multiple of --context {args.context}: "
+        set_batch_size(args, int(args.batch_size), world_size)
+    except ValueError as error:
+        if "invalid literal" in str(error):
+            p.error(f"--batch_size {args.batch_size}: a number or auto")
+        p.error(str(error))
+
+
+def set_batch_size(args: argparse.Namespace, batch_size: int, world_size: int) -> None:
+    """Sets batch_size, accumulation and global batch size; ValueError where they contradict."""
+    if batch_size < 1:
+        raise ValueError(f"--batch_size {batch_size}: must be at least 1")
+    if batch_size % args.context:
+        raise ValueError(
+            f"--batch_size {batch_size} is not a multiple of --context {args.context}: "
             "a micro-batch holds whole chunks of turns"
         )
+    per_step = batch_size * world_size
+    whole = args.global_batch_size or per_step * (args.gradient_accumulation_steps or 1)
+    accumulation, rest = divmod(whole, per_step)
+    if rest or accumulation < 1:
+        raise ValueError(
+            f"--global_batch_size {whole} is not a multiple of "
+            f"batch_size {batch_size} x {world_size} ranks = {per_step}"
+        )
+    if args.gradient_accumulation_steps not in (None, accumulation):
+        raise ValueError(
+            f"--global_batch_size {whole} needs --gradient_accumulation_steps {accumulation}, "
+            f"not {args.gradient_accumulation_steps}"
+        )
+    args.batch_size, args.global_batch_size = batch_size, whole
+    args.gradient_accumulation_steps = accumulation
 
 
 def run_dir(args: argparse.Namespace) -> Path:
@@ -569,6 +575,12 @@ def is_frozen(args: argparse.Namespace, stage: str) -> bool:
     return args.encoder == "wavlm" and bool(args.train_only or stage == "none")
 
 
+def reads_cache(args: argparse.Namespace, stage: str) -> bool:
+    """Do the hidden states of this stage come from the cache?"""
+    wanted = args.feature_cache == "on" or (args.feature_cache == "auto" and not args.augment)
+    return wanted and is_frozen(args, stage)
+
+
 def never_trains(args: argparse.Namespace, schedule: list[tuple[int, str]], epoch: int) -> bool:
     """Was WavLM frozen from the start to `epoch` (from 0)?"""
     return all(is_frozen(args, what) for first, what in schedule if first <= epoch + 1)
@@ -600,8 +612,7 @@ def frozen_states(
     Computed on first use, under a key of everything that decides them; folds share them. Of a
     clip longer than max_seconds they hold the beginning.
     """
-    wanted = args.feature_cache == "on" or (args.feature_cache == "auto" and not args.augment)
-    if not (wanted and is_frozen(args, stage)):
+    if not reads_cache(args, stage):
         return None
     wavlm, pooled = model.encoder.wavlm, model.pooling.score is None
     key = vadata.digest(
@@ -1000,14 +1011,7 @@ def main(args: argparse.Namespace) -> int:
     dialogs = [utt.dialog for utt in corpus.utterances]
     labels = torch.from_numpy(dataset.labels)  # (N, 2) in [0, 1]
     low, high = corpus.label_range
-    plan = vadata.TrainPlan(
-        dataset.lengths, splits["train"], dialogs, args.batch_size,
-        args.gradient_accumulation_steps, args.context, rank, world_size, args.seed,
-        args.batch_seconds * dataset.rate if args.batch_seconds else None,
-    )  # fmt: skip
-    total_steps = plan.steps_before(args.epochs)
-    if args.max_steps >= 0:
-        total_steps = min(total_steps, args.max_steps)
+    longest = min(args.max_seconds, float(corpus.seconds.max()))
 
     directory = run_dir(args)
     writes = rank == 0 and not args.dry_run
@@ -1037,23 +1041,49 @@ def main(args: argparse.Namespace) -> int:
             if prosody is not None:
                 model.prosody.fit(torch.from_numpy(prosody[splits["train"]]))
         model.to(device)
-
-        # Optimizer over all that any stage trains; AdamW leaves alone what has no gradient yet
-        schedule = parse_unfreeze(args.unfreeze)
-        optimizer = build_optimizer(model, args)
     except ValueError as error:  # a WavLM that cannot be read, layers that it does not have
         raise UserError(str(error)) from error
 
-    # Resume
-    state = {
-        "step": 0, "epoch": 0, "best_ccc": -math.inf, "best_epoch": 0, "bad_evals": 0,
-        "plateau_evals": 0, "lr_factor": 1.0, "seconds": 0.0, "audio_seconds": 0.0, "stopped": "",
-    }  # fmt: skip
+    # Resume, with the batch size of the interrupted run where it was chosen there
+    last = None
     if args.resume and (directory / "last.pt").exists():
         if (directory / "result.json").exists():
             log.info(f"{directory} is complete: nothing to resume")
             return 0
         last = load_checkpoint(directory / "last.pt")
+    probed = ""
+    if args.batch_size == "auto":
+        if last:
+            size = last["args"]["batch_size"]
+        else:
+            most = max(args.context, len(splits["train"]) // (LEAST_STEPS * world_size))
+            where = (input_widths(dataset), longest, device, world_size, most)
+            try:
+                size, probed = memory.auto_batch(model, args, *where)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        set_batch_size(args, size, world_size)
+
+    # Batches of an epoch; optimizer over all that any stage trains
+    plan = vadata.TrainPlan(
+        dataset.lengths, splits["train"], dialogs, args.batch_size,
+        args.gradient_accumulation_steps, args.context, rank, world_size, args.seed,
+        args.batch_seconds * dataset.rate if args.batch_seconds else None,
+    )  # fmt: skip
+    total_steps = plan.steps_before(args.epochs)
+    if args.max_steps >= 0:
+        total_steps = min(total_steps, args.max_steps)
+    schedule = parse_unfreeze(args.unfreeze)
+    try:
+        optimizer = build_optimizer(model, args)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+    state = {
+        "step": 0, "epoch": 0, "best_ccc": -math.inf, "best_epoch": 0, "bad_evals": 0,
+        "plateau_evals": 0, "lr_factor": 1.0, "seconds": 0.0, "audio_seconds": 0.0, "stopped": "",
+    }  # fmt: skip
+    if last:
         check_resumable(args, last["args"])
         load_weights(model, last["model"], directory)
         optimizer.load_state_dict(last["optimizer"])
@@ -1064,10 +1094,9 @@ def main(args: argparse.Namespace) -> int:
     if files:
         files.rewind(state["step"])
 
-    longest = min(args.max_seconds, float(corpus.seconds.max()))
     planned = memory.plan(args, *input_widths(dataset), seconds=longest, world_size=world_size)
     log.info(startup_block(args, corpus, splits, plan, total_steps, optimizer, device))
-    log.info(planned.line())
+    log.info(planned.line() + probed)
     if args.dry_run:
         return 0
     if files:
