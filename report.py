@@ -18,6 +18,7 @@ Also here: what a run writes, and how well its embeddings separate. Not here: tr
 
 import argparse
 import base64
+import contextlib
 import csv
 import datetime
 import html
@@ -30,6 +31,7 @@ import socket
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,7 +65,6 @@ COLUMNS = {
 }
 TEXTS = ("utt_id", "dialog", "speaker", "emotion")  # columns of predictions_<split>.csv
 NUMBERS = ("seconds", *TARGETS, *(f"pred_{target}" for target in TARGETS))
-SEPARATION = ("fisher", "silhouette", "bhattacharyya", "ks", "hellinger", "jensen_shannon")
 
 Columns = dict[str, np.ndarray]  # of a predictions CSV: TEXTS as text, NUMBERS as float64, (N,)
 Block = tuple[str, object]  # of a report: "heading", "text", "list", "table" or "picture"
@@ -174,11 +175,11 @@ def read_experiment(
         experiment.mean = {key: statistics.mean(values) for key, values in columns.items()}
         if len(folds) > 1:
             experiment.std = {key: statistics.stdev(values) for key, values in columns.items()}
-        rows = pooled_rows(experiment)
+        rows = pooled_rows(parts.values())
         preds, labels = tensors(rows)
         ids, experiment.clusters = cluster_ids(rows)
         experiment.pooled = metrics(preds, labels)
-        experiment.interval = bootstrap(preds, labels, ids)
+        experiment.interval = intervals(resampled_cccs(preds, labels, ids))
         experiment.separation = mean_separation(experiment)
     return experiment
 
@@ -249,15 +250,19 @@ def to_number(text: str | None) -> float:
 
 
 def read_vectors(directory: Path, count: int) -> np.ndarray:
-    """Utterance vectors (count, U) float16 of the test split, in the rows' order of its CSV."""
+    """Utterance vectors (count, U) of the test split, in the row order of its predictions."""
     path = directory / "embedding_test.npy"
     try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        vectors = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
         raise ReportError(f"{path}: cannot be read ({error})") from error
-    if vectors.ndim != 2 or len(vectors) != count or not np.isfinite(vectors).all():
-        raise ReportError(f"{path}: shape {vectors.shape}, not {count} rows of finite numbers")
+    if vectors.ndim != 2 or len(vectors) != count or not is_finite(vectors):
+        raise ReportError(f"{path}: {vectors.dtype} {vectors.shape}, not {count} finite rows")
     return vectors
+
+
+def is_finite(values: np.ndarray) -> bool:
+    return values.dtype.kind == "f" and bool(np.isfinite(values).all())
 
 
 def read_json(path: Path) -> dict:
@@ -279,7 +284,9 @@ def read_records(directory: Path) -> list[dict]:
         except ValueError:
             continue  # the run is writing it, or was killed while it did
         if isinstance(record, dict) and {"event", "step"} <= record.keys():
-            records.append(record)
+            numbers = (value for key, value in record.items() if key != "event")
+            if all(isinstance(value, (int, float)) for value in numbers):
+                records.append(record)
     return records
 
 
@@ -287,9 +294,9 @@ def read_records(directory: Path) -> list[dict]:
 # Figures over folds
 
 
-def pooled_rows(experiment: Experiment) -> Columns:
-    """Test rows of all folds that are there, in one table."""
-    parts = experiment.parts.values()
+def pooled_rows(parts: Iterable[Columns]) -> Columns:
+    """Test rows of several folds in one table."""
+    parts = list(parts)
     return {name: np.concatenate([part[name] for part in parts]) for name in (*TEXTS, *NUMBERS)}
 
 
@@ -297,6 +304,10 @@ def tensors(rows: Columns) -> tuple[Tensor, Tensor]:
     """preds, labels (N, 2)."""
     columns = ([f"pred_{target}" for target in TARGETS], TARGETS)
     return tuple(torch.from_numpy(np.stack([rows[n] for n in names], axis=1)) for names in columns)
+
+
+def test_set(experiment: Experiment) -> set[str]:
+    return {utt_id for rows in experiment.parts.values() for utt_id in rows["utt_id"].tolist()}
 
 
 def cluster_ids(rows: Columns) -> tuple[np.ndarray, str]:
@@ -341,11 +352,6 @@ def intervals(cccs: np.ndarray) -> dict[str, tuple[float, float]]:
     return dict(zip([f"ccc_{name}" for name in (*TARGETS, "mean")], zip(low, high)))
 
 
-def bootstrap(preds: Tensor, labels: Tensor, ids: np.ndarray) -> dict[str, tuple[float, float]]:
-    """95 % interval of the pooled CCCs; arguments as of resampled_cccs, C = 2."""
-    return intervals(resampled_cccs(preds, labels, ids))
-
-
 def paired_difference(one: Experiment, two: Experiment) -> dict | str:
     """Pooled CCCs of `one` minus those of `two` on the test utterances of both, or why not.
 
@@ -353,7 +359,7 @@ def paired_difference(one: Experiment, two: Experiment) -> dict | str:
     """
     if not (one.parts and two.parts):
         return "no fold of one of them is there"
-    rows = [pooled_rows(one), pooled_rows(two)]
+    rows = [pooled_rows(e.parts.values()) for e in (one, two)]
     shared, *index = np.intersect1d(*(part["utt_id"] for part in rows), return_indices=True)
     if not len(shared):
         return "no test utterance in common"
@@ -390,9 +396,7 @@ def separation(
     keep = np.linspace(0, len(vectors) - 1, min(most, len(vectors))).astype(int)
     vectors = np.asarray(vectors)[keep].astype(np.float64)
     labels, speakers = np.asarray(labels)[keep], np.asarray(speakers)[keep]
-    squares = (vectors**2).sum(1)
-    distance = squares[:, None] + squares[None] - 2 * vectors @ vectors.T  # (n, n)
-    distance = np.sqrt(distance.clip(min=0))
+    distance = torch.cdist(*[torch.from_numpy(vectors)] * 2).numpy()  # (n, n)
     result = {}
     for i, target in enumerate(TARGETS):
         high = labels[:, i] > np.median(labels[:, i])
@@ -518,7 +522,7 @@ def fold_blocks(e: Experiment) -> list[Block]:
     named = {str(fold): values for fold, values in e.folds.items()} | {"mean": e.mean, "std": e.std}
     for name, values in named.items():
         if values:
-            form = {"best_epoch": ".4g"}
+            form = {"best_epoch": ".3g"}
             rows.append([name, *(f"{values[key]:{form.get(key, '.3f')}}" for key in COLUMNS)])
         elif name.isdigit():
             rows.append([name, "missing", *"-" * (len(COLUMNS) - 1)])
@@ -527,7 +531,7 @@ def fold_blocks(e: Experiment) -> list[Block]:
     if e.problems:
         reasons = [f"fold {fold}: {why}" for fold, why in e.problems.items()]
         return [*blocks, ("text", f"mean: {not_given(e)}"), ("list", reasons)]
-    everything = pooled_rows(e)
+    everything = pooled_rows(e.parts.values())
     rows = [["pooled", "CCC", "95 % interval", "PCC", "RMSE"]]
     for name in (*TARGETS, "mean"):
         low, high = e.interval[f"ccc_{name}"]
@@ -541,21 +545,18 @@ def fold_blocks(e: Experiment) -> list[Block]:
     )
     blocks += [("text", about), ("table", rows)]
     blocks += [*breakdown(everything, "speaker"), *breakdown(everything, "emotion")]
-    if e.separation:
-        rows = [["separation", *TARGETS]]
-        for name in SEPARATION:
-            values = [e.separation.get(f"{name}_{target}", math.nan) for target in TARGETS]
-            rows.append([name, *(f"{value:.3f}" for value in values)])
-        blocks += [("table", rows)]
-        blocks += [("text", f"embeddings, mean over folds; speaker read off: {leakage(e)}")]
     return [*blocks, ("list", e.notes)]
 
 
-def leakage(e: Experiment) -> str:
-    """ "0.812 (chance 0.500)", or "-"."""
-    if "speaker_accuracy" not in (e.separation or {}):
-        return "-"
-    return f"{e.separation['speaker_accuracy']:.3f} (chance {e.separation['speaker_chance']:.3f})"
+def separation_blocks(experiments: list[Experiment]) -> list[Block]:
+    """Table of separation(), means over folds, a column per experiment."""
+    keys = dict.fromkeys(key for e in experiments for key in e.separation or ())
+    rows = [["embeddings", *(e.name for e in experiments)]]
+    for key in keys:
+        values = [(e.separation or {}).get(key) for e in experiments]
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        rows.append([key.replace("_", " "), *cells])
+    return [("table", rows)] if keys else []
 
 
 def breakdown(rows: Columns, column: str) -> list[Block]:
@@ -565,8 +566,9 @@ def breakdown(rows: Columns, column: str) -> list[Block]:
         return []
     headings = [f"{what} {target}" for what in ("CCC", "RMSE", "bias") for target in TARGETS]
     table = [[column, "n", *headings]]
+    preds_labels = tensors(rows)
     for name in sorted(names[np.argsort(-counts, kind="stable")[:MOST_ROWS]]):
-        preds, labels = (values[rows[column] == name] for values in tensors(rows))
+        preds, labels = (values[rows[column] == name] for values in preds_labels)
         scores, bias = metrics(preds, labels), (preds - labels).mean(0).tolist()
         cells = []
         for i, target in enumerate(TARGETS):  # a CCC against two label values says little
@@ -586,11 +588,10 @@ def not_given(e: Experiment) -> str:
 
 
 def comparison_blocks(experiments: list[Experiment]) -> list[Block]:
-    """All experiments, best mean test CCC first, then those with missing folds; differences."""
+    """Table of all experiments in their order, then differences to the first."""
     heading = ["experiment", "folds", *(f"CCC {target}" for target in TARGETS), "CCC mean"]
     rows = [[*heading, "parameters trainable", "hours", "peak GiB"]]
     notes = ["CCC: mean over folds ± standard deviation, on test; hours: all folds together"]
-    experiments = sorted(experiments, key=lambda e: -e.mean["test/ccc_mean"] if e.mean else 2)
     for e in experiments:
         scope = f"{len(e.parts)}/{e.num_folds}"
         if e.problems:
@@ -606,6 +607,8 @@ def comparison_blocks(experiments: list[Experiment]) -> list[Block]:
         ]
         cccs = [f"{e.mean[f'test/ccc_{name}']:.3f}" for name in (*TARGETS, "mean")]
         rows.append([e.name, scope, *cccs[:-1], cccs[-1] + spread, *costs])
+        if test_set(e) != test_set(experiments[0]):
+            notes.append(f"{e.name}: tested on other utterances than {experiments[0].name}")
         notes += [f"{e.name}: {note}" for note in e.notes]
     blocks = [("heading", f"{len(experiments)} experiments, best first")]
     blocks += [("table", rows), ("list", notes)]
@@ -622,52 +625,31 @@ def comparison_blocks(experiments: list[Experiment]) -> list[Block]:
         rows.append([e.name, f"{paired['n']} of {paired['clusters']}", *cells])
     about = (
         f"pooled CCC less that of {best.name}, on test utterances that both predicted, with 95 % "
-        f"intervals from {RESAMPLES} paired bootstrap draws. One that holds 0 shows no difference"
+        f"intervals from {RESAMPLES} paired bootstrap draws; where 0 is inside, none is shown"
     )
-    blocks += [("heading", "Paired differences"), ("table", rows), ("text", about)]
-
-    shown = [f"{name}_{target}" for name in ("fisher", "silhouette", "ks") for target in TARGETS]
-    rows = [["embeddings", *(key.replace("_", " ") for key in shown), "speaker read off"]]
-    for e in experiments:
-        values = [(e.separation or {}).get(key) for key in shown]
-        cells = ["-" if value is None else f"{value:.3f}" for value in values]
-        rows.append([e.name, *cells, leakage(e)])
-    return [*blocks, ("heading", "Separation of the embeddings"), ("table", rows)]
+    return [*blocks, ("heading", "Paired differences"), ("table", rows), ("text", about)]
 
 
-def as_text(blocks: list[Block]) -> str:
-    """For a terminal; pictures are left out. A heading of two words stands on two lines."""
+def as_text(blocks: list[Block], markdown: bool = False) -> str:
+    """Without pictures. On a terminal, a heading of two words stands on two lines."""
     parts = []
     for kind, content in blocks:
-        if kind == "table":
-            heads = [heading.rpartition(" ") for heading in content[0]]
-            lines = [[first for first, _, _ in heads], [last for _, _, last in heads], *content[1:]]
-            widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-            aligned = [
-                [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines
-            ]
-            parts.append("\n".join("  ".join(line).rstrip() for line in aligned))
-        elif kind == "list" and content:
-            parts.append("\n".join(f"- {item}" for item in content))
-        elif kind in ("heading", "text"):
-            parts.append(content)
-    return "\n\n".join(parts)
-
-
-def as_markdown(blocks: list[Block]) -> str:
-    """Without pictures."""
-    parts = []
-    for kind, content in blocks:
-        if kind == "table":
-            ruler = [":--", *("--:" for _ in content[0][1:])]
+        if kind == "table" and markdown:
             cells = [[cell.replace("|", "\\|") for cell in row] for row in content]
-            rows = (cells[0], ruler, *cells[1:])
-            parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-        elif kind == "list" and content:
-            parts.append("\n".join(f"- {item}" for item in content))
+            cells.insert(1, [":--", *("--:" for _ in cells[0][1:])])
+            parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
+        elif kind == "table":
+            heads = [heading.rpartition(" ")[::2] for heading in content[0]]
+            rows = [*map(list, zip(*heads)), *content[1:]]
+            rows = rows if any(rows[0]) else rows[1:]
+            widths = [max(map(len, column)) for column in zip(*rows)]
+            rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+            parts.append("\n".join("  ".join(row).rstrip() for row in rows))
+        elif kind == "list":
+            parts += ["\n".join(f"- {item}" for item in content)] if content else []
         elif kind in ("heading", "text"):
-            parts.append("## " * (kind == "heading") + content)
-    return "\n\n".join(parts) + "\n"
+            parts.append("## " * (markdown and kind == "heading") + content)
+    return "\n\n".join(parts)
 
 
 def as_html(blocks: list[Block]) -> str:
@@ -718,40 +700,35 @@ MARKERS = "o^sDv<>"
 
 def plot_run(directory: Path, split: str, vectors: Tensor) -> None:
     """The pictures of a run; vectors (n, U) in the row order of predictions_<split>.csv."""
-    rows = read_predictions(directory / f"predictions_{split}.csv")
-    figures = {
-        "curves": plot_curves({directory.name: read_records(directory)}),
-        "scatter": plot_scatter(rows),
-        "circumplex": plot_circumplex(rows),
-        "duration": plot_duration(rows),
-        "embedding": plot_embedding({directory.name: (vectors.numpy(), rows)}),
-    }
-    for name, figure in figures.items():
+    parts = {directory.name: read_predictions(directory / f"predictions_{split}.csv")}
+    records = {directory.name: read_records(directory)}
+    for name, figure in plot_all(records, parts, {directory.name: vectors.numpy()}).items():
         figure.savefig(directory / f"{name}.png")
 
 
 def picture_blocks(e: Experiment) -> list[Block]:
     """The pictures of one experiment, of the folds that are there."""
-    if not e.parts:
-        return []
-    rows, runs = pooled_rows(e), {fold: Path(e.name) / f"fold{fold}" for fold in e.parts}
-    maps = {}
-    for fold, part in e.parts.items():
-        try:
-            maps[f"fold {fold}"] = (read_vectors(runs[fold], len(part["utt_id"])), part)
-        except ReportError:
-            continue  # named in the notes
-    curves = {f"fold {fold}": read_records(run) for fold, run in runs.items()}
-    figures = {
-        "Training": plot_curves(curves),
-        "Predicted against true": plot_scatter(rows),
-        "Errors on the circumplex": plot_circumplex(rows),
-        "Errors by duration": plot_duration(rows),
-    }
-    if maps:
-        figures["Embeddings of the test utterances"] = plot_embedding(maps)
-    scope = f"{e.name}, fold{'s' * (len(e.parts) > 1)} {', '.join(map(str, e.parts))}"
+    runs = {f"fold {fold}": Path(e.name) / f"fold{fold}" for fold in e.parts}
+    parts, vectors = dict(zip(runs, e.parts.values())), {}
+    for name, run in runs.items():
+        with contextlib.suppress(ReportError):  # named in the notes
+            vectors[name] = read_vectors(run, len(parts[name]["utt_id"]))
+    records = {name: read_records(run) for name, run in runs.items()}
+    figures = plot_all(records, parts, vectors) if parts else {}
+    scope = f"{e.name}, {', '.join(runs)}"
     return [("picture", (f"{name}: {scope}", figure)) for name, figure in figures.items()]
+
+
+def plot_all(
+    records: dict[str, list[dict]], parts: dict[str, Columns], vectors: dict[str, np.ndarray]
+) -> dict[str, Figure]:
+    """Name -> picture, of runs by name; vectors (n, U) may be absent for some."""
+    rows = pooled_rows(parts.values())
+    figures = {"curves": plot_curves(records), "scatter": plot_scatter(rows)}
+    figures |= {"circumplex": plot_circumplex(rows), "duration": plot_duration(rows)}
+    if vectors:
+        figures["embedding"] = plot_embedding({k: (v, parts[k]) for k, v in vectors.items()})
+    return figures
 
 
 def new_figure(columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
@@ -762,17 +739,23 @@ def new_figure(columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
+def plot_dots(axis: Axes, x: np.ndarray, y: np.ndarray, colour: str) -> None:
+    """Fainter the more there are."""
+    alpha = float(np.clip(8 / math.sqrt(len(x)), 0.05, 0.6))
+    axis.plot(x, y, ".", ms=5, mew=0, alpha=alpha, color=colour)
+
+
 def plot_curves(runs: dict[str, list[dict]]) -> Figure:
     """Training loss and dev CCCs over epochs, a line per run; from read_records."""
     figure, axes = new_figure(3)
     panels = ("loss", *(f"dev/ccc_{target}" for target in TARGETS))
     for i, (name, records) in enumerate(runs.items()):
+        dev_or_train = [r for r in records if r["event"] != "test"]
         for axis, key in zip(axes, panels):
-            points = [(r["epoch"], r[key]) for r in records if key in r and r["event"] != "test"]
+            points = [(r["epoch"], r[key]) for r in dev_or_train if {"epoch", key} <= r.keys()]
+            points = np.array(points).reshape(-1, 2).T
             style = ("o-", "^--", "s:")[i // len(COLOURS) % 3]
-            axis.plot(
-                *zip(*points), style, ms=3, lw=1.2, color=COLOURS[i % len(COLOURS)], label=name
-            )
+            axis.plot(*points, style, ms=3, lw=1.2, color=COLOURS[i % len(COLOURS)], label=name)
     for axis, label in zip(axes, ("training loss", *(f"dev CCC {target}" for target in TARGETS))):
         axis.set(xlabel="epoch", ylabel=label)
     if len(runs) > 1:
@@ -789,15 +772,11 @@ def plot_scatter(rows: Columns) -> Figure:
     for axis, target, colour in zip(axes, TARGETS, COLOURS):
         true, pred = rows[target], rows[f"pred_{target}"]
         limits = [min(true.min(), pred.min()), max(true.max(), pred.max())]
-        axis.plot(limits, limits, color="grey", lw=1)
-        axis.plot(true, pred, ".", ms=5, alpha=dot_alpha(len(true)), mew=0, color=colour)
+        axis.plot(limits, limits, color="black", lw=1, zorder=3)
+        plot_dots(axis, true, pred, colour)
         title = f"CCC {scores[f'ccc_{target}']:.3f}, {len(true)} utterances"
         axis.set(xlabel=f"true {target}", ylabel=f"predicted {target}", aspect="equal", title=title)
     return figure
-
-
-def dot_alpha(count: int) -> float:
-    return float(np.clip(15 / math.sqrt(count), 0.05, 0.7))
 
 
 def plot_circumplex(rows: Columns) -> Figure:
@@ -807,7 +786,7 @@ def plot_circumplex(rows: Columns) -> Figure:
     edges = [np.linspace(*np.quantile(labels[:, i], (0, 1)), 8) for i in (0, 1)]
     cells = [np.searchsorted(edges[i][1:-1], labels[:, i], side="right") for i in (0, 1)]
     cells = cells[0] * 7 + cells[1]
-    left.plot(*labels.T, ".", ms=4, alpha=dot_alpha(len(labels)) / 2, mew=0, color="grey")
+    plot_dots(left, *labels.T, "black")
     shown = [cell for cell in np.unique(cells) if (cells == cell).sum() >= 3]
     start, end = (np.array([x[cells == c].mean(0) for c in shown]) for x in (labels, preds))
     if shown:
@@ -822,9 +801,10 @@ def plot_circumplex(rows: Columns) -> Figure:
     figure.colorbar(bins, ax=right, label="utterances")
     right.axhline(0, color="grey", lw=0.8)
     right.axvline(0, color="grey", lw=0.8)
-    right.plot(*errors.mean(0), "X", ms=9, color=COLOURS[1], mec="white", label="mean error")
-    right.set(xlabel="predicted - true valence", ylabel="predicted - true arousal", aspect="equal")
-    right.legend(loc="upper right", fontsize=8)
+    right.plot(*errors.mean(0), "X", ms=9, color=COLOURS[1], mec="white")
+    title = "errors; X: mean {:+.2f}, {:+.2f}".format(*errors.mean(0))
+    right.set(xlabel="predicted - true valence", ylabel="predicted - true arousal", title=title)
+    right.set_aspect("equal")
     return figure
 
 
@@ -836,15 +816,14 @@ def plot_duration(rows: Columns) -> Figure:
     middles = [np.median(rows["seconds"][share]) for share in shares]
     for axis, target, colour in zip(axes, TARGETS, COLOURS):
         errors = rows[f"pred_{target}"] - rows[target]
-        axis.plot(
-            rows["seconds"], errors, ".", ms=4, alpha=dot_alpha(len(errors)), mew=0, color=colour
-        )
+        plot_dots(axis, rows["seconds"], errors, colour)
         low, median, high = zip(*(np.quantile(errors[s], (0.25, 0.5, 0.75)) for s in shares))
         axis.axhline(0, color="grey", lw=0.8)
         axis.fill_between(middles, low, high, alpha=0.25, color="black", lw=0, label="quartiles")
         axis.plot(middles, median, "o-", ms=3, color="black", label="median")
         axis.set(xlabel="seconds", ylabel=f"predicted - true {target}")
-    axes[0].legend(fontsize=8)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", frameon=False)
     return figure
 
 
@@ -861,23 +840,23 @@ def plot_embedding(maps: dict[str, tuple[np.ndarray, Columns]], most: int = 1000
         _, values, components = np.linalg.svd(centred, full_matrices=False)
         share = np.append(values**2, 0) / max((values**2).sum(), 1e-12)
         points = np.pad(centred @ components[:2].T, ((0, 0), (0, 1)))[:, :2]  # (n, 2), n = 1 too
-        here = axes[3 * row : 3 * row + 3]
-        for axis, target in zip(here, TARGETS):
+        *pair, last = axes[3 * row : 3 * row + 3]
+        for axis, target in zip(pair, TARGETS):
             dots = axis.scatter(*points.T, c=columns[target][keep], s=10, cmap="cividis")
-            figure.colorbar(dots, ax=axis, label=target)
+            figure.colorbar(dots, ax=axis)
         speakers = columns["speaker"][keep]
         names, counts = np.unique(speakers, return_counts=True)
         shown = sorted(names[np.argsort(-counts, kind="stable")[: len(COLOURS)]])
-        others = ~np.isin(speakers, shown)
-        if others.any():
-            here[2].scatter(*points[others].T, s=6, color="lightgrey", label="others")
+        others = points[~np.isin(speakers, shown)]
+        last.scatter(*others.T, s=6, color="lightgrey", label="others" if len(others) else None)
         for speaker, colour, marker in zip(shown, COLOURS, MARKERS):
-            dots = points[speakers == speaker].T
             label = (speaker or "unknown")[:24]
-            here[2].scatter(*dots, s=10, color=colour, marker=marker, label=label)
-        here[2].legend(title="speaker", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        for axis in here:
-            axis.set(xlabel=f"PC 1 ({share[0]:.0%})", ylabel=f"PC 2 ({share[1]:.0%})", title=name)
+            dots = points[speakers == speaker].T
+            last.scatter(*dots, s=10, color=colour, marker=marker, label=label)
+        last.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        for axis, what in zip((*pair, last), (*TARGETS, "speaker")):
+            axis.set(xlabel=f"PC 1 ({share[0]:.0%})", ylabel=f"PC 2 ({share[1]:.0%})")
+            axis.set_title(f"{name}: {what}")
     return figure
 
 
@@ -979,8 +958,10 @@ def main(args: argparse.Namespace) -> int:
         print("\n\n".join(status_text(run, args.folds) for run in args.runs))
         return 0
     experiments = [read_experiment(run, args.folds, args.failed) for run in args.runs]
+    experiments.sort(key=lambda e: -e.mean["test/ccc_mean"] if e.mean else 2)  # missing ones last
     several = len(experiments) > 1
     blocks = comparison_blocks(experiments) if several else fold_blocks(experiments[0])
+    blocks += separation_blocks(experiments)
     if args.json:
         figures = [{k: v for k, v in vars(e).items() if k != "parts"} for e in experiments]
         print(json.dumps(figures))
@@ -990,7 +971,9 @@ def main(args: argparse.Namespace) -> int:
     if out:
         out.mkdir(parents=True, exist_ok=True)
         if several:
-            (out / "experiment_comparison.md").write_text(as_markdown(blocks), encoding="utf-8")
+            (out / "experiment_comparison.md").write_text(
+                as_text(blocks, markdown=True) + "\n", encoding="utf-8"
+            )
         page = list(blocks)
         for e in experiments:
             page += [*(fold_blocks(e) if several else []), *picture_blocks(e)]
