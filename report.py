@@ -52,7 +52,7 @@ MOST_ROWS = 20  # of a breakdown; a corpus may have a thousand speakers
 UNKNOWN = {"", "Unknown"}
 SILENT = 600  # seconds without a record after which a run that left no status is not running
 
-# A fold's figure -> its heading
+# A fold's figure -> its heading; FIGURES are all that are read
 COLUMNS = {
     **{f"test/ccc_{target}": f"CCC {target}" for target in TARGETS},
     "test/ccc_mean": "CCC mean",
@@ -63,8 +63,13 @@ COLUMNS = {
     "hours": "hours",
     "peak_gib": "peak GiB",
 }
+FIGURES = (*COLUMNS, "parameters_trainable", "num_folds")
 TEXTS = ("utt_id", "dialog", "speaker", "emotion")  # columns of predictions_<split>.csv
 NUMBERS = ("seconds", *TARGETS, *(f"pred_{target}" for target in TARGETS))
+STATUS = [
+    "fold", "state", "epoch", "step", "best dev CCC", "audio-s/s", "peak GiB", "time left",
+    "last record",
+]  # fmt: skip
 
 Columns = dict[str, np.ndarray]  # of a predictions CSV: TEXTS as text, NUMBERS as float64, (N,)
 Block = tuple[str, object]  # of a report: "heading", "text", "list", "table" or "picture"
@@ -80,7 +85,7 @@ class Experiment:
 
     name: str
     num_folds: int  # of the corpus, as far as the directory shows
-    folds: dict[int, dict[str, float] | None]  # fold -> figures as in COLUMNS; None = missing
+    folds: dict[int, dict[str, float] | None]  # fold -> its FIGURES; None = missing
     problems: dict[int, str]  # missing fold -> why
     parts: dict[int, Columns] = field(repr=False)  # fold -> its test rows
     notes: list[str] = field(default_factory=list)
@@ -161,9 +166,8 @@ def read_experiment(
             read[fold] = read_fold(directory / f"fold{fold}")
         except ReportError as error:
             problems[fold] = str(error)
-    num_folds = int(
-        max({*read, *problems} | {figures["num_folds"] for figures, _ in read.values()})
-    )
+    said = {figures["num_folds"] for figures, _ in read.values()}
+    num_folds = int(max({*read, *problems} | said))
     problems |= dict.fromkeys(failed or (), "this run of it failed")
     wanted = asked or range(1, num_folds + 1)
     missing = {k: problems.get(k, "not run") for k in wanted if k not in read or k in problems}
@@ -171,7 +175,7 @@ def read_experiment(
     parts = {fold: read[fold][1] for fold in folds if fold not in missing}
     experiment = Experiment(str(directory), num_folds, folds, missing, parts)
     if not missing:
-        columns = {key: [figures[key] for figures in folds.values()] for key in folds[min(folds)]}
+        columns = {key: [figures[key] for figures in folds.values()] for key in FIGURES}
         experiment.mean = {key: statistics.mean(values) for key, values in columns.items()}
         if len(folds) > 1:
             experiment.std = {key: statistics.stdev(values) for key, values in columns.items()}
@@ -198,7 +202,7 @@ def found_folds(directory: Path) -> list[int]:
 
 
 def read_fold(directory: Path) -> tuple[dict[str, float], Columns]:
-    """(figures, flat: "test/ccc_valence", "hours"; test rows) of a fold that is done."""
+    """(FIGURES, test rows) of a fold that is done."""
     path = directory / "result.json"
     if not path.exists():
         raise ReportError(f"{path}: not there, the run is not done")
@@ -208,7 +212,7 @@ def read_fold(directory: Path) -> tuple[dict[str, float], Columns]:
         flat |= {"best_epoch": result["best_epoch"], "hours": result["seconds"] / 3600}
         flat |= {"peak_gib": result["peak_gib_measured"], "num_folds": result.get("num_folds", 0)}
         flat["parameters_trainable"] = result["parameters_trainable"]
-        figures = {key: float(flat[key]) for key in {**COLUMNS, **flat}}
+        figures = {key: float(flat[key]) for key in FIGURES}
     except KeyError as error:
         raise ReportError(f"{path}: has no {error}") from error
     except (OSError, TypeError, ValueError) as error:
@@ -759,9 +763,8 @@ def plot_curves(runs: dict[str, list[dict]]) -> Figure:
     for axis, label in zip(axes, ("training loss", *(f"dev CCC {target}" for target in TARGETS))):
         axis.set(xlabel="epoch", ylabel=label)
     if len(runs) > 1:
-        figure.legend(
-            *axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False
-        )
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside right upper", frameon=False)
     return figure
 
 
@@ -866,16 +869,7 @@ def plot_embedding(maps: dict[str, tuple[np.ndarray, Columns]], most: int = 1000
 
 def status_text(directory: Path, asked: list[int] | None = None) -> str:
     """Where each fold is now, and below the table why some have ended."""
-    headings = [
-        "epoch",
-        "step",
-        "best dev CCC",
-        "audio-s/s",
-        "peak GiB",
-        "time left",
-        "last record",
-    ]
-    rows, reasons = [["fold", "state", *headings]], []
+    rows, reasons = [STATUS], []
     for fold in asked or found_folds(directory):
         cells, reason = fold_status(directory / f"fold{fold}", time.time())
         rows.append([str(fold), *cells])
@@ -892,7 +886,7 @@ def fold_status(directory: Path, now: float) -> tuple[list[str], str]:
     files = [directory / name for name in ("metrics.jsonl", "status.json", "args.json")]
     written = [path.stat().st_mtime for path in files if path.is_file()]
     if not written:
-        return ["missing", *"-------"], ""
+        return ["missing", *"-" * (len(STATUS) - 2)], ""
     status, age = read_json(directory / "status.json"), now - max(written)
     code = status.get("exit_code")
     state, reason = "running", ""
@@ -971,9 +965,8 @@ def main(args: argparse.Namespace) -> int:
     if out:
         out.mkdir(parents=True, exist_ok=True)
         if several:
-            (out / "experiment_comparison.md").write_text(
-                as_text(blocks, markdown=True) + "\n", encoding="utf-8"
-            )
+            table = as_text(blocks, markdown=True) + "\n"
+            (out / "experiment_comparison.md").write_text(table, encoding="utf-8")
         page = list(blocks)
         for e in experiments:
             page += [*(fold_blocks(e) if several else []), *picture_blocks(e)]

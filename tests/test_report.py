@@ -368,6 +368,15 @@ def test_a_damaged_fold_is_named_and_missing_and_the_others_are_shown(
     assert "curves: " in page and "fold 1, fold 3" in page and "fold 2, fold 3" not in page
 
 
+def test_folds_whose_results_hold_more_figures_than_others_are_read(experiment, capsys):
+    path = experiment / "fold1" / "result.json"
+    result = json.loads(path.read_text())
+    result["test"]["ccc_dominance"] = 0.5
+    path.write_text(json.dumps(result))
+    assert run(experiment) == 0
+    assert line_of(capsys.readouterr().out, "mean")[1] == "0.400"
+
+
 @pytest.mark.parametrize("damage", [None, b"", b"\x93NUMPY", b"no array", "short", "text", "nan"])
 def test_damaged_embeddings_are_named_and_only_the_separation_is_left_out(
     experiment, damage, capsys
