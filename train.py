@@ -1153,7 +1153,7 @@ def main(args: argparse.Namespace) -> int:
             if state["step"] % args.log_every == 0 or state["step"] == total_steps:
                 meter.check(scaler, corpus)
                 progress = epoch + (state["step"] - epoch_start) / plan.steps_in(epoch)
-                record = meter.read(progress, optimizer)
+                record = meter.read(progress, optimizer) | {"total_steps": total_steps}
                 log.info(step_line(record, state["step"], total_steps, scaler))
                 if files:
                     files.record("train", state["step"], record)
@@ -1184,11 +1184,12 @@ def main(args: argparse.Namespace) -> int:
                         scaled = low + (high - low) * preds
                         files.write_predictions("dev", corpus, splits["dev"], scaled)
                     if args.separation_every and state["epoch"] % args.separation_every == 0:
-                        figures = report.separation(vectors.numpy(), dataset.labels[splits["dev"]])
+                        speakers = [corpus.utterances[row].speaker for row in splits["dev"]]
+                        figures = report.separation(vectors, labels[splits["dev"]], speakers)
                         figures = {f"separation/{k}": v for k, v in figures.items()}
                         files.record("separation", state["step"], figures)
                     if args.plot_every and state["epoch"] % args.plot_every == 0:
-                        report.plot_run(directory, "dev", vectors, labels[splits["dev"]])
+                        report.plot_run(directory, "dev", vectors)
                 meter.restart()
         state["seconds"] = time.perf_counter() - started
         if files:
@@ -1217,6 +1218,7 @@ def main(args: argparse.Namespace) -> int:
         if files:
             files.write_predictions(split, corpus, splits[split], low + (high - low) * preds)
     if files:
+        np.save(directory / "embedding_test.npy", vectors.half().numpy())  # rows: predictions_test
         record = {f"{split}/{k}": v for split in scores for k, v in scores[split].items()}
         files.record("test", state["step"], {"epoch": state["best_epoch"], **record})
         result = {
@@ -1236,7 +1238,7 @@ def main(args: argparse.Namespace) -> int:
             "splits": {name: len(rows) for name, rows in splits.items()}, **scores,
         }  # fmt: skip
         files.write_json("result.json", result)
-        report.plot_run(directory, "test", vectors, labels[splits["test"]])
+        report.plot_run(directory, "test", vectors)
         files.close()
         log.info(f"done in {state['seconds']:.0f} s: {directory / 'result.json'}")
     if world_size > 1:

@@ -41,8 +41,8 @@ def finish(args):
     result = {"fold": args.fold, "num_folds": 3, "best_epoch": 1, "seconds": 1, "dev": scores,
               "test": scores, "peak_gib_measured": 1, "parameters_trainable": 1}
     (run_dir(args) / "result.json").write_text(json.dumps(result))
-    rows = "".join(f"u{args.fold}{i},d,s{i},{i},{i},{i},{i}\\n" for i in range(6))
-    header = "utt_id,dialog,speaker,valence,arousal,pred_valence,pred_arousal\\n"
+    rows = "".join(f"u{args.fold}{i},d,s{i},,2,{i},{i},{i},{i}\\n" for i in range(6))
+    header = "utt_id,dialog,speaker,emotion,seconds,valence,arousal,pred_valence,pred_arousal\\n"
     (run_dir(args) / "predictions_test.csv").write_text(header + rows)
 
 if __name__ != "__main__":  # launch.sh asks for the run directory

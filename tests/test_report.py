@@ -1,13 +1,24 @@
 """report.py on small run directories whose figures are computed by hand or in closed form."""
 
+import base64
 import csv
+import itertools
 import json
+import math
+import os
+import re
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
+import time
+from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.image import imread
 
 import report
 from model import TARGETS
@@ -35,7 +46,18 @@ def write_fold(directory, fold, cccs, num_folds=3, speakers=2, utterances=8, **c
             speaker = f"{fold}-{i % speakers}"
             labels = rng.uniform(1, 5, 2)
             preds = labels + 0.3 * rng.standard_normal(2)
-            writer.writerow([f"u{fold}-{i}", f"d{fold}", speaker, "", 2.0, *labels, *preds])
+            writer.writerow([f"u{fold}-{i}", f"d{fold}", speaker, "", 2.0 + i, *labels, *preds])
+    vectors = rng.standard_normal((utterances, 12)).astype(np.float16)
+    np.save(directory / "embedding_test.npy", vectors)
+    (directory / "args.json").write_text(json.dumps({"epochs": 4}))
+    with open(directory / "metrics.jsonl", "w") as file:
+        for epoch in range(1, 5):
+            values = {"step": 10 * epoch, "epoch": epoch}
+            speed = {"ms_per_step": 500.0, "audio_seconds_per_second": 33.0, "peak_gib": 1.5}
+            train = {"event": "train", **values, "loss": 1 / epoch, "total_steps": 40, **speed}
+            file.write(json.dumps(train) + "\n")
+            dev = {f"dev/ccc_{name}": 0.1 * epoch for name in (*TARGETS, "mean")}
+            file.write(json.dumps({"event": "dev", **values, **dev}) + "\n")
     return directory
 
 
@@ -44,6 +66,12 @@ def experiment(tmp_path):
     for fold, cccs in enumerate([(0.2, 0.6), (0.3, 0.7), (0.7, 0.8)], start=1):
         write_fold(tmp_path / "runs" / "one", fold, cccs)
     return tmp_path / "runs" / "one"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A comparison writes its files to the working directory."""
+    monkeypatch.chdir(tmp_path)
 
 
 def run(*argv):
@@ -81,7 +109,7 @@ def test_pooled_ccc_is_one_ccc_over_all_test_utterances_and_not_the_mean(experim
         assert abs(ccc - figures["mean"][f"test/ccc_{target}"]) > 0.1
         low, high = figures["interval"][f"ccc_{target}"]
         assert low < ccc < high
-    assert figures["utterances"] == 24 and figures["clusters"] == "6 speakers"
+    assert figures["clusters"] == "6 speakers"
 
 
 def test_a_missing_fold_is_shown_and_no_mean_is_given(experiment, capsys):
@@ -90,7 +118,8 @@ def test_a_missing_fold_is_shown_and_no_mean_is_given(experiment, capsys):
     text = capsys.readouterr().out
     assert line_of(text, "3")[1] == "missing"
     assert "mean: not given, fold 3 is missing" in text
-    assert "std" not in text and "pooled" not in text
+    assert "std" not in text and "pooled" not in text and "speaker" not in text
+    assert "fold 3: " in text and "result.json: not there, the run is not done" in text
 
 
 def test_folds_that_left_only_a_log_or_nothing_are_missing_too(experiment, capsys):
@@ -127,17 +156,18 @@ def test_experiments_are_compared_best_first_and_incomplete_ones_last(tmp_path, 
     (tmp_path / "broken" / "fold2" / "result.json").unlink()
     write_fold(tmp_path / "other", 1, (0.4, 0.4), num_folds=1, utterances=9)
     names = ["bad", "broken", "good", "middling", "other"]
-    table = tmp_path / "experiment_comparison.md"
-    assert run(*(tmp_path / name for name in names), "--markdown", table) == 1
+    assert run(*(tmp_path / name for name in names), "--out", tmp_path / "out") == 1
     text = capsys.readouterr().out
-    order = [name for line in text.splitlines()[2:7] for name in names if f"/{name} " in line]
+    table = text.split("\n\n")[1]
+    order = [name for line in table.splitlines() for name in names if f"/{name} " in line]
     assert order == ["good", "middling", "other", "bad", "broken"]
     row = " ".join(line_of(text, str(tmp_path / "good"))[1:])
     assert row == "2/2 0.800 0.800 0.800 ± 0.000 2.50 M 1.00 2.00"
     assert "broken: mean not given, fold 2 is missing" in text
     assert "other: tested on other utterances than" in text and "bad: tested on" not in text
-    rows = [line.count("|") for line in table.read_text().splitlines() if line.startswith("|")]
-    assert rows == [9] * 7
+    written = (tmp_path / "out" / "experiment_comparison.md").read_text()
+    rows = [line.count("|") for line in written.splitlines() if line.startswith("|")]
+    assert rows[:7] == [9] * 7
 
 
 def test_dialogues_are_drawn_where_fewer_than_five_speakers_are_known():
@@ -157,7 +187,6 @@ def test_dialogues_are_drawn_where_fewer_than_five_speakers_are_known():
 
 
 def test_bootstrap_equals_a_plain_loop_that_repeats_the_utterances_of_drawn_speakers():
-    torch = report.torch
     rng = np.random.default_rng(1)
     labels, noise = rng.normal(size=(2, 40, 2))
     preds, labels, ids = torch.tensor(labels + noise), torch.tensor(labels), np.arange(40) % 8
@@ -168,12 +197,12 @@ def test_bootstrap_equals_a_plain_loop_that_repeats_the_utterances_of_drawn_spea
             rows = np.repeat(np.arange(40), times[ids])
             cccs.append(report.metrics(preds[rows], labels[rows])["ccc_valence"])
     expected = np.quantile(cccs, (0.025, 0.975))
-    assert report.bootstrap(preds, labels, ids)["ccc_valence"] == pytest.approx(expected, abs=1e-9)
+    interval = report.intervals(report.resampled_cccs(preds, labels, ids))
+    assert interval["ccc_valence"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_bootstrap_interval_covers_the_true_ccc_about_95_times_in_100(monkeypatch):
     monkeypatch.setattr(report, "RESAMPLES", 500)
-    torch = report.torch
     rng = np.random.default_rng(2)
     # 40 speakers x 5 utterances, speaker offsets in label and prediction; population moments:
     # var y = 1 + 0.5, var p = 0.64 (1 + 0.5) + 0.36 + 0.2, cov = 0.8 (1 + 0.5), equal means
@@ -183,42 +212,204 @@ def test_bootstrap_interval_covers_the_true_ccc_about_95_times_in_100(monkeypatc
     for _ in range(trials // 2):  # two targets are two trials
         y = rng.normal(size=(200, 2)) + np.sqrt(0.5) * rng.normal(size=(40, 2))[ids]
         p = 0.8 * y + 0.6 * rng.normal(size=(200, 2)) + np.sqrt(0.2) * rng.normal(size=(40, 2))[ids]
-        interval = report.bootstrap(torch.tensor(p), torch.tensor(y), ids)
+        cccs = report.resampled_cccs(torch.tensor(p), torch.tensor(y), ids)
+        interval = report.intervals(cccs)
         hits += sum(interval[f"ccc_{t}"][0] <= truth <= interval[f"ccc_{t}"][1] for t in TARGETS)
     assert 0.88 <= hits / trials <= 0.99
 
 
+def paired_plainly(one, two, ids):
+    """Interval of the difference of two mean CCCs in a plain loop over the same draws."""
+    (preds_one, labels), (preds_two, _) = one, two
+    size = int(ids.max()) + 1
+    draws, differences = np.random.default_rng(report.SEED), []
+    for _ in range(report.RESAMPLES // 100):
+        for times in draws.multinomial(size, np.full(size, 1 / size), size=100):
+            rows = np.repeat(np.arange(len(ids)), times[ids])
+            scores = [report.metrics(p[rows], labels[rows]) for p in (preds_one, preds_two)]
+            differences.append(scores[0]["ccc_mean"] - scores[1]["ccc_mean"])
+    return np.quantile(differences, (0.025, 0.975))
+
+
+def change_predictions(directory, change):
+    """change(row) on each row of the fold's predictions; a row for which it is False goes."""
+    path = directory / "predictions_test.csv"
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if change(row) is not False]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_paired_differences_are_those_of_a_plain_loop_over_the_utterances_of_both(tmp_path):
+    for name in ("one", "two"):
+        for fold in (1, 2, 3):
+            write_fold(tmp_path / name, fold, (0.5, 0.5), utterances=12)
+    noise = itertools.count()
+    for fold in (1, 2, 3):
+        directory = tmp_path / "two" / f"fold{fold}"
+        change_predictions(
+            directory,
+            lambda row: row.update(
+                pred_valence=float(row["pred_valence"]) + 0.1 * (-1) ** next(noise)
+            ),
+        )
+    change_predictions(tmp_path / "two" / "fold1", lambda row: row["utt_id"] != "u1-3")
+    shutil.rmtree(tmp_path / "two" / "fold3")  # missing: the others are still compared
+    one, two = (report.read_experiment(tmp_path / name) for name in ("one", "two"))
+    paired = report.paired_difference(one, two)
+    assert paired["n"] == 23 and paired["clusters"] == "23 utterances"
+
+    shared = sorted(set.union(*(set(rows["utt_id"]) for rows in two.parts.values())))
+    tables = []
+    for e in (one, two):
+        rows = report.pooled_rows(e.parts.values())
+        order = [rows["utt_id"].tolist().index(utt_id) for utt_id in shared]
+        tables.append({name: values[order] for name, values in rows.items()})
+    ids, _ = report.cluster_ids(tables[0])
+    pairs = [report.tensors(rows) for rows in tables]
+    low, high = paired_plainly(*pairs, ids)
+    scores = [report.metrics(*pair)["ccc_mean"] for pair in pairs]
+    assert paired["ccc_mean"] == pytest.approx((scores[0] - scores[1], low, high), abs=1e-9)
+    assert report.paired_difference(one, one)["ccc_mean"] == (0, 0, 0)
+
+
+def test_experiments_whose_labels_differ_or_that_share_no_utterance_are_not_subtracted(tmp_path):
+    for name in ("one", "two"):
+        write_fold(tmp_path / name, 1, (0.5, 0.5), num_folds=1)
+    write_fold(tmp_path / "three", 2, (0.5, 0.5), num_folds=2)
+    change_predictions(tmp_path / "two" / "fold1", lambda row: row.update(valence=3.0))
+    one, two, three = (report.read_experiment(tmp_path / n) for n in ("one", "two", "three"))
+    assert report.paired_difference(one, two) == "their labels of the same utterances differ"
+    assert report.paired_difference(one, three) == "no test utterance in common"
+
+
+def test_breakdown_counts_bias_and_error_are_those_computed_by_hand(tmp_path, capsys):
+    directory = write_fold(tmp_path / "one", 1, (0.5, 0.5), num_folds=1, utterances=16)
+    rows = itertools.count()
+
+    def change(row):
+        number = next(rows)
+        label = float(number // 2)
+        wrong = 1.0 if number % 2 else -2.0  # speaker 1-1 one too high, speaker 1-0 two too low
+        row.update(emotion="sad" if number < 12 else "", valence=label, arousal=1.0)
+        row.update(pred_valence=label + wrong, pred_arousal=1.0)
+
+    change_predictions(directory, change)
+    assert run(tmp_path / "one") == 0
+    text = capsys.readouterr().out
+    # n, CCC (8 utterances are too few), RMSE, bias
+    assert line_of(text, "1-0")[1:] == ["8", "-", "-", "2.000", "0.000", "-2.000", "+0.000"]
+    assert line_of(text, "1-1")[1:] == ["8", "-", "-", "1.000", "0.000", "+1.000", "+0.000"]
+    # 12 rows with six valences 0..5 and one arousal: variances 35/12 + (1.5)^2, mean error -0.5
+    variance = 35 / 12
+    ccc = 2 * variance / (variance + variance + 1.5**2 + 0.25)
+    rmse = math.sqrt((1 + 4) / 2)
+    assert line_of(text, "sad")[1:] == f"12 {ccc:.3f} - {rmse:.3f} 0.000 -0.500 +0.000".split()
+    assert line_of(text, "unknown")[1] == "4"
+
+
+def test_a_breakdown_shows_the_twenty_speakers_with_most_utterances_and_how_many_more(tmp_path):
+    directory = write_fold(tmp_path / "one", 1, (0.5, 0.5), num_folds=1, speakers=23, utterances=43)
+    rows = report.read_predictions(directory / "predictions_test.csv")
+    (_, table), (_, more) = report.breakdown(rows, "speaker")
+    assert {row[1] for row in table[1:]} == {"2"} and len(table) == 21
+    assert more.startswith("and 3 more")
+
+
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("path", "content", "message"),
+    [
+        ("result.json", "{", "result.json: cannot be read"),
+        ("result.json", "[]", "result.json: cannot be read"),
+        ("result.json", "{}", "result.json: has no 'dev'"),
+        ("result.json", '{"dev": 1}', "result.json: cannot be read"),
+        ("result.json", "nan", "result.json: dev/ccc_mean nan is not a finite number"),
+        ("result.json", None, "result.json: not there, the run is not done"),
+        ("predictions_test.csv", None, "predictions_test.csv: cannot be read"),
+        ("predictions_test.csv", "utt_id\n", "predictions_test.csv: no rows"),
+        ("predictions_test.csv", b"\xff\xfe\x00", "predictions_test.csv: cannot be read"),
+        (
+            "predictions_test.csv", "utt_id,dialog\nu,d\n",
+            "column speaker, emotion, seconds, valence, arousal, pred_valence, pred_arousal is",
+        ),
+        (
+            "predictions_test.csv",
+            "utt_id,dialog,speaker,emotion,seconds,valence,arousal,pred_valence,pred_arousal\n"
+            "u,d,s,,1,1,2,3,4\nv,d,s,,1,1,2,nan,4\n",
+            "predictions_test.csv row 3: pred_valence nan is not a finite number",
+        ),
+        (
+            "predictions_test.csv",
+            "utt_id,dialog,speaker,emotion,seconds,valence,arousal,pred_valence,pred_arousal\nu\n",
+            "predictions_test.csv row 2: seconds None is not a finite number",
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_fold_is_named_and_missing_and_the_others_are_shown(
+    experiment, path, content, message, capsys
+):
+    path = experiment / "fold2" / path
+    if content is None:
+        path.unlink()
+    elif content == "nan":
+        result = json.loads(path.read_text())
+        result["dev"]["ccc_mean"] = math.nan
+        path.write_text(json.dumps(result))
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert run(experiment, "--out", experiment / "out") == 1
+    text = capsys.readouterr().out
+    assert line_of(text, "2")[1] == "missing" and line_of(text, "1")[1] == "0.200"
+    assert "mean: not given, fold 2 is missing" in text
+    assert "- fold 2: " in text and message in text
+    page = (experiment / "out" / "report.html").read_text()
+    assert "curves: " in page and "fold 1, fold 3" in page and "fold 2, fold 3" not in page
+
+
+def test_folds_whose_results_hold_more_figures_than_others_are_read(experiment, capsys):
+    path = experiment / "fold1" / "result.json"
+    result = json.loads(path.read_text())
+    result["test"]["ccc_dominance"] = 0.5
+    path.write_text(json.dumps(result))
+    assert run(experiment) == 0
+    assert line_of(capsys.readouterr().out, "mean")[1] == "0.400"
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"\x93NUMPY", b"no array", "short", "text", "nan"])
+def test_damaged_embeddings_are_named_and_only_the_separation_is_left_out(
+    experiment, damage, capsys
+):
+    path = experiment / "fold2" / "embedding_test.npy"
+    arrays = {
+        "short": np.ones((3, 4)),
+        "text": np.full((8, 4), "x"),
+        "nan": np.full((8, 4), np.nan),
+    }
+    if damage is None:
+        path.unlink()
+    elif isinstance(damage, bytes):
+        path.write_bytes(damage)
+    else:
+        np.save(path, arrays[damage])
+    assert run(experiment, "--out", experiment / "out") == 0
+    text = capsys.readouterr().out
+    assert "separation: not given" in text and "fold2/embedding_test.npy: " in text
+    assert "fisher" not in text and line_of(text, "mean")[1] == "0.400"
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
     [
         (lambda e: e / "nowhere", "no such directory"),
         (lambda e: e.parent, r"no folds \(fold1, fold2"),
         (lambda e: e / "fold1", "is one fold: give the directory above it"),
-        (lambda e: (e / "fold2" / "result.json").write_text("{"), "result.json: cannot be read"),
-        (lambda e: (e / "fold2" / "result.json").write_text("[]"), "result.json: cannot be read"),
-        (lambda e: (e / "fold2" / "result.json").write_text("{}"), "result.json: has no 'dev'"),
-        (lambda e: (e / "fold2" / "predictions_test.csv").unlink(), "cannot be read"),
-        (lambda e: (e / "fold2" / "predictions_test.csv").write_text("utt_id\n"), "no rows"),
-        (
-            lambda e: (e / "fold2" / "predictions_test.csv").write_text("utt_id,dialog\nu,d\n"),
-            "fold2/predictions_test.csv: column speaker, valence, arousal, pred_valence, "
-            "pred_arousal is missing",
-        ),
-        (
-            lambda e: (e / "fold2" / "predictions_test.csv").write_text(
-                "utt_id,dialog,speaker,valence,arousal,pred_valence,pred_arousal\n"
-                "u,d,s,1,2,3,4\nv,d,s,1,2,nan,4\n"
-            ),
-            "predictions_test.csv row 3: pred_valence nan is not a finite number",
-        ),
     ],
-)  # fmt: skip
-def test_bad_input_is_refused_with_the_file_and_what_is_wrong(experiment, damage, message):
-    directory = damage(experiment)
-    if not hasattr(directory, "name"):
-        directory = experiment
+)
+def test_what_is_no_experiment_is_refused(experiment, place, message):
     with pytest.raises(report.ReportError, match=message):
-        run(directory)
+        run(place(experiment))
 
 
 def test_the_command_ends_with_one_line_and_exit_code_2_on_bad_input(tmp_path):
@@ -236,28 +427,304 @@ def test_a_wrong_folds_list_exits_with_code_2(experiment, folds, capsys):
     assert "give 1-5, or 1,3,5, or a mix" in capsys.readouterr().err
 
 
+# --- the page
+
+
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@pytest.mark.skipif(not browser(), reason="no chromium, chromium-browser or google-chrome")
+def test_a_browser_shows_all_tables_and_pictures_of_the_page(tmp_path):
+    names = ["one", "<b>two</b> & 'three'"]
+    for name, fold in itertools.product(names, (1, 2)):
+        write_fold(tmp_path / name, fold, (0.5, 0.5), num_folds=2, utterances=20)
+    assert run(*(tmp_path / name for name in names)) == 0
+    page = tmp_path / "report.html"
+
+    def browse(*flags):
+        command = [
+            browser(), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}", "--hide-scrollbars", *flags, page.as_uri(),
+        ]  # fmt: skip
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+
+    def draw(height):
+        browse(f"--window-size=1300,{height}", f"--screenshot={tmp_path / 'page.png'}")
+        return imread(tmp_path / "page.png")[..., :3]  # (height, 1300, 3)
+
+    dom = browse("--dump-dom")
+    # comparison, differences, separation; per experiment folds, pooled, speakers
+    assert dom.count("<table>") == 3 + 2 * 3 and dom.count("<img ") == 2 * 5
+    assert "&lt;b&gt;two&lt;/b&gt;" in dom and "<b>" not in dom and "<script" not in dom
+    # The dark blue of the curves' first line and the yellow end of cividis are seen on the page,
+    # and on the same page without pictures they are not
+    colours = [np.array([0x00, 0x72, 0xB2]) / 255, np.array([0xFD, 0xE7, 0x37]) / 255]
+    shot = draw(9000)
+    seen = [int((np.abs(shot - colour).max(2) < 0.02).sum()) for colour in colours]
+    assert min(seen) > 100
+    text = page.read_text()
+    page.write_text(re.sub(r'src="data:[^"]*"', 'src="data:image/png;base64,AAAA"', text))
+    broken = draw(9000)
+    assert not any((np.abs(broken - colour).max(2) < 0.02).any() for colour in colours)
+
+
+def test_the_page_needs_nothing_but_itself_and_its_pictures_decode(experiment):
+    assert run(experiment, "--out", experiment) == 0
+    text = (experiment / "report.html").read_text()
+    without = re.sub(r'src="data:image/png;base64,([^"]*)"', "", text)
+    assert "src=" not in without and "href" not in without and "http:" not in without
+    pictures = re.findall(r'src="data:image/png;base64,([^"]*)"', text)
+    shapes = [imread(BytesIO(base64.b64decode(picture))).shape for picture in pictures]
+    assert len(shapes) == 5 and all(height > 300 and width > 900 for height, width, _ in shapes)
+
+
+def test_one_experiment_writes_no_file_unasked_and_several_write_both(experiment, tmp_path):
+    shutil.copytree(experiment, tmp_path / "copy")
+    before = set(tmp_path.rglob("*"))
+    assert run(experiment) == 0 and set(tmp_path.rglob("*")) == before
+    assert run(experiment, tmp_path / "copy") == 0
+    new = {path.name for path in set(tmp_path.rglob("*")) - before}
+    assert new == {"report.html", "experiment_comparison.md"}
+
+
+def test_a_bar_in_a_name_does_not_break_the_markdown_table():
+    rows = [["speaker", "n"], ["a|b", "1"]]
+    assert report.as_text([("table", rows)], markdown=True).splitlines()[2] == r"| a\|b | 1 |"
+
+
+# --- watching
+
+
+def status_of(directory, capsys, *flags):
+    """Cells of each fold's line after the fold, and the text."""
+    assert run(directory, "--status", *flags) == 0
+    text = capsys.readouterr().out
+    return {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}, text
+
+
+def test_status_shows_every_state(tmp_path, capsys):
+    base = tmp_path / "one"
+    for fold in range(1, 8):
+        write_fold(base, fold, (0.5, 0.5))
+        if fold > 1:
+            (base / f"fold{fold}" / "result.json").unlink()
+    here = socket.gethostname()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    states = {
+        2: {"exit_code": None, "host": here, "pid": os.getpid()},
+        3: {"exit_code": None, "host": here, "pid": dead.pid},
+        4: {"exit_code": 75, "reason": "SIGTERM"},
+        5: {"exit_code": 1, "reason": "out of memory"},
+    }
+    for fold, status in states.items():
+        (base / f"fold{fold}" / "status.json").write_text(json.dumps(status))
+    (base / "fold8.log").touch()  # launch.sh has started it
+    for path in (base / "fold6").iterdir():
+        os.utime(path, (time.time() - 3 * 3600,) * 2)
+    cells, text = status_of(base, capsys)
+    names = ["done", "running", "failed", "stopped", "failed", "stopped", "running", "missing"]
+    assert [cells[str(fold)][0] for fold in range(1, 9)] == names
+    assert f"fold 3: its process {dead.pid} is gone" in text
+    assert "fold 4: exit code 75: SIGTERM" in text and "fold 5: exit code 1: out of mem" in text
+    assert "fold 6: nothing written for 3:00:0" in text
+    assert cells["8"] == ["missing", *"-------"]
+
+
+def test_status_reads_progress_speed_and_time_left_from_a_run_that_is_writing(tmp_path, capsys):
+    directory = write_fold(tmp_path / "one", 1, (0.5, 0.5))
+    (directory / "result.json").unlink()
+    lines = (directory / "metrics.jsonl").read_text().splitlines(True)
+    torn = 'not json\n[1]\n{"event": "train"}\n' + '{"event": "train", "step": "x"}\n{"event": "tr'
+    (directory / "metrics.jsonl").write_text("".join(lines[:6]) + torn)
+    cells, _ = status_of(tmp_path / "one", capsys)
+    # 3 of 4 epochs, 30 of 40 steps, best dev CCC 0.3; 10 steps of 500 ms are left
+    expected = ["running", "3.00/4", "30/40", "0.3000", "33", "1.50", "0:00:05"]
+    assert cells["1"][:-2] == expected and re.fullmatch(r"0:00:\d\d", cells["1"][-2])
+
+
+def test_status_of_a_run_before_its_first_record_and_of_damaged_files(tmp_path, capsys):
+    directory = tmp_path / "one" / "fold1"
+    directory.mkdir(parents=True)
+    assert status_of(tmp_path / "one", capsys)[0]["1"][0] == "missing"
+    (directory / "args.json").write_text("{")
+    (directory / "status.json").write_text("[]")
+    (directory / "metrics.jsonl").write_bytes(b"\xff\x00")
+    cells, _ = status_of(tmp_path / "one", capsys, "--folds", "1-2")
+    assert cells["1"][:4] == ["running", "0.00/?", "0/?", "-"] and cells["2"][0] == "missing"
+
+
 # --- pictures and separation
+
+
+def test_a_run_draws_its_pictures_and_leaves_what_the_report_and_the_status_read(
+    flags, tmp_path, capsys
+):
+    import train
+
+    flags = [*flags, "--name", "real", "--separation_every", "1", "--plot_every", "1"]
+    assert train.main(train.parse_args(flags)) == 0
+    experiment = tmp_path / "runs" / "real"
+    names = {path.name for path in (experiment / "fold1").iterdir()}
+    pictures = {f"{n}.png" for n in ("curves", "scatter", "circumplex", "duration", "embedding")}
+    assert names >= pictures | {"embedding_test.npy"}
+    records = report.read_records(experiment / "fold1")
+    [total] = {record["total_steps"] for record in records if record["event"] == "train"}
+    assert total == max(record["step"] for record in records)
+    curve = report.plot_curves({"real": records}).axes[1].lines[0]
+    assert list(curve.get_xdata()) == [1, 2]  # not the scores of the best epoch again
+    figures = [record for record in records if record["event"] == "separation"]
+    assert len(figures) == 2 and figures[0].keys() >= {
+        "separation/fisher_valence", "separation/ks_arousal", "separation/speaker_accuracy",
+    }  # fmt: skip
+    assert run(experiment, "--folds", "1") == 0
+    assert "speaker accuracy" in capsys.readouterr().out
+    cells, _ = status_of(experiment, capsys)
+    assert cells["1"][:3] == ["done", "2.00/2", f"{total}/{total}"]
+
+
+def columns_of(count, speakers=2, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.uniform(1, 5, (count, 2))
+    preds = labels + 0.5 * rng.standard_normal((count, 2))
+    rows = {"utt_id": [f"u{i}" for i in range(count)], "dialog": ["d"] * count}
+    rows |= {"speaker": [f"speaker {i % speakers}" for i in range(count)], "emotion": [""] * count}
+    rows = {name: np.array(values) for name, values in rows.items()}
+    rows |= {"seconds": rng.uniform(1, 12, count)}
+    for i, target in enumerate(TARGETS):
+        rows |= {target: labels[:, i], f"pred_{target}": preds[:, i]}
+    return rows
+
+
+@pytest.mark.parametrize(("count", "speakers", "runs"), [(1, 1, 1), (40, 2, 1), (900, 30, 9)])
+def test_no_two_texts_of_a_picture_overlap(count, speakers, runs):
+    rng = np.random.default_rng(0)
+    names = [f"fold {i + 1}" for i in range(runs)]
+    parts = {name: columns_of(count, speakers, seed) for seed, name in enumerate(names)}
+    vectors = {name: rng.standard_normal((count, 7)) for name in names}
+    keys = {"loss": 1.0, "dev/ccc_valence": 0.5, "dev/ccc_arousal": 0.5}
+    lines = [{"event": "train", "step": i, "epoch": i, **keys} for i in range(4)]
+    figures = report.plot_all(dict.fromkeys(names, lines), parts, vectors)
+    assert list(figures) == ["curves", "scatter", "circumplex", "duration", "embedding"]
+    for name, figure in figures.items():
+        figure.savefig(BytesIO())
+        texts = [text for legend in figure.legends for text in legend.get_texts()]
+        for axis in figure.axes:
+            texts += [axis.title, axis.xaxis.label, axis.yaxis.label]
+            texts += axis.get_legend().get_texts() if axis.get_legend() else []
+        texts = {id(text): text for text in texts if text.get_text() and text.get_visible()}
+        boxes = [(text.get_text(), text.get_window_extent()) for text in texts.values()]
+        for (one, box), (two, other) in itertools.combinations(boxes, 2):
+            assert not box.overlaps(other), (name, one, two)
+        frame = figure.bbox.padded(1)
+        assert all(frame.contains(*corner) for _, box in boxes for corner in box.corners()), name
+
+
+def test_a_run_without_records_or_with_constant_predictions_still_has_pictures():
+    rows = columns_of(30)
+    for target in TARGETS:
+        rows[target] = rows[f"pred_{target}"] = np.ones(30)
+    for figure in report.plot_all({"a": []}, {"a": rows}, {"a": np.ones((30, 4))}).values():
+        figure.savefig(BytesIO())
 
 
 def test_separation_is_high_for_separated_halves_and_none_for_noise():
     rng = np.random.default_rng(0)
     labels = rng.uniform(size=(200, 2))
-    noise = rng.standard_normal((200, 8))
-    apart = noise + 10 * (labels[:, :1] > np.median(labels[:, 0]))
-    figures = report.separation(apart, labels)
-    assert figures["fisher_valence"] > 5 and figures["silhouette_valence"] > 0.5
+    noise = rng.standard_normal((200, 800))  # more dimensions than rows
+    apart = noise + 2 * (labels[:, :1] > np.median(labels[:, 0]))
+    figures = report.separation(apart, labels, ["A"] * 200)
+    assert figures["fisher_valence"] > 1 and figures["silhouette_valence"] > 0.2
+    assert figures["bhattacharyya_valence"] > 5 and figures["ks_valence"] == 1
+    assert figures["hellinger_valence"] == figures["jensen_shannon_valence"] == 1
     assert figures["fisher_arousal"] < 0.1 and abs(figures["silhouette_arousal"]) < 0.05
+    assert figures["bhattacharyya_arousal"] < 0.05 and figures["ks_arousal"] < 0.2
+    assert figures["hellinger_arousal"] < 0.2 and figures["jensen_shannon_arousal"] < 0.25
+    assert "speaker_accuracy" not in figures
 
 
 def test_fisher_ratio_and_silhouette_equal_their_definitions():
     vectors = np.array([[0.0], [2.0], [10.0], [14.0]])
     labels = np.array([[0.1, 0.1], [0.2, 0.2], [0.8, 0.8], [0.9, 0.9]])
-    figures = report.separation(vectors, labels)
+    figures = report.separation(vectors, labels, list("abcd"))
     assert figures["fisher_valence"] == pytest.approx((12 - 1) ** 2 / (1 + 4))
     silhouettes = [(12 - 2) / 12, (10 - 2) / 10, (9 - 4) / 9, (13 - 4) / 13]
     assert figures["silhouette_valence"] == pytest.approx(np.mean(silhouettes))
 
 
-def test_separation_of_constant_labels_is_zero():
-    figures = report.separation(np.random.default_rng(0).standard_normal((10, 3)), np.ones((10, 2)))
-    assert set(figures.values()) == {0.0}
+@pytest.mark.parametrize(("gap", "spread"), [(0.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 2.0)])
+def test_distances_of_two_gaussians_are_the_closed_forms(gap, spread):
+    rng = np.random.default_rng(0)
+    one, two = rng.standard_normal(100_000), gap + spread * rng.standard_normal(100_000)
+    x = np.linspace(-15, 15, 200_001)
+    p = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+    q = np.exp(-(((x - gap) / spread) ** 2) / 2) / math.sqrt(2 * math.pi) / spread
+    mass = 1 + spread**2
+    overlap = math.sqrt(2 * spread / mass) * math.exp(-(gap**2) / (4 * mass))
+    middle = np.maximum((p + q) / 2, 1e-300)
+    bits = sum(r * np.log2(np.maximum(r, 1e-300) / middle) for r in (p, q)).sum() / 2
+    expected = {
+        "bhattacharyya": -math.log(overlap),
+        "ks": np.abs(np.cumsum(p - q)).max() * (x[1] - x[0]),
+        "hellinger": math.sqrt(1 - overlap),
+        "jensen_shannon": math.sqrt(max(0, bits * (x[1] - x[0]))),
+    }
+    if spread == 1:
+        assert expected["ks"] == pytest.approx(math.erf(gap / 2 / math.sqrt(2)), abs=1e-4)
+    assert report.distances(one, two) == pytest.approx(expected, abs=0.012)
+
+
+def test_distances_of_constants_and_of_apart_samples_are_finite():
+    apart = report.distances(np.zeros(5), np.ones(5))
+    assert apart["ks"] == apart["hellinger"] == apart["jensen_shannon"] == 1
+    assert report.distances(np.zeros(5), np.zeros(7)) == dict.fromkeys(apart, 0)
+
+
+def test_separation_of_constant_labels_is_left_out():
+    vectors = np.random.default_rng(0).standard_normal((10, 3))
+    assert report.separation(vectors, np.ones((10, 2)), ["A"] * 10) == {}
+
+
+def test_the_speaker_probe_equals_ridge_regression_solved_the_other_way_round():
+    rng = np.random.default_rng(3)
+    speakers = np.array([f"s{i % 3}" for i in range(60)] + ["rare"] * 4 + [""] * 9)
+    vectors = rng.standard_normal((73, 5)) + 0.6 * (speakers[:, None] == np.array(["s0"]))
+    x, names = vectors[:60], ["s0", "s1", "s2"]
+    x = (x - x.mean(0)) / x.std(0)
+    ridge = 0.1 * (x**2).sum() / 60
+    right = {name: [] for name in names}
+    part = {i: (i // 3) * 5 // 20 for i in range(60)}  # each speaker has 20 rows in order
+    for i in range(60):
+        train = [j for j in range(60) if part[j] != part[i]]
+        y = (speakers[train][:, None] == names).astype(float)
+        a = np.vstack((x[train], math.sqrt(ridge) * np.eye(5)))
+        b = np.vstack((y - y.mean(0), np.zeros((5, 3))))
+        scores = x[i] @ np.linalg.lstsq(a, b)[0] + y.mean(0)
+        right[speakers[i]].append(names[scores.argmax()] == speakers[i])
+    expected = statistics.mean(statistics.mean(map(float, hits)) for hits in right.values())
+    figures = report.speaker_probe(vectors, speakers)
+    assert figures == pytest.approx({"speaker_accuracy": expected, "speaker_chance": 1 / 3})
+
+
+def test_the_speaker_is_read_off_where_it_is_hidden_and_not_from_noise():
+    rng = np.random.default_rng(0)
+    speakers = np.repeat([f"s{i}" for i in range(5)], 40)
+    noise = rng.standard_normal((200, 300))
+    hidden = 0.5 * rng.standard_normal((5, 300))[np.repeat(range(5), 40)]
+    hidden += 3 * rng.standard_normal((200, 1)) * rng.standard_normal(300)  # something louder
+    assert report.speaker_probe(noise + hidden, speakers)["speaker_accuracy"] > 0.9
+    assert report.speaker_probe(noise, speakers)["speaker_accuracy"] == pytest.approx(0.2, abs=0.1)
+
+
+def test_separation_looks_at_a_bounded_number_of_rows():
+    rng = np.random.default_rng(0)
+    vectors, labels = rng.standard_normal((5000, 4)), rng.uniform(size=(5000, 2))
+    keep = np.linspace(0, 4999, 1000).astype(int)
+    speakers = np.array([f"s{i % 7}" for i in range(5000)])
+    few = report.separation(vectors[keep], labels[keep], speakers[keep])
+    assert report.separation(vectors, labels, speakers) == few
