@@ -307,9 +307,8 @@ def test_auto_goes_down_to_a_divisor_while_the_probe_runs_out_of_memory(tmp_path
     monkeypatch.setattr(train, "train_step", short_of_memory)
     size, _ = memory.auto_batch(model, args, (0, 0), 2.5, torch.device("cpu"), 1, 100)
     assert size == 4
-    monkeypatch.setattr(
-        memory, "largest_batch", lambda *_: Planner(args, (0, 0), 2.5).plan(12, "all")
-    )
+    proposed = Planner(args, (0, 0), 2.5).plan(12, "all")
+    monkeypatch.setattr(memory, "largest_batch", lambda *_: proposed)
     monkeypatch.setattr(train, "train_step", lambda *_: torch.empty(10**15))
     with pytest.raises(ValueError, match="nothing fits"):
         memory.auto_batch(model, args, (0, 0), 2.5, torch.device("cpu"), 1, 100)
