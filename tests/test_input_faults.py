@@ -1,0 +1,718 @@
+"""Odd and broken input, each kind made for real, with its outcome: FAULTS is the specification.
+
+    python -m pytest tests/test_input_faults.py             # the table, 30 mutations per format
+    python -m pytest tests/test_input_faults.py -m slow     # 200 mutations per format
+
+Outcomes: KEPT (odd, but means what it says), FIXED (counted in corpus.notes), SKIPPED (named in
+corpus.skipped with a reason), REFUSED (DataError with file and row, nothing is read). Audio of a
+manifest is skipped where the file is broken and refused where the manifest is.
+"""
+
+import contextlib
+import csv
+import faulthandler
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import soundfile
+
+import data
+from data import SAMPLE_RATE, DataError
+
+KEPT, FIXED, SKIPPED, REFUSED = "kept", "fixed", "skipped", "refused"
+REPO = Path(data.__file__).parent
+SECONDS = 1.0  # of the tone that every audio fault starts from
+
+
+@pytest.fixture(autouse=True)
+def nothing_hangs():
+    """Ends the whole run with a traceback when one test takes longer than two minutes."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def tone(rate=SAMPLE_RATE, seconds=SECONDS):
+    return 0.3 * np.sin(2 * np.pi * 200 * np.arange(int(seconds * rate)) / rate)
+
+
+# ---------------------------------------------------------------- how audio faults are made
+
+
+def sound(name="x.wav", samples=None, rate=SAMPLE_RATE, **options):
+    """A maker of one sound file; it returns the cell `path` of its row in the manifest."""
+
+    def make(root):
+        soundfile.write(root / name, tone(rate) if samples is None else samples, rate, **options)
+        return name
+
+    return make
+
+
+def cut(name, share, **options):
+    """The beginning of a valid file."""
+
+    def make(root):
+        sound(name, **options)(root)
+        whole = (root / name).read_bytes()
+        (root / name).write_bytes(whole[: int(len(whole) * share)])
+        return name
+
+    return make
+
+
+def hole(name):
+    """A valid file with zeros in its middle."""
+
+    def make(root):
+        sound(name)(root)
+        whole = bytearray((root / name).read_bytes())
+        middle = len(whole) // 2
+        whole[middle : middle + 300] = bytes(300)
+        (root / name).write_bytes(whole)
+        return name
+
+    return make
+
+
+def header(*patches, tail=b"", length=None):
+    """A 16-bit wav with (offset, struct format, value) written over its 44 bytes of header."""
+
+    def make(root):
+        sound()(root)
+        whole = bytearray((root / "x.wav").read_bytes())
+        for offset, kind, value in patches:
+            struct.pack_into(kind, whole, offset, value)
+        (root / "x.wav").write_bytes(bytes(whole)[:length] + tail)
+        return "x.wav"
+
+    return make
+
+
+def raw(content, name="x.wav"):
+    def make(root):
+        (root / name).write_bytes(content)
+        return name
+
+    return make
+
+
+def link(target):
+    def make(root):
+        sound("real.wav")(root)
+        sound("../outside.wav")(root)
+        (root / "x.wav").symlink_to(target)
+        return "x.wav"
+
+    return make
+
+
+def place(make_it):
+    """Something that is not a regular file where the audio should be."""
+
+    def make(root):
+        make_it(root / "x.wav")
+        return "x.wav"
+
+    return make
+
+
+def locked(mode_of_file, mode_of_folder):
+    def make(root):
+        (root / "sub").mkdir()
+        sound("sub/x.wav")(root)
+        os.chmod(root / "sub" / "x.wav", mode_of_file)
+        os.chmod(root / "sub", mode_of_folder)
+        return "sub/x.wav"
+
+    return make
+
+
+def times(start, end, make=None):
+    """(cell path, cell start, cell end)"""
+    return lambda root: ((make or sound())(root), start, end)
+
+
+def one_bad(value):
+    samples = tone()
+    samples[5000] = value
+    return samples
+
+
+NAMES = (
+    "ünïcödé 語.wav",
+    "two  spaces.wav",
+    "it's \"; touch x; $(touch x) `touch x`.wav",
+    "%s,-r.wav",
+)
+STEREO = np.c_[tone(), tone()]
+RATE, BYTES_PER_SECOND, CHANNELS, CODEC, ALIGN, BITS, DATA = 24, 28, 22, 20, 32, 34, 40  # offsets
+
+AUDIO = [
+    # valid, if rare: read as they are
+    ("8-bit wav", sound(subtype="PCM_U8"), KEPT, ""),
+    ("24-bit wav", sound(subtype="PCM_24"), KEPT, ""),
+    ("32-bit wav", sound(subtype="PCM_32"), KEPT, ""),
+    ("float wav", sound(subtype="FLOAT"), KEPT, ""),
+    ("64-bit float wav", sound(subtype="DOUBLE"), KEPT, ""),
+    ("A-law", sound(subtype="ALAW"), KEPT, ""),
+    ("mu-law", sound(subtype="ULAW"), KEPT, ""),
+    ("IMA ADPCM", sound(subtype="IMA_ADPCM"), KEPT, ""),
+    ("wav extensible", sound(format="WAVEX"), KEPT, ""),
+    ("big-endian wav", sound(endian="BIG"), KEPT, ""),
+    ("rf64", sound("x.rf64"), KEPT, ""),
+    ("w64", sound("x.w64"), KEPT, ""),
+    ("aiff", sound("x.aiff"), KEPT, ""),
+    ("au", sound("x.au"), KEPT, ""),
+    ("caf", sound("x.caf"), KEPT, ""),
+    ("opus", sound("x.ogg", format="OGG", subtype="OPUS"), KEPT, ""),
+    ("flac named wav", sound("x.wav", format="FLAC"), KEPT, ""),
+    ("wav named mp3", sound("x.mp3", format="WAV"), KEPT, ""),
+    ("upper-case suffix", sound("X.WAV"), KEPT, ""),
+    ("no suffix", sound("x", format="WAV"), KEPT, ""),
+    *((f"name {name}", sound(name), KEPT, "") for name in NAMES),
+    ("speech on a constant", sound(samples=tone() + 0.2), KEPT, ""),
+    ("one byte too many", header(tail=b"x"), KEPT, ""),
+    ("broken chunk after the samples", header(tail=b"LIST\xff\xff\0\0junk"), KEPT, ""),
+    ("link inside the data root", link("real.wav"), KEPT, ""),
+    # mended and counted
+    ("stereo", sound(samples=STEREO), FIXED, "mixed to mono from 2 channels"),
+    ("6 channels", sound(samples=np.c_[STEREO, STEREO, STEREO]), FIXED, "mixed to mono from 6"),
+    ("a silent channel", sound(samples=STEREO * [1, 0]), FIXED, "mixed to mono from 2 channels"),
+    ("opposite phases", sound(samples=STEREO * [1, -1]), FIXED, "the first one taken"),
+    ("4 kHz", sound(rate=4_000), FIXED, "resampled from 4000 Hz"),
+    ("8 kHz", sound(rate=8_000), FIXED, "resampled from 8000 Hz"),
+    ("11.025 kHz", sound(rate=11_025), FIXED, "resampled from 11025 Hz"),
+    ("44.1 kHz", sound(rate=44_100), FIXED, "resampled from 44100 Hz"),
+    ("96 kHz", sound(rate=96_000), FIXED, "resampled from 96000 Hz"),
+    ("192 kHz", sound(rate=192_000), FIXED, "resampled from 192000 Hz"),
+    (
+        "float of 1.5",
+        sound(samples=tone() * 5, subtype="FLOAT"),
+        FIXED,
+        "above full scale, clipped",
+    ),
+    ("overdriven", sound(samples=(tone() * 9).clip(-1, 1)), FIXED, "clipped when it was recorded"),
+    ("100 samples", sound(samples=tone()[:100]), FIXED, "padded to 400 samples"),
+    ("399 samples", sound(samples=tone()[:399]), FIXED, "padded to 400 samples"),
+    ("wav without its last 5 %", cut("x.wav", 0.95), FIXED, "a little shorter than"),
+    ("mp3 without its last 5 %", cut("x.mp3", 0.95), FIXED, "a little shorter than"),
+    ("end a little behind the file", times("0", "1.05"), FIXED, "a little shorter than"),
+    ("wav from a pipe", header((4, "<I", 2**32 - 1), (DATA, "<I", 2**32 - 1)), FIXED, "no length"),
+    ("wav from another pipe", header((DATA, "<I", 2**31 - 1)), FIXED, "no length in its header"),
+    ("bytes per second wrong", header((BYTES_PER_SECOND, "<I", 5)), FIXED, "contradicts itself on"),
+    ("rate wrong", header((RATE, "<I", 16_001)), FIXED, "contradicts itself on"),
+    # skipped and named
+    ("half a wav", cut("x.wav", 0.5), SKIPPED, "samples missing (50 %)"),
+    ("half a float wav", cut("x.wav", 0.5, subtype="FLOAT"), SKIPPED, "samples missing (50 %)"),
+    ("half a w64", cut("x.w64", 0.5), SKIPPED, "samples missing (50 %)"),
+    ("half an rf64", cut("x.rf64", 0.5), SKIPPED, "samples missing (50 %)"),
+    ("half an aiff", cut("x.aiff", 0.5), SKIPPED, "samples missing (50 %)"),
+    ("half an au", cut("x.au", 0.5), SKIPPED, "samples missing (50 %)"),
+    ("half a caf", cut("x.caf", 0.5), SKIPPED, "cannot be decoded"),
+    ("half a flac", cut("x.flac", 0.5), SKIPPED, "cannot be decoded"),
+    ("half an ogg", cut("x.ogg", 0.5), SKIPPED, "cannot be decoded"),
+    ("ogg without its last page", cut("x.ogg", 0.95), SKIPPED, "no samples"),
+    (
+        "half an opus",
+        cut("x.opus", 0.5, format="OGG", subtype="OPUS"),
+        SKIPPED,
+        "cannot be decoded",
+    ),
+    ("half an mp3", cut("x.mp3", 0.5), SKIPPED, "samples missing"),
+    ("zeros inside a flac", hole("x.flac"), SKIPPED, "cannot be decoded"),
+    ("zeros inside an ogg", hole("x.ogg"), SKIPPED, "cannot be decoded"),
+    ("header alone", header(length=44), SKIPPED, "no samples"),
+    ("half a header", header(length=36), SKIPPED, "cannot be decoded"),
+    ("4 bytes", raw(b"RIFF"), SKIPPED, "cannot be decoded"),
+    ("empty file", raw(b""), SKIPPED, "cannot be decoded"),
+    ("text", raw(b"this is no audio\n" * 50), SKIPPED, "cannot be decoded"),
+    ("error page", raw(b"<!DOCTYPE html><html>404</html>", "x.mp3"), SKIPPED, "cannot be decoded"),
+    ("zero bytes", raw(bytes(32_000)), SKIPPED, "cannot be decoded"),
+    ("random bytes", raw(random.Random(0).randbytes(32_000)), SKIPPED, "cannot be decoded"),
+    ("fLaC and zeros", raw(b"fLaC" + bytes(1000), "x.flac"), SKIPPED, "cannot be decoded"),
+    ("a video", raw(b"\0\0\0\x20ftypisom" + bytes(5000), "x.mp4"), SKIPPED, "cannot be decoded"),
+    ("headerless", raw(bytes(32_000), "x.raw"), SKIPPED, "cannot be decoded"),
+    ("all zero", sound(samples=np.zeros(16_000)), SKIPPED, "no sound"),
+    ("a constant", sound(samples=np.full(16_000, 0.5)), SKIPPED, "no sound"),
+    ("too quiet", sound(samples=tone() * 1e-6, subtype="FLOAT"), SKIPPED, "no sound"),
+    ("one sample", sound(samples=np.array([0.5])), SKIPPED, "no sound"),
+    ("no samples", sound(samples=np.zeros(0)), SKIPPED, "no samples"),
+    ("NaN", sound(samples=np.full(16_000, np.nan), subtype="FLOAT"), SKIPPED, "not finite"),
+    ("one NaN", sound(samples=one_bad(np.nan), subtype="FLOAT"), SKIPPED, "not finite"),
+    ("one infinity", sound(samples=one_bad(np.inf), subtype="FLOAT"), SKIPPED, "not finite"),
+    ("scale of int16", sound(samples=tone() * 32768, subtype="FLOAT"), SKIPPED, "not in the scale"),
+    ("1 Hz", header((RATE, "<I", 1)), SKIPPED, "outside 4000..384000 Hz (1)"),
+    ("3 kHz", sound(rate=3_000), SKIPPED, "outside 4000..384000 Hz (3000)"),
+    ("2 GHz", header((RATE, "<I", 2**31 - 1)), SKIPPED, "Hz (2147483647)"),
+    ("0 Hz", header((RATE, "<I", 0)), SKIPPED, "cannot be decoded"),
+    ("0 channels", header((CHANNELS, "<H", 0)), SKIPPED, "cannot be decoded"),
+    ("mono that says stereo", header((CHANNELS, "<H", 2)), SKIPPED, "contradicts itself (2 or 4"),
+    ("0 bits", header((BITS, "<H", 0)), SKIPPED, "cannot be decoded"),
+    ("7 bits", header((BITS, "<H", 7)), SKIPPED, "contradicts itself (2 or 1 bytes"),
+    ("0 bytes per frame", header((ALIGN, "<H", 0)), SKIPPED, "contradicts itself (0 or 2 bytes"),
+    ("unknown codec", header((CODEC, "<H", 0x99)), SKIPPED, "cannot be decoded"),
+    ("header of an hour", header((DATA, "<I", 115_200_000)), SKIPPED, "samples missing (100 %)"),
+    ("header of a quarter", header((DATA, "<I", 8_000)), SKIPPED, "samples missing (75 %)"),
+    ("header of nothing", header((4, "<I", 0), (DATA, "<I", 0)), SKIPPED, "no samples"),
+    ("no data chunk", header((36, "4s", b"junk")), SKIPPED, "cannot be decoded"),
+    ("11 minutes", sound(samples=tone(4000, 660), rate=4000), SKIPPED, "longer than 600 s"),
+    ("no permission", locked(0, 0o755), SKIPPED, "no permission to read it"),
+    ("start behind the file", times("5", ""), SKIPPED, "no samples (from 5 s on, of 1.00 s)"),
+    ("end far behind the file", times("0", "9"), SKIPPED, "samples missing (89 %)"),
+    # refused: the manifest is wrong
+    ("missing file", lambda root: "x.wav", REFUSED, "does not exist (set --data_dir?)"),
+    ("folder", place(Path.mkdir), REFUSED, "is not a file"),
+    ("named pipe", place(os.mkfifo), REFUSED, "is not a file"),
+    ("dangling link", link("gone.wav"), REFUSED, "does not exist"),
+    ("link to itself", link("x.wav"), REFUSED, ("cannot be followed", "does not exist")),
+    ("link out of the data root", link("../outside.wav"), REFUSED, "leaves the data root"),
+    ("device", link("/dev/zero"), REFUSED, "leaves the data root"),
+    ("..", lambda root: "../" + link("real.wav")(root), REFUSED, "leaves the data root"),
+    ("absolute path", lambda root: "/etc/passwd", REFUSED, "leaves the data root"),
+    ("name of 300 letters", lambda root: "x" * 300, REFUSED, "cannot be followed"),
+    ("line break in a name", sound("a\nb.wav"), REFUSED, "column path holds a line break"),
+    ("NUL in a name", lambda root: "a\0.wav", REFUSED, ("column path holds", "not a UTF-8 CSV")),
+    ("closed folder", locked(0o644, 0), REFUSED, "cannot be followed"),
+    ("end before start", times("0.5", "0.2"), REFUSED, "start 0.5 and end 0.2"),
+    ("negative start", times("-1", ""), REFUSED, "start -1"),
+    ("start of NaN", times("nan", ""), REFUSED, "start 'nan' is not a number"),
+    ("end of 1e300", times("1e290", "1e300"), REFUSED, "start 1e+290"),
+]
+
+# ---------------------------------------------------------------- manifests: text of the CSV
+
+HEADER = "utt_id,path,valence,arousal\n"
+MORE = "utt_id,path,valence,arousal,{}\na,a.wav,3,3,{}\n"
+CSV = [
+    (
+        "column missing",
+        "utt_id,path,valence\n",
+        REFUSED,
+        "column arousal is missing (found: utt_id",
+    ),
+    ("no header", "", REFUSED, "column utt_id is missing (found: none)"),
+    ("column twice", "utt_id,path,valence,arousal,valence\n", REFUSED, "valence occurs twice"),
+    (
+        "optional column twice",
+        MORE.format("session,session", "1,2"),
+        REFUSED,
+        "session occurs twice",
+    ),
+    ("semicolons", "utt_id;path;valence;arousal\n", REFUSED, "(found: utt_id;path"),
+    ("no rows", HEADER, REFUSED, "no usable utterance"),
+    ("not UTF-8", HEADER.encode() + b"\xe4,a.wav,3,3\n", REFUSED, "not a UTF-8 CSV"),
+    ("UTF-16", (HEADER + "a,a.wav,3,3\n").encode("utf-16"), REFUSED, "not a UTF-8 CSV"),
+    (
+        "label out of range",
+        HEADER + "a,a.wav,7.2,3\n",
+        REFUSED,
+        "row 2: valence 7.2 is outside 1..5",
+    ),
+    ("label in words", HEADER + "a,a.wav,high,3\n", REFUSED, "row 2: valence 'high' is not"),
+    ("label NaN", HEADER + "a,a.wav,3,nan\n", REFUSED, "row 2: arousal 'nan' is not a number"),
+    ("label infinite", HEADER + "a,a.wav,inf,3\n", REFUSED, "row 2: valence 'inf' is not a number"),
+    ("label empty", HEADER + "a,a.wav,,3\n", REFUSED, "row 2: valence '' is not a number"),
+    ("label with underscore", HEADER + "a,a.wav,1_2,3\n", REFUSED, "row 2: valence '1_2' is not"),
+    ("label in Arabic digits", HEADER + "a,a.wav,٣,3\n", REFUSED, "is not a number"),
+    (
+        "decimal comma",
+        HEADER + 'a,a.wav,"2,5",3\n',
+        REFUSED,
+        "row 2: valence '2,5' is not a number",
+    ),
+    ("decimal comma unquoted", HEADER + "a,a.wav,2,5,3\n", REFUSED, "row 2: more cells than"),
+    ("cut off in a row", HEADER + "a,a.wav,3,3\nb,a.w", REFUSED, "row 3: fewer cells than columns"),
+    ("stray quote", HEADER + 'a,a.wav,3,"3\nb,a.wav,3,3\n', REFUSED, "not a UTF-8 CSV file"),
+    (
+        "two stray quotes",
+        HEADER + 'a,a.wav,3,"3\nb,b.wav,3",3\n',
+        REFUSED,
+        "cells than columns (4)",
+    ),
+    (
+        "quoted line break",
+        HEADER + 'a,"a.wav\n",3,3\n',
+        REFUSED,
+        "row 3: column path holds a line break",
+    ),
+    (
+        "utt_id twice",
+        HEADER + "a,a.wav,3,3\n\na,a.wav,3,3\n",
+        REFUSED,
+        "row 4: utt_id a is already",
+    ),
+    (
+        "utt_id with slash",
+        HEADER + "x/a,a.wav,3,3\n",
+        REFUSED,
+        "row 2: utt_id 'x/a' must name a file",
+    ),
+    ("utt_id with backslash", HEADER + "x\\a,a.wav,3,3\n", REFUSED, "must name a file"),
+    ("utt_id ..", HEADER + "..,a.wav,3,3\n", REFUSED, "utt_id '..' must name a file"),
+    ("utt_id empty", HEADER + ",a.wav,3,3\n", REFUSED, "utt_id '' must name a file"),
+    ("utt_id too long", HEADER + "a" * 201 + ",a.wav,3,3\n", REFUSED, "1 to 200 bytes"),
+    ("bad split", MORE.format("split", "eval"), REFUSED, "row 2: split 'eval' is not one of train"),
+    ("empty split", MORE.format("split", ""), REFUSED, "row 2: split '' is not one of"),
+    ("empty session", MORE.format("session", ""), REFUSED, "row 2: session is empty"),
+    ("start in words", MORE.format("start", "x"), REFUSED, "row 2: start 'x' is not a number"),
+    ("column nobody reads", MORE.format("Session", "1"), FIXED, "columns not used: Session"),
+    ("spaces and byte-order mark", "\ufeffutt_id, path ,valence,arousal\na, a.wav,3,3\n", KEPT, ""),
+    ("Windows line ends", HEADER.replace("\n", "\r\n") + "a,a.wav,3,3\r\n", KEPT, ""),
+]
+
+# ---------------------------------------------------------------- published corpora: an edited tree
+
+TURN = "[{0}.5 - {0}.9]\tSes01F_impro01_F00{0}\tneu\t[2.5000, 3.5000, 2.5000]\n"
+TURNS = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n" + "".join(
+    f"{TURN.format(i)}C-E2:\tNeutral;\t()\n\n" for i in range(3)
+)
+MSP_HEADER = "FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set\n"
+MSP_ROWS = "".join(f"MSP-PODCAST_0001_000{i}.wav,N,2,6,4,1,Male,Train\n" for i in range(3))
+
+
+def annotation(old, new, encoding="utf-8"):
+    """An IEMOCAP tree of three turns, with `old` replaced by `new` in its annotation."""
+
+    def make(root):
+        folder = root / "Session1" / "sentences" / "wav" / "Ses01F_impro01"
+        table = root / "Session1" / "dialog" / "EmoEvaluation" / "Ses01F_impro01.txt"
+        folder.mkdir(parents=True)
+        table.parent.mkdir(parents=True)
+        for i in range(3):
+            sound(f"Ses01F_impro01_F00{i}.wav")(folder)
+        (folder / "._Ses01F_impro01_F000.wav").write_bytes(b"\0\5")
+        assert old in TURNS
+        table.write_bytes(TURNS.replace(old, new, 1).encode(encoding))
+        return folder
+
+    return make
+
+
+def wavs(change):
+    """The same tree with its folder of audio changed."""
+    return lambda root: change(annotation("%", "%")(root))
+
+
+def podcast(old="%", new="%", change=lambda folder: None, encoding="utf-8"):
+    """An MSP-Podcast tree of three clips, with `old` replaced in the table, then `change`d."""
+
+    def make(root):
+        (root / "Audio").mkdir()
+        for i in range(3):
+            sound(f"MSP-PODCAST_0001_000{i}.wav")(root / "Audio")
+        text = (MSP_HEADER + MSP_ROWS).replace(old, new, 1)
+        (root / "labels_consensus.csv").write_bytes(text.encode(encoding))
+        change(root / "Audio")
+
+    return make
+
+
+def in_place_of(name, make_it):
+    def change(folder):
+        (folder / name).unlink()
+        make_it(folder / name)
+
+    return change
+
+
+FIRST, SECOND = "Ses01F_impro01_F000", "Ses01F_impro01_F001"
+CLIP = "MSP-PODCAST_0001_0001.wav"
+IEMOCAP = [
+    ("Windows line ends", annotation("\n\n", "\r\n"), KEPT, ""),
+    (
+        "label of 5.5",
+        annotation("[2.5000,", "[5.5000,"),
+        FIXED,
+        "label 5.5 outside 1..5 clipped: 1",
+    ),
+    ("label of 0.5", annotation("3.5000", "0.5000"), FIXED, "label 0.5 outside 1..5 clipped: 1"),
+    ("point lost in a label", annotation("[2.5000", "[25000"), SKIPPED, "far outside 1..5 (25000)"),
+    ("label NaN", annotation("[2.5000", "[nan"), SKIPPED, "label or time is not a number"),
+    (
+        "label with a letter",
+        annotation("3.5000", "3.5O00"),
+        SKIPPED,
+        "label or time is not a number",
+    ),
+    ("four labels", annotation("[2.5000", "[2.5, 2.5"), SKIPPED, "label or time is not a number"),
+    ("two labels", annotation(", 2.5000]", "]"), SKIPPED, "annotation not understood"),
+    ("time with two points", annotation("0.5 -", "0.5.5 -"), SKIPPED, "time is not a number"),
+    ("opening bracket lost", annotation("[0.5", "0.5"), SKIPPED, "annotation not understood"),
+    ("closing bracket lost", annotation("2.5000]", "2.5000"), SKIPPED, "annotation not understood"),
+    ("spaces for tabs", annotation("\t", "    "), SKIPPED, "annotation not understood"),
+    ("no speaker in the turn", annotation(FIRST, "turn"), SKIPPED, "annotation not understood"),
+    ("turn annotated twice", annotation(SECOND, FIRST), SKIPPED, "annotated twice, first one kept"),
+    ("turn renamed", annotation(FIRST, "Ses01F_impro01_F099"), SKIPPED, "audio file missing"),
+    ("line lost", annotation(TURN.format(0), ""), SKIPPED, "no annotation"),
+    ("cut off in a line", annotation(TURNS[-60:], ""), SKIPPED, "annotation not understood"),
+    ("lines joined", annotation("]\nC-E2", "]C-E2"), SKIPPED, "annotation not understood"),
+    ("empty annotation", annotation(TURNS, ""), REFUSED, "no usable utterance"),
+    ("UTF-16 annotation", annotation("%", "%", "utf-16"), REFUSED, "no usable utterance"),
+    ("no audio folder", wavs(lambda f: f.rename(f"{f}_")), REFUSED, "no usable utterance"),
+    ("audio missing", wavs(lambda f: (f / f"{FIRST}.wav").unlink()), SKIPPED, "audio file missing"),
+    ("pipe as audio", wavs(in_place_of(f"{FIRST}.wav", os.mkfifo)), SKIPPED, "audio file missing"),
+    ("folder as audio", wavs(in_place_of(f"{FIRST}.wav", Path.mkdir)), SKIPPED, "file missing"),
+]
+MSP = [
+    ("label of 7.5", podcast("2,6", "2,7.5"), FIXED, "label 7.5 outside 1..7 clipped: 1"),
+    ("label of 70", podcast("2,6", "2,70"), SKIPPED, "label far outside 1..7 (70)"),
+    ("label empty", podcast("2,6", "2,"), SKIPPED, "label is not a number"),
+    ("label NaN", podcast("2,6", "nan,6"), SKIPPED, "label is not a number"),
+    ("clip in the table twice", podcast("0000", "0001"), SKIPPED, "in the table twice, first one"),
+    ("no name", podcast("MSP-PODCAST_0001_0000.wav", ""), SKIPPED, "audio file missing"),
+    ("name with ..", podcast("MSP-PODCAST_0001_0000", "../x"), SKIPPED, "audio file missing"),
+    ("unknown split", podcast("Train", "Trian"), REFUSED, "row 2: Split_Set 'Trian' is none of"),
+    ("column missing", podcast("EmoVal", "Valence"), REFUSED, "column EmoVal is missing"),
+    ("column twice", podcast("EmoDom", "EmoVal"), REFUSED, "column EmoVal occurs twice"),
+    (
+        "cut off in a row",
+        podcast(",Male,Train", ""),
+        REFUSED,
+        "row 2: fewer cells than columns (8)",
+    ),
+    ("Latin-1", podcast("Male", "Männlich", encoding="latin-1"), REFUSED, "not a UTF-8 CSV file"),
+    ("Test3", podcast("2,6,4,1,Male,Train", ",,,,,Test3"), FIXED, "Test3: 1 utterances have no"),
+    ("unknown speaker", podcast("1,Male", "Unknown,Male"), FIXED, "speaker unknown: 1 utterances"),
+    (
+        "row missing",
+        podcast(MSP_ROWS[: len(MSP_ROWS) // 3], ""),
+        FIXED,
+        "1 audio files have no row in labels_",
+    ),
+    ("audio missing", podcast(change=lambda f: (f / CLIP).unlink()), SKIPPED, "file missing"),
+    ("pipe", podcast(change=in_place_of(CLIP, os.mkfifo)), SKIPPED, "not a regular one"),
+    ("folder", podcast(change=in_place_of(CLIP, Path.mkdir)), SKIPPED, "not a regular one"),
+    (
+        "dangling link",
+        podcast(change=in_place_of(CLIP, lambda p: p.symlink_to("x"))),
+        SKIPPED,
+        "no such",
+    ),
+    (
+        "device",
+        podcast(change=in_place_of(CLIP, lambda p: p.symlink_to("/dev/zero"))),
+        SKIPPED,
+        "not a",
+    ),
+    ("no table", lambda root: (root / "Audio").mkdir(), REFUSED, "no labels_consensus.csv"),
+]
+
+# ---------------------------------------------------------------- <utt_id>.npy of one utterance
+
+
+def saved(array):
+    return lambda path: np.save(path, array, allow_pickle=True)
+
+
+def written(content):
+    return lambda path: path.write_bytes(content)
+
+
+def half_npy(path):
+    np.save(path, np.zeros((20, 6)))
+    os.truncate(path, 600)
+
+
+def npy_header(shape, kind="'<f4'"):
+    text = f"{{'descr': {kind}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return written(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(96))
+
+
+def npz(path):
+    with open(path, "wb") as file:
+        np.savez(file, x=np.zeros((4, 6)))
+
+
+NPY = [
+    ("Fortran order", saved(np.asfortranarray(np.ones((4, 6)))), KEPT, ""),
+    ("big-endian", saved(np.ones((4, 6), dtype=">f8")), KEPT, ""),
+    ("one dimension", saved(np.zeros(6)), REFUSED, "float64 (6,), expected numbers (T, D)"),
+    ("three dimensions", saved(np.zeros((1, 4, 6))), REFUSED, "(1, 4, 6), expected numbers (T, D)"),
+    ("other width", saved(np.zeros((4, 7))), REFUSED, "width 7, but the first file has 6"),
+    ("no frames", saved(np.zeros((0, 6))), REFUSED, "expected numbers (T, D), not empty"),
+    ("strings", saved(np.full((4, 6), "a")), REFUSED, "expected numbers"),
+    ("complex", saved(np.zeros((4, 6), complex)), REFUSED, "expected numbers"),
+    ("pickled", saved(np.full((4, 6), None)), REFUSED, "not a plain .npy array"),
+    ("pickled code", written(b"cposix\nsystem\n(S'touch pwned'\ntR."), REFUSED, "not a plain .npy"),
+    ("NaN", saved(np.full((4, 6), np.nan)), REFUSED, "holds NaN or infinite values"),
+    ("beyond float32", saved(np.full((4, 6), 1e300)), REFUSED, "holds NaN or infinite values"),
+    ("cut off", half_npy, REFUSED, "not a plain .npy array"),
+    ("empty file", written(b""), REFUSED, "not a plain .npy array"),
+    ("text", written(b"0.1 0.2 0.3\n"), REFUSED, "not a plain .npy array"),
+    ("an .npz", npz, REFUSED, "not a plain .npy array"),
+    ("shape of a petabyte", npy_header((2**40, 1024)), REFUSED, "not a plain .npy array"),
+    ("negative shape", npy_header((-4, 6)), REFUSED, "u003.npy"),
+    ("shape of words", npy_header("('a', 'b')"), REFUSED, "not a plain .npy array"),
+    (
+        "code as header",
+        npy_header("__import__('os').system('touch pwned')"),
+        REFUSED,
+        "not a plain",
+    ),
+    ("missing", lambda path: None, REFUSED, "1 of 4 missing (u003.npy)"),
+    ("folder", Path.mkdir, REFUSED, "1 of 4 missing (u003.npy)"),
+    ("pipe", os.mkfifo, REFUSED, "1 of 4 missing (u003.npy)"),
+]
+VECTORS = [
+    ("missing", lambda path: None, REFUSED, "1 of 4 missing (u003.npy)"),
+    ("other width", saved(np.ones(7)), REFUSED, "width 7, but the first file has 6"),
+    ("two dimensions", saved(np.ones((1, 6))), REFUSED, "expected numbers (S,)"),
+    (
+        "zero",
+        saved(np.zeros(6)),
+        REFUSED,
+        "1 embeddings are zero or not finite, the first is that of",
+    ),
+    ("NaN", saved(np.full(6, np.nan)), REFUSED, "zero or not finite, the first is that of u003"),
+    ("infinite", saved(np.full(6, np.inf)), REFUSED, "zero or not finite"),
+    ("pickled", saved(np.full(6, None)), REFUSED, "not a plain .npy array"),
+    ("cut off", half_npy, REFUSED, "not a plain .npy array"),
+]
+
+
+class Fault(NamedTuple):
+    """`make` builds the input below a folder; `expected` is part of the note, reason or error."""
+
+    source: str
+    name: str
+    make: object
+    outcome: str
+    expected: str | tuple[str, ...]  # one of these
+
+
+KINDS = {
+    "audio": AUDIO, "CSV": CSV, "IEMOCAP": IEMOCAP, "MSP-Podcast": MSP, "features": NPY,
+    "speaker": VECTORS,
+}  # fmt: skip
+FAULTS = [Fault(source, *row) for source, rows in KINDS.items() for row in rows]
+
+
+def manifest(root, *rows):
+    with open(root / "manifest.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return str(root / "manifest.csv")
+
+
+def load(fault, root):
+    """(corpus, pack or None) of the input with this fault; DataError where it is refused."""
+    cache = root.parent / "cache"
+    if fault.source == "audio":
+        sound("good.wav")(root)
+        made = fault.make(root)
+        path, start, end = made if isinstance(made, tuple) else (made, "", "")
+        row = ("0.5", "0.5", "anna")
+        rows = [("a", "good.wav", *row, "", ""), ("b", path, *row, start, end)]
+        header = ("utt_id", "path", "valence", "arousal", "speaker", "start", "end")
+        corpus = data.read_corpus(manifest(root, header, *rows), None, None)
+        return data.load_audio(corpus, cache, most_bad=0.5)
+    if fault.source in ("CSV", "IEMOCAP", "MSP-Podcast"):
+        if fault.source == "CSV":
+            sound("a.wav")(root)
+            content = fault.make if isinstance(fault.make, bytes) else fault.make.encode()
+            (root / "m.csv").write_bytes(content)
+            corpus = data.read_corpus(str(root / "m.csv"), None, (1, 5))
+            corpus.notes = [note for note in corpus.notes if "speaker unknown" not in note]
+        else:
+            fault.make(root)
+            kind = {"IEMOCAP": "iemocap", "MSP-Podcast": "msp_podcast"}[fault.source]
+            corpus = data.read_corpus(kind, str(root), None)
+        return data.load_audio(corpus, cache, most_bad=0.5)
+    sound("a.wav")(root)
+    rows = [(f"u00{i}", "a.wav", "0.5", "0.5", "anna") for i in range(4)]
+    header = ("utt_id", "path", "valence", "arousal", "speaker")
+    corpus = data.read_corpus(manifest(root, header, *rows), None, None)
+    for i in range(3):
+        np.save(root / f"u00{i}.npy", np.ones((4, 6) if fault.source == "features" else 6))
+    fault.make(root / "u003.npy")
+    if fault.source == "features":
+        data.FrameFeatures(corpus, root).read(3)
+    else:
+        data.speaker_embeddings(corpus, None, str(root), cache)
+    return corpus, None
+
+
+@contextlib.contextmanager
+def without_privileges(root):
+    """As a user who is not root, for whom permissions count."""
+    if os.geteuid():
+        yield
+        return
+    for folder in (root.parent, *list(root.parents)[1:3]):
+        os.chmod(folder, folder.stat().st_mode | 0o055)
+    os.chmod(root.parent, 0o777)
+    os.chmod(root, 0o777)
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.source}: {f.name!a}")
+def test_each_fault_has_the_outcome_that_its_row_states(tmp_path, fault):
+    root = tmp_path / "corpus"
+    root.mkdir()
+    is_locked = fault.name in ("no permission", "closed folder")
+    with without_privileges(root) if is_locked else contextlib.nullcontext():
+        try:
+            corpus, pack = load(fault, root)
+        except DataError as error:
+            outcome, text = REFUSED, str(error)
+            assert len(text.splitlines()) == 1 and (
+                "manifest" not in text or re.search("row [34]", text)
+            )
+        else:
+            text = " | ".join([s.reason for s in corpus.skipped] or corpus.notes)
+            outcome = SKIPPED if corpus.skipped else FIXED if corpus.notes else KEPT
+    assert outcome == fault.outcome, text
+    expected = (fault.expected,) if isinstance(fault.expected, str) else fault.expected
+    assert any(part in text for part in expected), text
+    if outcome == SKIPPED:
+        assert len(corpus.skipped) == 1 or fault.name in TWO_TURNS
+        assert all(s.utt_id and s.file for s in corpus.skipped)
+    if outcome != REFUSED and fault.source == "audio":
+        check_audio(fault, corpus, pack)
+    if outcome == FIXED:
+        assert re.search(r"\b1\b", text) or "columns not used" in text  # it is counted
+
+
+# a damaged line leaves two traces: the line, and the audio that has no annotation now
+TWO_TURNS = [
+    "two labels", "opening bracket lost", "closing bracket lost", "spaces for tabs",
+    "no speaker in the turn", "turn annotated twice", "turn renamed", "cut off in a line",
+    "lines joined",
+]  # fmt: skip
+
+
+def check_audio(fault, corpus, pack):
+    """The healthy clip is untouched, and what was read of the other is the tone it was made of."""
+    np.testing.assert_allclose(pack.read(0), tone(), atol=1e-4)
+    assert [u.utt_id for u in corpus.utterances] == ["a", "b"][: len(pack.lengths)]
+    if fault.outcome == SKIPPED or "samples" in fault.name:
+        return
+    audio = pack.read(1)
+    assert len(audio) == pytest.approx(SECONDS * SAMPLE_RATE, rel=0.1)
+    spectrum = np.abs(np.fft.rfft(audio[4000:12000] * np.hanning(8000)))[10:]
+    assert (np.argmax(spectrum) + 10) * 2 == 200
+    level = np.sqrt(2 * np.mean(audio[4000:12000] ** 2))
+    quiet_or_loud = ("a silent channel", "float of 1.5", "overdriven", "speech on a constant")
+    assert fault.name in quiet_or_loud or level == pytest.approx(0.3, rel=0.05)
+
+
+def test_the_table_is_as_large_as_promised():
+    assert len(AUDIO) >= 50 and len(FAULTS) - len(AUDIO) >= 25
+    assert len({(fault.source, fault.name) for fault in FAULTS}) == len(FAULTS)
