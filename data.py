@@ -896,7 +896,7 @@ def open_npy(path: Path, ndim: int, width: int | None) -> np.ndarray:
     """Memory-mapped array of `ndim` dimensions, the last one `width` (None: any)."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # np.load would open an .npz, too
-    except (ValueError, OSError, EOFError, OverflowError) as error:
+    except Exception as error:  # whatever tokenize, ast and mmap raise on a damaged header
         raise DataError(f"{path}: not a plain .npy array ({error})") from None
     if array.ndim != ndim or array.dtype.kind not in "fiu" or 0 in array.shape:
         wanted = "(T, D)" if ndim == 2 else "(S,)"

@@ -1,27 +1,30 @@
 """Odd and broken input, each kind made for real, with its outcome: FAULTS is the specification.
 
-    python -m pytest tests/test_input_faults.py             # the table, 30 mutations per format
-    python -m pytest tests/test_input_faults.py -m slow     # 200 mutations per format
+    python -m pytest tests/test_input_faults.py             # the table, 200 mutations per format
+    python -m pytest tests/test_input_faults.py -m slow     # 2,800 more per format
 
 Outcomes: KEPT (odd, but means what it says), FIXED (counted in corpus.notes), SKIPPED (named in
 corpus.skipped with a reason), REFUSED (DataError with file and row, nothing is read). Audio of a
 manifest is skipped where the file is broken and refused where the manifest is.
 """
 
+import ast
 import contextlib
 import csv
 import faulthandler
-import json
 import math
 import multiprocessing
 import os
 import random
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
 import time
+import wave
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -716,3 +719,176 @@ def check_audio(fault, corpus, pack):
 def test_the_table_is_as_large_as_promised():
     assert len(AUDIO) >= 50 and len(FAULTS) - len(AUDIO) >= 25
     assert len({(fault.source, fault.name) for fault in FAULTS}) == len(FAULTS)
+
+
+# ---------------------------------------------------------------- random mutations of valid files
+
+
+def mutated(content, seed):
+    """`content` with one to three random faults: bits, bytes, a cut, an insertion, a swap."""
+    rng = random.Random(seed)
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        at, other = sorted(rng.randrange(len(content)) for _ in range(2))
+        size = rng.randint(1, 40)
+        kind = rng.choice(("bit", "byte", "cut", "insert", "delete", "swap", "repeat"))
+        if kind == "bit":
+            content[at] ^= 1 << rng.randrange(8)
+        elif kind == "byte":
+            content[at] = rng.choice((rng.randrange(256), *b'0",.\n-'))
+        elif kind == "cut":
+            del content[max(1, other) :]
+        elif kind == "insert":
+            content[at:at] = rng.randbytes(size)
+        elif kind == "delete":
+            del content[at : min(at + size, len(content) - 1)]
+        elif kind == "swap":
+            a, b = content[at : at + size], content[other : other + size]
+            content[at : at + size], content[other : other + size] = b, a
+        else:
+            content[at:at] = content[at : at + size]
+    return bytes(content)
+
+
+def fuzz_audio(root, seed, suffix):
+    """Read as it was, or named as changed or unusable; a wav as Python's own reader reads it."""
+    sound(f"whole.{suffix}", samples=tone(seconds=0.5))(root)
+    path = root / f"x.{suffix}"
+    path.write_bytes(mutated((root / f"whole.{suffix}").read_bytes(), seed))
+    samples, reason, changes = data.decode(data.Utterance("u", path, 0.5, 0.5))
+    if reason:
+        assert not len(samples)
+        return "skipped"
+    assert samples.dtype == np.int16 and len(samples) >= data.MIN_SAMPLES
+    if changes:
+        return "fixed"
+    original = soundfile.read(root / f"whole.{suffix}", dtype="int16")[0]
+    if suffix == "wav":
+        with contextlib.suppress(wave.Error, EOFError), wave.open(str(path)) as file:
+            assert (file.getframerate(), file.getnchannels()) == (SAMPLE_RATE, 1)
+            if file.getsampwidth() == 2:
+                there = file.readframes(file.getnframes())
+                there = np.frombuffer(there[: len(there) // 2 * 2], np.int16)
+                np.testing.assert_array_equal(samples, there)
+        assert len(samples) == pytest.approx(len(original), rel=0.12)
+    else:  # these carry checksums
+        assert len(samples) == len(original) and np.abs(samples - original).max() <= 1
+    return "kept"
+
+
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+FUZZ_ROWS = [(f"u{i:02}", f"u{i % 4:02}.wav", f"0.{i + 10}", f"0.{50 - i}") for i in range(16)]
+FUZZ_CSV = "\n".join(
+    ",".join(row) for row in [("utt_id", "path", "valence", "arousal"), *FUZZ_ROWS]
+)
+
+
+def cells_of(line):
+    """The cells of a CSV line without line breaks in cells; None where quotes do not pair."""
+    cells = re.findall(r' *("(?:[^"]|"")*"|[^",][^,]*|)(,|$)', line)
+    if line and "".join("".join(cell) for cell in cells).replace(" ", "") != line.replace(" ", ""):
+        return None
+    cells = [cell for cell, _ in cells]
+    cells = cells if line.endswith(",") or not cells or cells[-1] else cells[:-1]
+    return [re.sub(r'^"(.*)"$', r"\1", cell).replace('""', '"').strip() for cell in cells]
+
+
+def fuzz_csv(root, seed, _):
+    """Each line is read as a strict parser reads it, or the file is refused."""
+    for i in range(4):
+        sound(f"u{i:02}.wav", samples=tone(seconds=0.1))(root)
+    content = mutated(FUZZ_CSV.encode(), seed)
+    (root / "m.csv").write_bytes(content)
+    try:
+        corpus = data.read_corpus(str(root / "m.csv"), None, None)
+    except DataError as error:
+        assert re.search(r"m\.csv|no usable utterance", str(error)), error
+        return "refused"
+    lines = [line for line in re.split("\r\n|\r|\n", content.decode("utf-8-sig")) if line]
+    columns = cells_of(lines[0])
+    expected = {}
+    for line in lines[1:]:
+        row = dict(zip(columns, cells_of(line), strict=True))
+        assert re.fullmatch(NUMBER, row["valence"]) and re.fullmatch(NUMBER, row["arousal"])
+        path = str((root / row["path"]).resolve())
+        expected[row["utt_id"]] = (path, float(row["valence"]), float(row["arousal"]))
+    assert len(expected) == len(lines) - 1  # no line was lost
+    found = {u.utt_id: (str(u.path), u.valence, u.arousal) for u in corpus.utterances}
+    assert found == expected
+    return "kept"
+
+
+def fuzz_iemocap(root, seed, _):
+    """Each turn has the labels of its own line, or is named; none is lost."""
+    dialog = "Ses01F_impro01"
+    folder = root / "Session1" / "sentences" / "wav" / dialog
+    table = root / "Session1" / "dialog" / "EmoEvaluation" / f"{dialog}.txt"
+    turns = [f"{dialog}_{'FM'[i % 2]}{i // 2:03}" for i in range(12)]
+    folder.mkdir(parents=True)
+    table.parent.mkdir(parents=True)
+    text = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
+    for i, turn in enumerate(turns):
+        sound(f"{turn}.wav", samples=tone(seconds=0.05))(folder)
+        text += f"[{i}.5000 - {i}.9000]\t{turn}\tneu\t[2.{i + 10}00, 3.{i + 10}00, 2.5000]\n"
+        text += "C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
+    table.write_bytes(mutated(text.encode(), seed))
+    try:
+        corpus = data.read_corpus("iemocap", str(root), None)
+    except DataError as error:
+        assert "no usable utterance" in str(error)
+        return "refused"
+    lines = table.read_text("utf-8", errors="replace").splitlines()
+    for u in corpus.utterances:
+        own = [line for line in lines if re.search(rf"\t{re.escape(u.utt_id)}\t", line)]
+        labels = re.fullmatch(rf".*\t\w+\t\[({NUMBER}), ({NUMBER}), .+\]\s*", own[0]).groups()
+        assert [u.valence, u.arousal] == [min(5, max(1, float(x))) for x in labels]
+    named = {u.utt_id for u in corpus.utterances} | {s.utt_id for s in corpus.skipped}
+    assert set(turns) <= named
+    return "skipped" if corpus.skipped else "kept"
+
+
+def fuzz_npy(root, seed, _):
+    """The array that the bytes say, or refused."""
+    np.save(root / "whole.npy", np.arange(120, dtype=np.float32).reshape(20, 6))
+    content = mutated((root / "whole.npy").read_bytes(), seed)
+    (root / "u.npy").write_bytes(content)
+    sound("u.wav")(root)
+    corpus = data.Corpus("c", root, (0, 1), [data.Utterance("u", root / "u.wav", 0.5, 0.5)])
+    try:
+        features = data.FrameFeatures(corpus, root)
+        frames = features.read(0)
+    except DataError as error:
+        assert "u.npy" in str(error)
+        return "refused"
+    size = 10 + struct.unpack("<H", content[8:10])[0]
+    says = ast.literal_eval(content[10:size].decode().strip())
+    there = np.frombuffer(content[size:], says["descr"], math.prod(says["shape"]))
+    there = there.reshape(says["shape"], order="F" if says["fortran_order"] else "C")
+    np.testing.assert_array_equal(frames, there.astype(np.float32))
+    assert features.dim == frames.shape[1] and features.lengths.tolist() == [len(frames)]
+    return "kept"
+
+
+FUZZERS = {
+    "wav": fuzz_audio, "flac": fuzz_audio, "ogg": fuzz_audio, "csv": fuzz_csv,
+    "iemocap": fuzz_iemocap, "npy": fuzz_npy,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(200), pytest.param(range(200, 3000), marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize("kind", FUZZERS)
+def test_random_mutations_never_crash_hang_or_give_a_wrong_label(tmp_path, kind, seeds):
+    outcomes = Counter()
+    for seed in seeds:
+        root = tmp_path / str(seed)
+        root.mkdir()
+        start = time.monotonic()
+        try:
+            outcomes[FUZZERS[kind](root, seed, kind)] += 1
+        except Exception as error:
+            raise AssertionError(f"{kind}, seed {seed} in {root}") from error
+        assert time.monotonic() - start < 10
+        shutil.rmtree(root)
+    assert outcomes["skipped"] + outcomes["refused"] >= len(seeds) / 4, outcomes
