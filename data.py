@@ -22,6 +22,7 @@ import csv
 import dataclasses
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -172,7 +173,13 @@ def build_cache(target: Path, fill: Callable[[Path], object]) -> Path:
 
 def cached_array(target: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
     """The array that `build` returns, from the cache if it is there."""
-    build_cache(target, lambda aside: np.save(aside / "values.npy", build()))
+
+    def fill(aside: Path) -> None:
+        content = io.BytesIO()  # np.save into a file does not see every failed write
+        np.save(content, build())
+        (aside / "values.npy").write_bytes(content.getvalue())
+
+    build_cache(target, fill)
     return np.load(target / "values.npy", allow_pickle=False)
 
 
@@ -1398,7 +1405,9 @@ def write_demo(root: Path) -> None:
             utt_id = f"{dialog}_{letter}{numbers[letter]:03d}"
             numbers[letter] += 1
             audio = synthesise(demo_voice(session, letter), valence, arousal, seconds, rng)
-            soundfile.write(wavs / f"{utt_id}.wav", audio, SAMPLE_RATE, subtype="PCM_16")
+            wav = io.BytesIO()  # soundfile's own writing does not say that a disk is full
+            soundfile.write(wav, audio, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+            (wavs / f"{utt_id}.wav").write_bytes(wav.getvalue())
             raters = rng.choice([2, 3], p=[0.7, 0.3])
             truth = 3 + 1.8 * np.array([valence, arousal, 0.6 * arousal + 0.2 * valence])
             votes = np.round(truth + 0.5 * rng.standard_normal((raters, 3))).clip(1, 5)
@@ -1593,6 +1602,6 @@ if __name__ == "__main__":
     args = parse_args()
     try:
         args.command(args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         sys.exit(2)

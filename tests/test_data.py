@@ -4,7 +4,6 @@ Odd and broken input is in test_input_faults.py.
 """
 
 import json
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -433,41 +432,6 @@ def test_more_than_five_percent_unusable_files_are_an_error(tmp_path):
         damage(u.path, "text")
     with pytest.raises(DataError, match=r"2 of 24 utterances cannot be used, more than 5 %"):
         data.load_audio(corpus, tmp_path / "cache")
-
-
-def test_a_damaged_pack_is_refused(tmp_path):
-    corpus = corpus_of(tmp_path, [0.2] * 3)
-    _, pack = data.load_audio(corpus, tmp_path / "cache")
-    with open(pack.directory / "samples.i16", "ab") as file:
-        file.write(b"x")
-    with pytest.raises(DataError, match="is damaged: delete it"):
-        data.load_audio(corpus, tmp_path / "cache")
-
-
-def build_pack_in_child(csv, cache, unlocked, key_file):
-    if unlocked:  # as on a network disk where locks do nothing
-        data.fcntl.flock = lambda *_: None
-    pack = data.load_audio(data.read_corpus(csv, None, None), cache)[1]
-    Path(key_file).write_text(f"{pack.key} {sum(pack.read(r).sum() for r in range(60)):.6f}")
-
-
-@pytest.mark.parametrize("unlocked", [False, True])
-def test_two_processes_that_build_one_cache_end_with_one_valid_cache(tmp_path, unlocked):
-    corpus_of(tmp_path, [0.3] * 60)
-    cache = tmp_path / "cache"
-    fork = multiprocessing.get_context("fork")
-    children = []
-    for i in range(2):
-        args = (str(tmp_path / "c.csv"), str(cache), unlocked, str(tmp_path / f"key{i}"))
-        children.append(fork.Process(target=build_pack_in_child, args=args))
-        children[-1].start()
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
-    assert (tmp_path / "key0").read_text() == (tmp_path / "key1").read_text()
-    assert [p.name for p in cache.iterdir() if not p.name.endswith(".lock")] == [
-        f"audio-{(tmp_path / 'key0').read_text().split()[0]}"
-    ]
 
 
 def test_nothing_is_left_of_a_cache_whose_building_failed(tmp_path):

@@ -892,3 +892,178 @@ def test_random_mutations_never_crash_hang_or_give_a_wrong_label(tmp_path, kind,
         assert time.monotonic() - start < 10
         shutil.rmtree(root)
     assert outcomes["skipped"] + outcomes["refused"] >= len(seeds) / 4, outcomes
+
+
+# ---------------------------------------------------------------- caches
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Path of a CSV of 12 clips of 0.4 s."""
+    root = tmp_path_factory.mktemp("clips")
+    rows = [("utt_id", "path", "valence", "arousal", "session")]
+    for i in range(12):
+        samples = tone(seconds=0.4) * (i + 1) / 12
+        sound(f"u{i:02}.wav", samples=samples)(root)
+        rows.append((f"u{i:02}", f"u{i:02}.wav", i / 12, 1 - i / 12, f"s{i % 3}"))
+    return Path(manifest(root, *rows))
+
+
+def hidden_states(pack, cache):
+    """Stands for a frozen encoder: a row's states are its own samples."""
+
+    def compute():
+        for row in reversed(range(len(pack.lengths))):
+            yield row, pack.read(row)[:600].reshape(10, 3, 20)
+
+    return data.HiddenStates(pack.key, cache, compute, pooled=False)
+
+
+def all_caches(path, cache):
+    """{cache: array of all that is read from it}; fills those that are missing."""
+    corpus, pack = data.load_audio(data.read_corpus(str(path), None, None), cache)
+    rows = range(len(pack.lengths))
+    hidden = hidden_states(pack, cache)
+    return {
+        "audio": np.stack([pack.read(row) for row in rows]),
+        "egemaps": data.egemaps(corpus, pack, cache),
+        "hidden": np.stack([hidden.read(row) for row in rows]),
+    }
+
+
+def fill_in_child(path, cache, start, unlocked, out):
+    if unlocked:  # as on a network disk where locks do nothing
+        data.fcntl.flock = lambda *_: None
+    start.wait()
+    np.savez(out, **all_caches(path, cache))
+
+
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_processes_that_fill_one_cache_at_once_all_read_what_one_alone_writes(
+    clips, tmp_path, unlocked
+):
+    pytest.importorskip("opensmile")
+    alone = all_caches(clips, tmp_path / "alone")
+    fork = multiprocessing.get_context("fork")
+    for attempt in range(3):
+        cache, start = tmp_path / f"cache{attempt}", fork.Barrier(3)
+        outs = [tmp_path / f"{attempt}-{i}.npz" for i in range(3)]
+        children = [
+            fork.Process(target=fill_in_child, args=(clips, cache, start, unlocked, out))
+            for out in outs
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+            assert child.exitcode == 0
+        for out in outs:
+            with np.load(out) as found:
+                for name, array in alone.items():
+                    np.testing.assert_array_equal(found[name], array)
+        left = {p.name.split("-")[0] for p in cache.iterdir() if not p.name.endswith(".lock")}
+        assert left == {"audio", "egemaps", "hidden"}
+
+
+def flip(path, seed):
+    content = bytearray(path.read_bytes())
+    content[random.Random(seed).randrange(len(content))] ^= 1 << seed % 8
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut off": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "one byte more": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": Path.unlink,
+    **{f"flipped bit {seed}": lambda path, seed=seed: flip(path, seed) for seed in range(5)},
+}
+
+
+def test_a_cache_that_was_damaged_afterwards_is_refused_whichever_file_and_damage(clips, tmp_path):
+    pytest.importorskip("opensmile")
+    intact = all_caches(clips, tmp_path / "whole")
+    files = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").glob("*/*")]
+    assert {p.name for p in files} == {
+        "samples.i16", "values.npy", "values.f16", "index.json", "seals.json"
+    }  # fmt: skip
+    for file in files:
+        for name, damage in DAMAGES.items():
+            shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+            damage(tmp_path / "copy" / file)
+            with pytest.raises(DataError, match="is damaged: delete it") as error:
+                all_caches(clips, tmp_path / "copy")
+            assert str(file.parent) in str(error.value), name
+            shutil.rmtree(tmp_path / "copy" / file.parent)  # what the message says
+            again = all_caches(clips, tmp_path / "copy")
+            for cache, array in intact.items():
+                np.testing.assert_array_equal(again[cache], array)
+            shutil.rmtree(tmp_path / "copy")
+
+
+CHILD = """
+import sys, test_input_faults as t
+from pathlib import Path
+try:
+    t.all_caches(Path(sys.argv[1]), sys.argv[2])
+except t.DataError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def full_disk(command, cache, size):
+    """Runs the command where files end at `size` bytes; the write that would exceed it fails."""
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=REPO / "tests",
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+
+
+@pytest.mark.parametrize("size", [0, 3_000, 20_000])
+def test_a_write_that_fails_in_a_cache_is_one_line_and_leaves_nothing_half_written(
+    clips, tmp_path, size
+):
+    cache = tmp_path / "cache"
+    if size == 3_000:  # the pack is there; eGeMAPS, 4,352 bytes, does not fit
+        pytest.importorskip("opensmile")
+        data.load_audio(data.read_corpus(str(clips), None, None), cache)
+    there = sorted(cache.iterdir()) if cache.exists() else []
+    done = full_disk([sys.executable, "-c", CHILD, str(clips), str(cache)], cache, size)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: --cache_dir {cache}: ") and "make room there" in last
+    assert "cannot be written (File too large)" in last
+    assert [p for p in sorted(cache.iterdir()) if not p.name.endswith(".lock")] == [
+        p for p in there if not p.name.endswith(".lock")
+    ]
+    assert len(all_caches(clips, cache)["audio"]) == 12  # with room it goes on
+
+
+def can_mount():
+    return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="needs user namespaces")
+@pytest.mark.parametrize("corpus", ["clips", "demo"])
+def test_a_full_disk_is_one_line_that_names_cache_dir(clips, tmp_path, corpus):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    command = [sys.executable, str(REPO / "data.py"), "--cache_dir", str(cache), "--data"]
+    command.append("demo" if corpus == "demo" else str(clips))
+    mount = 'mount -t tmpfs -o size=96k none "$0" && "$@"; code=$?; ls -A "$0" >&2; exit $code'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount, str(cache), *command],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith(f"data.py: error: --cache_dir {cache}: ")
+    assert "No space left on device" in lines[0]
+    assert all(name.startswith(".") and name.endswith(".lock") for name in lines[1:])
