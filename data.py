@@ -224,7 +224,7 @@ def read_corpus(
         else:
             raise DataError(f"--data {data}: not one of demo, iemocap, msp_podcast, or a .csv file")
     except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{error.filename or data}: cannot be read ({error.strerror})") from None
     if not corpus.utterances:
         reasons = "; ".join(f"{s.utt_id}: {s.reason}" for s in corpus.skipped[:3])
         raise DataError(f"{corpus.root}: no usable utterance ({reasons or 'nothing found'})")
@@ -583,13 +583,15 @@ def check_header(log: str) -> tuple[float, str, list[str]]:
     if says > 2**31 - 2**20:  # written into a pipe: its length was not known yet
         notes.append("no length in its header, kept")
         says = has
-    wav = {name: int(n) for name, n in re.findall(r"^  (\w[\w /]+?) +: (\d+)", log, re.MULTILINE)}
-    if "=> WAVE_FORMAT_PCM" in log:
-        frame = wav["Channels"] * math.ceil(wav["Bit Width"] / 8)
-        if wav["Block Align"] != frame:
-            fault = f"{wav['Block Align']} or {frame} bytes per frame"
-            return 1.0, f"header contradicts itself ({fault})", []
-        if wav["Bytes/sec"] != wav["Sample Rate"] * frame:
+    names = ("Channels", "Sample Rate", "Block Align", "Bit Width", "Bytes/sec")
+    lines = "".join(rf"  {name} +: (\d+).*\n" for name in names)
+    wav = re.search(r"=> WAVE_FORMAT_PCM\n" + lines, log)
+    if wav:
+        channels, rate, align, bits, bytes_per_second = map(int, wav.groups())
+        frame = channels * math.ceil(bits / 8)
+        if align != frame:
+            return 1.0, f"header contradicts itself ({align} or {frame} bytes per frame)", []
+        if bytes_per_second != rate * frame:
             notes.append("header contradicts itself on bytes per second, kept")
     return says / max(has, 1), "", notes
 
@@ -604,7 +606,8 @@ def decode(u: Utterance) -> tuple[np.ndarray, str, list[str]]:
             return nothing, "no permission to read it", []
         with soundfile.SoundFile(u.path) as file:
             rate, frames = file.samplerate, file.frames
-            promised, reason, changes = check_header(file.extra_info)
+            log = file.extra_info[len(f"File : {u.path}") :]  # a name could hold anything
+            promised, reason, changes = check_header(log)
             if not RATES[0] <= rate <= RATES[1]:
                 reason = f"sample rate outside {RATES[0]}..{RATES[1]} Hz ({rate})"
             first = round(u.start * rate)

@@ -187,6 +187,7 @@ AUDIO = [
     ("upper-case suffix", sound("X.WAV"), KEPT, ""),
     ("no suffix", sound("x", format="WAV"), KEPT, ""),
     *((f"name {name}", sound(name), KEPT, "") for name in NAMES),
+    ("name like a header", sound("=> WAVE_FORMAT_PCM data : 9 (should be 1).flac"), KEPT, ""),
     ("speech on a constant", sound(samples=tone() + 0.2), KEPT, ""),
     ("one byte too many", header(tail=b"x"), KEPT, ""),
     ("broken chunk after the samples", header(tail=b"LIST\xff\xff\0\0junk"), KEPT, ""),
