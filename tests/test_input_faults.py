@@ -722,6 +722,46 @@ def test_the_table_is_as_large_as_promised():
     assert len({(fault.source, fault.name) for fault in FAULTS}) == len(FAULTS)
 
 
+# ---------------------------------------------------------------- what was skipped
+
+
+def test_skipped_csv_survives_any_name(tmp_path):
+    skipped = [
+        data.Skipped("a\nb", 'c"d,e.wav', "samples missing (50 %)"),
+        data.Skipped("\udcff", "语.wav", "not a file"),
+    ]
+    corpus = data.Corpus("c", tmp_path, (0, 1), [], skipped)
+    data.write_skipped(tmp_path / "skipped.csv", corpus)
+    with open(tmp_path / "skipped.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["utt_id", "file", "reason"],
+        ["a\nb", 'c"d,e.wav', "samples missing (50 %)"],
+        ["\\udcff", "语.wav", "not a file"],
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["skipped.csv"]
+    assert list(data.skipped_by_kind(corpus)) == ["samples missing", "not a file"]
+
+
+def test_too_many_skipped_utterances_are_an_error_wherever_they_were_lost(tmp_path):
+    """Annotation lines count like audio files, and the way to see all of them is named."""
+    (tmp_path / "tree").mkdir()
+    folder = annotation("[2.5000", "[nan")(tmp_path / "tree")
+    corpus = data.read_corpus("iemocap", str(tmp_path / "tree"), None)
+    fault = r"iemocap: 1 of 3 utterances cannot be used, more than 5 % \(.*not a number\)"
+    with pytest.raises(DataError, match=fault):
+        data.load_audio(corpus, tmp_path / "cache")
+    (folder / f"{SECOND}.wav").write_bytes(b"")
+    command = [sys.executable, str(REPO / "data.py"), "--data", "iemocap"]
+    command += ["--data_dir", str(tmp_path / "tree"), "--cache_dir", str(tmp_path / "cache")]
+    command += ["--skipped", str(tmp_path / "skipped.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "2 of 3" in done.stderr and "--skipped" in done.stderr
+    rows = (tmp_path / "skipped.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["utt_id", FIRST, SECOND]
+
+
 # ---------------------------------------------------------------- random mutations of valid files
 
 

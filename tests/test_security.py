@@ -233,6 +233,7 @@ def test_hostile_names_are_names_and_nothing_else(tmp_path, train_flags):
     done = run(tmp_path, "train.py", *flags)
     assert done.returncode == 0, done.stderr
     checkpoint = tmp_path / "runs" / "; touch pwned" / "fold1"
+    assert (checkpoint / "skipped.csv").read_text() == "utt_id,file,reason\n"
     done = run(tmp_path, "predict.py", "--checkpoint", checkpoint, "audio", "--out", "out.csv")
     assert done.returncode == 0, done.stderr
     done = run(tmp_path, "report.py", "runs/; touch pwned")
