@@ -295,8 +295,8 @@ def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemo
             match = turn_line.fullmatch(line)
             letters = turn_name.findall(match[3]) if match else []
             if not letters:
-                name = f"{path.name} row {row}"
-                corpus.skipped.append(Skipped(name, str(path), "annotation not understood"))
+                where = f"{path.name} row {row}"
+                corpus.skipped.append(Skipped(where, str(path), "annotation not understood"))
                 continue
             utt_id, gender = match[3], letters[-1]  # not the letter of the prefix
             wav = root / session / "sentences" / "wav" / dialog / f"{utt_id}.wav"
@@ -372,6 +372,7 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
     splits |= {"test2": "test2", "test3": "test3"}
     for row, cells in read_table(tables[0], ("FileName", "EmoAct", "EmoVal", "Split_Set")):
         name, split = cells["FileName"], splits.get(cells["Split_Set"].lower())
+        utt_id = Path(name).stem or f"row {row}"
         if split is None:
             fault = f"Split_Set {cells['Split_Set']!r} is none of {', '.join(splits)}"
             raise DataError(f"{tables[0].name} row {row}: {fault}")
@@ -389,10 +390,8 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
             reason = "audio file missing"
         seen.add(name)
         if reason:
-            utt_id = Path(name).stem or f"row {row}"
             corpus.skipped.append(Skipped(utt_id, str(folders[0] / name), reason))
             continue
-        utt_id = Path(name).stem
         podcast = re.match(r"MSP-PODCAST_\d+", name)  # its parts are in time order
         u = Utterance(utt_id, folders[0] / name, valence, arousal, split=split)
         who = {"speaker": cells.get("SpkrID", ""), "gender": cells.get("Gender", "")}
@@ -469,8 +468,8 @@ def read_csv(
         if "session" in cells and not cells["session"]:
             refuse("session is empty")
         ignored |= cells.keys() - known
-        if not 0 <= start < min(end, 1e6):
-            refuse(f"start {start:g} and end {end:g} must satisfy 0 <= start < end, in seconds")
+        if not 0 <= start < min(end, 1e6) or 1e6 < end < math.inf:
+            refuse(f"start {start:g} and end {end:g} must satisfy 0 <= start < end, in s")
         u = Utterance(utt_id, audio, valence, arousal, start, None if end == math.inf else end)
         names = {c: cells[c] for c in ("session", "speaker", "gender", "emotion") if c in cells}
         names.setdefault("session", cells.get("speaker", ""))  # none: a session per speaker

@@ -294,7 +294,8 @@ AUDIO = [
     ("end before start", times("0.5", "0.2"), REFUSED, "start 0.5 and end 0.2"),
     ("negative start", times("-1", ""), REFUSED, "start -1"),
     ("start of NaN", times("nan", ""), REFUSED, "start 'nan' is not a number"),
-    ("end of 1e300", times("1e290", "1e300"), REFUSED, "start 1e+290"),
+    ("start of 1e290", times("1e290", "1e300"), REFUSED, "start 1e+290"),
+    ("end of 1e308", times("0", "1e308"), REFUSED, "end 1e+308"),
 ]
 
 # ---------------------------------------------------------------- manifests: text of the CSV
@@ -715,6 +716,15 @@ def check_audio(fault, corpus, pack):
     level = np.sqrt(2 * np.mean(audio[4000:12000] ** 2))
     quiet_or_loud = ("a silent channel", "float of 1.5", "overdriven", "speech on a constant")
     assert fault.name in quiet_or_loud or level == pytest.approx(0.3, rel=0.05)
+
+
+def test_a_name_that_is_not_utf_8_is_skipped_and_can_be_written_to_a_log(tmp_path):
+    """Found in a folder only: a manifest is UTF-8."""
+    path = tmp_path / os.fsdecode(b"x\xff.wav")
+    sound("x.wav")(tmp_path)
+    (tmp_path / "x.wav").rename(path)
+    _, reason, _ = data.decode(data.Utterance("u", path, 0.5, 0.5))
+    assert reason.startswith("cannot be decoded") and reason.encode()
 
 
 def test_the_table_is_as_large_as_promised():
