@@ -936,13 +936,14 @@ def test_random_mutations_never_crash_hang_or_give_a_wrong_label(tmp_path, kind,
         root = tmp_path / str(seed)
         root.mkdir()
         start = time.monotonic()
+        faulthandler.dump_traceback_later(60, exit=True)  # for this mutation alone
         try:
             outcomes[FUZZERS[kind](root, seed, kind)] += 1
         except Exception as error:
             raise AssertionError(f"{kind}, seed {seed} in {root}") from error
         assert time.monotonic() - start < 10
         shutil.rmtree(root)
-    assert outcomes["skipped"] + outcomes["refused"] >= len(seeds) / 4, outcomes
+    assert outcomes["skipped"] + outcomes["refused"] >= len(seeds) / 10, outcomes
 
 
 # ---------------------------------------------------------------- caches
