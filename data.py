@@ -9,6 +9,7 @@
 The way of the data: read_corpus -> load_audio -> make_splits -> Batches + TrainPlan / eval_plan.
 Caches live in --cache_dir, each under a key of what it was made from, so none is ever stale; a
 directory that starts with a dot there is left over from a killed process and may be deleted.
+What happens to each kind of odd input is one table: tests/test_input_faults.py.
 Not done here: face detection, voice activity detection, downloading of corpora.
 
 References: IEMOCAP (Busso et al. 2008), MSP-Podcast (Lotfian & Busso 2019), eGeMAPS (Eyben et al.
@@ -21,6 +22,7 @@ import csv
 import dataclasses
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -35,6 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -46,6 +49,10 @@ SAMPLE_RATE = 16_000
 FRAME_RATE = 50  # frames per second of frozen features, as far as seconds are derived from them
 MIN_SAMPLES = 400  # WavLM's CNN needs this many; shorter clips are zero-padded to it
 MAX_CLIP_SECONDS = 600  # longer is taken for a forgotten start/end, not for an utterance [guess]
+RATES = (4_000, 384_000)  # Hz; a header that says anything else is taken for a damaged one [guess]
+MOST_MISSING = 0.1  # of a clip's samples; with more lost, its label may belong to the rest [guess]
+MOST_SKIPPED = 0.05  # of a corpus' utterances; with more left out, it is not the corpus [guess]
+SEALED_BYTES = 2**26  # cached files up to this size are hashed when opened, larger ones measured
 EVAL_SECONDS = 64  # padded seconds per evaluation batch; fixed, so that results do not move
 SPLITS = ("train", "dev", "test")
 CORES = len(os.sched_getaffinity(0))
@@ -74,6 +81,14 @@ class Utterance:
     onset: float = 0.0  # place of the turn in its dialogue; only sorts
 
 
+class Skipped(NamedTuple):
+    """One utterance that was left out."""
+
+    utt_id: str
+    file: str
+    reason: str
+
+
 @dataclass
 class Corpus:
     """All utterances, sorted by (dialog, onset, utt_id): a dialogue's rows are its turns."""
@@ -82,8 +97,8 @@ class Corpus:
     root: Path
     label_range: tuple[float, float]
     utterances: list[Utterance]
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (what, why)
-    notes: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was changed or ignored, with counts
     seconds: np.ndarray | None = None  # (N,) durations, known after load_audio
 
     def labels(self, targets: Sequence[str]) -> np.ndarray:
@@ -100,36 +115,71 @@ def build_dir(target: Path, fill: Callable[[Path], object]) -> Path:
     """`target`, filled by `fill(directory)` if it did not exist; never visible half-written.
 
     The lock only avoids double work (flock does nothing on some network disks); what keeps the
-    cache whole is the rename. Where two processes build, the first rename wins.
+    cache whole is the rename. Where two processes build, the first rename wins. DataError when
+    the disk is full or cannot be written.
     """
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(f".{target.name}.lock"), "w") as lock:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
         if target.exists():
             return target
-        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        aside.mkdir()
-        try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.with_name(f".{target.name}.lock"), "w") as lock:
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if target.exists():
+                return target
+            aside.mkdir()
             fill(aside)
             for path in [*aside.rglob("*"), aside]:
                 handle = os.open(path, os.O_RDONLY)
                 os.fsync(handle)
                 os.close(handle)
             os.rename(aside, target)
-        except OSError:
-            if not target.exists():
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        if not os.path.isdir(target):
+            raise DataError(
+                f"--cache_dir {target.parent}: {target.name} cannot be written "
+                f"({error.strerror or error}): make room there, or set another --cache_dir"
+            ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def seal(path: Path) -> list:
+    """[bytes, hash] of a file; the hash only up to SEALED_BYTES, more would take long to read."""
+    size = path.stat().st_size
+    return [size, hashlib.sha256(path.read_bytes()).hexdigest() if size <= SEALED_BYTES else ""]
+
+
+def build_cache(target: Path, fill: Callable[[Path], object]) -> Path:
+    """build_dir with a seal on each file. DataError when one was damaged since it was written."""
+
+    def fill_and_seal(aside: Path) -> None:
+        fill(aside)
+        seals = {path.name: seal(path) for path in aside.iterdir()}
+        (aside / "seals.json").write_text(json.dumps(seals))
+
+    build_dir(target, fill_and_seal)
+    try:
+        seals = json.loads((target / "seals.json").read_text())
+        whole = seals == {name: seal(target / name) for name in seals}
+    except (OSError, ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise DataError(f"{target} is damaged: delete it, it is built again")
     return target
 
 
 def cached_array(target: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
     """The array that `build` returns, from the cache if it is there."""
-    build_dir(target, lambda aside: np.save(aside / "values.npy", build()))
+
+    def fill(aside: Path) -> None:
+        content = io.BytesIO()  # np.save into a file does not see every failed write
+        np.save(content, build())
+        (aside / "values.npy").write_bytes(content.getvalue())
+
+    build_cache(target, fill)
     return np.load(target / "values.npy", allow_pickle=False)
 
 
@@ -162,18 +212,21 @@ def read_corpus(
         raise DataError(f"--data {data} needs --data_dir, the folder of your licensed copy")
     if data_dir and not Path(data_dir).is_dir():
         raise DataError(f"--data_dir {data_dir} is not a directory")
-    if data == "demo":
-        corpus = read_iemocap(demo_corpus(Path(cache_dir)), label_range or (1.0, 5.0), "demo")
-    elif data == "iemocap":
-        corpus = read_iemocap(Path(data_dir), label_range or (1.0, 5.0))
-    elif data == "msp_podcast":
-        corpus = read_msp_podcast(Path(data_dir), label_range or (1.0, 7.0))
-    elif data.endswith(".csv"):
-        corpus = read_csv(Path(data), Path(data_dir) if data_dir else None, label_range)
-    else:
-        raise DataError(f"--data {data}: not one of demo, iemocap, msp_podcast, or a .csv file")
+    try:
+        if data == "demo":
+            corpus = read_iemocap(demo_corpus(Path(cache_dir)), label_range or (1.0, 5.0), "demo")
+        elif data == "iemocap":
+            corpus = read_iemocap(Path(data_dir), label_range or (1.0, 5.0))
+        elif data == "msp_podcast":
+            corpus = read_msp_podcast(Path(data_dir), label_range or (1.0, 7.0))
+        elif data.endswith(".csv"):
+            corpus = read_csv(Path(data), Path(data_dir) if data_dir else None, label_range)
+        else:
+            raise DataError(f"--data {data}: not one of demo, iemocap, msp_podcast, or a .csv file")
+    except OSError as error:
+        raise DataError(f"{error.filename or data}: cannot be read ({error.strerror})") from None
     if not corpus.utterances:
-        reasons = "; ".join(f"{what}: {why}" for what, why in corpus.skipped[:3])
+        reasons = "; ".join(f"{s.utt_id}: {s.reason}" for s in corpus.skipped[:3])
         raise DataError(f"{corpus.root}: no usable utterance ({reasons or 'nothing found'})")
     unknown = sum(not known_speaker(u) for u in corpus.utterances)
     if unknown:
@@ -188,23 +241,29 @@ def known_speaker(u: Utterance) -> bool:
 
 
 def to_float(text: str) -> float:
-    """The number, or NaN where it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    """The number, or NaN where it is none; unlike float() without 1_5, inf and other alphabets."""
+    number = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text)
+    return float(text) if number else math.nan
 
 
 def clip_labels(corpus: Corpus) -> None:
-    """Clip published labels that leave the nominal range, and note each value with its count."""
+    """Clip published labels that leave the nominal range, and note each value with its count.
+
+    IEMOCAP has 5.5 and 0.5. Further out than a quarter of the range is no rating but a damaged
+    number: the utterance is skipped.
+    """
     lo, hi = corpus.label_range
-    outside = Counter[float]()
-    for i, u in enumerate(corpus.utterances):
+    margin, outside, kept = (hi - lo) / 4, Counter[float](), []
+    for u in corpus.utterances:
         wrong = [x for x in (u.valence, u.arousal) if not lo <= x <= hi]
-        if wrong:
-            outside.update(wrong)
-            valence, arousal = np.clip([u.valence, u.arousal], lo, hi).tolist()
-            corpus.utterances[i] = dataclasses.replace(u, valence=valence, arousal=arousal)
+        if any(not lo - margin <= x <= hi + margin for x in wrong):
+            reason = f"label far outside {lo:g}..{hi:g} ({wrong[0]:g})"
+            corpus.skipped.append(Skipped(u.utt_id, str(u.path), reason))
+            continue
+        outside.update(wrong)
+        valence, arousal = np.clip([u.valence, u.arousal], lo, hi).tolist()
+        kept.append(dataclasses.replace(u, valence=valence, arousal=arousal) if wrong else u)
+    corpus.utterances = kept
     corpus.notes += [
         f"label {value:g} outside {lo:g}..{hi:g} clipped: {n} utterances"
         for value, n in sorted(outside.items())
@@ -224,53 +283,73 @@ def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemo
     ]
     if not files:
         raise DataError(f"{root}: no Session*/dialog/EmoEvaluation/*.txt (set --data_dir)")
-    turn_line = re.compile(r"\[([\d.]+) - ([\d.]+)\]\t([\w.-]+)\t(\w+)\t\[(.+), (.+), (.+)\]")
+    turn_line = re.compile(r"\[([\d.]+) - ([\d.]+)\]\t([\w.-]+)\t(\w+)\t\[(.+), (.+), (.+)\]\s*")
+    turn_name = re.compile(r"_([FM])\d{3}")
     seen = set()
     for path in files:
         session, dialog = path.parents[2].name, path.stem
         for row, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
-            if not line.startswith("["):  # header, blank, or one evaluator's C-/A- line
+            # neither a turn nor a damaged one: header, blank, or an evaluator's C-/A- line
+            if not line.startswith("[") and not turn_name.search(line):
                 continue
-            match = turn_line.match(line)
-            speaker = re.findall(r"_([FM])\d{3}", match[3]) if match else []
-            if not speaker:
-                corpus.skipped.append((f"{path.name} row {row}", "annotation not understood"))
+            match = turn_line.fullmatch(line)
+            letters = turn_name.findall(match[3]) if match else []
+            if not letters:
+                where = f"{path.name} row {row}"
+                corpus.skipped.append(Skipped(where, str(path), "annotation not understood"))
                 continue
-            utt_id, gender = match[3], speaker[-1]  # not the letter of the prefix
+            utt_id, gender = match[3], letters[-1]  # not the letter of the prefix
             wav = root / session / "sentences" / "wav" / dialog / f"{utt_id}.wav"
-            onset, valence, arousal = map(to_float, (match[1], match[5], match[6]))
+            onset, end, valence, arousal = map(to_float, (match[1], match[2], match[5], match[6]))
+            reason = ""
             if utt_id in seen:
-                corpus.skipped.append((utt_id, "annotated twice, first one kept"))
-            elif not math.isfinite(onset + valence + arousal):
-                corpus.skipped.append((utt_id, "label is not a number"))
+                reason = "annotated twice, first one kept"
+            elif not math.isfinite(onset + end + valence + arousal):
+                reason = "label or time is not a number"
             elif not wav.is_file():
-                corpus.skipped.append((utt_id, "audio file missing"))
-            else:
-                u = Utterance(utt_id, wav, valence, arousal, session=session, dialog=dialog)
-                speaker = f"Ses{re.sub('[^0-9]', '', session).zfill(2)}{gender}"
-                who = {"speaker": speaker, "gender": gender, "emotion": match[4], "onset": onset}
-                corpus.utterances.append(dataclasses.replace(u, **who))
+                reason = "audio file missing"
             seen.add(utt_id)
+            if reason:
+                corpus.skipped.append(Skipped(utt_id, str(wav), reason))
+                continue
+            u = Utterance(utt_id, wav, valence, arousal, session=session, dialog=dialog)
+            speaker = f"Ses{re.sub('[^0-9]', '', session).zfill(2)}{gender}"
+            who = {"speaker": speaker, "gender": gender, "emotion": match[4], "onset": onset}
+            corpus.utterances.append(dataclasses.replace(u, **who))
+    for wav in sorted(root.glob("Session*/sentences/wav/*/*.wav")):
+        if wav.stem not in seen and not wav.name.startswith("._"):
+            corpus.skipped.append(Skipped(wav.stem, str(wav), "no annotation"))
     clip_labels(corpus)
     return corpus
 
 
 def read_table(path: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(row, cells by column) per line of a CSV; row is the line number in the file, header = 1."""
+    """(row, cells by column) per line of a CSV; row is the line number in the file, header = 1.
+
+    Strict, because a stray quote or a cut-off file would otherwise swallow rows in silence.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="", skipinitialspace=True)
+            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
             columns = reader.fieldnames = [c.strip() for c in reader.fieldnames or []]
-            for column in required:
-                if columns.count(column) != 1:
-                    fault = "is missing" if column not in columns else "occurs twice"
-                    found = ", ".join(columns) or "none"
-                    raise DataError(f"{path.name}: column {column} {fault} (found: {found})")
+            twice = [column for column, n in Counter(columns).items() if n > 1 and column]
+            missing = [column for column in required if column not in columns]
+            for column in twice + missing:
+                fault = "occurs twice" if column in twice else "is missing"
+                found = ", ".join(columns) or "none"
+                raise DataError(f"{path.name}: column {column} {fault} (found: {found})")
             for cells in reader:
+                row = f"{path.name} row {reader.line_num}"
                 if None in cells:
                     fault = f"more cells than columns ({len(columns)}); quote cells with a comma"
-                    raise DataError(f"{path.name} row {reader.line_num}: {fault}")
-                yield reader.line_num, {c: value.strip() for c, value in cells.items()}
+                    raise DataError(f"{row}: {fault}")
+                if None in cells.values():
+                    raise DataError(f"{row}: fewer cells than columns ({len(columns)})")
+                for column, text in cells.items():
+                    if re.search(r"[\x00-\x1f\x7f]", text):
+                        fault = "holds a line break or control character (a stray quote?)"
+                        raise DataError(f"{row}: column {column} {fault}")
+                yield reader.line_num, {column: text.strip() for column, text in cells.items()}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -286,32 +365,46 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
         what = "Audio or Audios folder" if tables else "labels_consensus.csv (or Labels/ with it)"
         raise DataError(f"{root}: no {what} (set --data_dir)")
     corpus = Corpus("msp_podcast", root, label_range, [])
-    audio = set(os.listdir(folders[0]))
+    audio = {name for name in os.listdir(folders[0]) if name[0] != "."}
+    unused, test3 = set(audio), 0
+    seen = set()
     splits = {"train": "train", "development": "dev", "validation": "dev", "test1": "test"}
     splits |= {"test2": "test2", "test3": "test3"}
     for row, cells in read_table(tables[0], ("FileName", "EmoAct", "EmoVal", "Split_Set")):
         name, split = cells["FileName"], splits.get(cells["Split_Set"].lower())
+        utt_id = Path(name).stem or f"row {row}"
         if split is None:
             fault = f"Split_Set {cells['Split_Set']!r} is none of {', '.join(splits)}"
             raise DataError(f"{tables[0].name} row {row}: {fault}")
         arousal, valence = to_float(cells["EmoAct"]), to_float(cells["EmoVal"])
+        unused.discard(name)
         if split == "test3":
-            corpus.skipped.append((name, "Test3 has no labels"))
+            test3 += 1
+            continue
+        reason = ""
+        if name in seen:
+            reason = "in the table twice, first one kept"
         elif not math.isfinite(valence + arousal):
-            corpus.skipped.append((name, "label is not a number"))
+            reason = "label is not a number"
         elif name not in audio:
-            corpus.skipped.append((name, "audio file missing"))
-        else:
-            utt_id = Path(name).stem
-            podcast = re.match(r"MSP-PODCAST_\d+", name)  # its parts are in time order
-            u = Utterance(utt_id, folders[0] / name, valence, arousal, split=split)
-            who = {"speaker": cells.get("SpkrID", ""), "gender": cells.get("Gender", "")}
-            who |= {"dialog": podcast[0] if podcast else utt_id}
-            who |= {"emotion": cells.get("EmoClass", "")}
-            corpus.utterances.append(dataclasses.replace(u, **who))
+            reason = "audio file missing"
+        seen.add(name)
+        if reason:
+            corpus.skipped.append(Skipped(utt_id, str(folders[0] / name), reason))
+            continue
+        podcast = re.match(r"MSP-PODCAST_\d+", name)  # its parts are in time order
+        u = Utterance(utt_id, folders[0] / name, valence, arousal, split=split)
+        who = {"speaker": cells.get("SpkrID", ""), "gender": cells.get("Gender", "")}
+        who |= {"dialog": podcast[0] if podcast else utt_id}
+        who |= {"emotion": cells.get("EmoClass", "")}
+        corpus.utterances.append(dataclasses.replace(u, **who))
     test2 = sum(u.split == "test2" for u in corpus.utterances)
-    if test2:
-        corpus.notes.append(f"Test2: {test2} utterances are read but belong to no split")
+    for count, note in (
+        (test2, "Test2: {} utterances are read but belong to no split"),
+        (test3, "Test3: {} utterances have no labels"),
+        (len(unused), f"{{}} audio files have no row in {tables[0].name}"),
+    ):
+        corpus.notes += [note.format(count)] if count else []
     clip_labels(corpus)
     return corpus
 
@@ -327,7 +420,8 @@ def read_csv(
     Without `labelled` (prediction) the two label columns may lack, and labels are NaN.
 
     Unlike a published corpus it is the user's own to repair, so nothing is skipped: the first
-    fault raises DataError with its row.
+    fault raises DataError with its row. Audio must lie below the root, links followed: a
+    manifest from elsewhere cannot make us open other files.
     """
     root = (root or path.parent).resolve()
     lo, hi = label_range or (0.0, 1.0)
@@ -337,6 +431,9 @@ def read_csv(
     rows: dict[str, int] = {}  # utt_id -> row
     homes: dict[str, str] = {}  # dialog -> session
     targets = ("valence", "arousal") if labelled else ()
+    known = {"", "utt_id", "path", "valence", "arousal", "start", "end", "split"}
+    known |= {"session", "dialog", "speaker", "gender", "emotion"}
+    ignored: set[str] = set()  # columns
     for row, cells in read_table(path, ("utt_id", "path", *targets)):
 
         def refuse(fault: str, row: int = row) -> None:
@@ -350,21 +447,29 @@ def read_csv(
                 if not math.isfinite(numbers[column]):
                     refuse(f"{column} {cells[column]!r} is not a number")
         valence, arousal, start, end = numbers.values()
-        audio = (root / cells["path"]).resolve()
-        if not utt_id or utt_id[0] == "." or re.search(r"[/\\\x00-\x1f]", utt_id):
-            refuse(f"utt_id {utt_id!r} must name a file: no slash, no leading dot, not empty")
+        if not re.fullmatch(r"[^./\\][^/\\]*", utt_id) or len(utt_id.encode()) > 200:
+            fault = "must name a file: no slash, no leading dot, 1 to 200 bytes"
+            refuse(f"utt_id {utt_id!r} {fault}")
         if rows.setdefault(utt_id, row) != row:
             refuse(f"utt_id {utt_id} is already used in row {rows[utt_id]}")
+        try:
+            audio = (root / cells["path"]).resolve()
+            exists, is_file = audio.exists(), audio.is_file()
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, to 3.12
+            refuse(f"path {cells['path']} cannot be followed ({error})")
         if not audio.is_relative_to(root):
-            refuse(f"path {cells['path']} leaves the data root {root} (set --data_dir?)")
-        if not audio.is_file():
-            refuse(f"audio file {audio} does not exist (set --data_dir?)")
+            fault = f"leaves the data root {root} for {audio}"
+            refuse(f"path {cells['path']} {fault} (set --data_dir?)")
+        if not is_file:
+            fault = "is not a file" if exists else "does not exist (set --data_dir?)"
+            refuse(f"audio file {audio} {fault}")
         if "split" in cells and split not in words:
             refuse(f"split {cells['split']!r} is not one of train, dev, test")
         if "session" in cells and not cells["session"]:
             refuse("session is empty")
-        if not 0 <= start < end:
-            refuse(f"start {start:g} and end {end:g} must satisfy 0 <= start < end")
+        ignored |= cells.keys() - known
+        if not 0 <= start < min(end, 1e6) or 1e6 < end < math.inf:
+            refuse(f"start {start:g} and end {end:g} must satisfy 0 <= start < end, in s")
         u = Utterance(utt_id, audio, valence, arousal, start, None if end == math.inf else end)
         names = {c: cells[c] for c in ("session", "speaker", "gender", "emotion") if c in cells}
         names.setdefault("session", cells.get("speaker", ""))  # none: a session per speaker
@@ -374,6 +479,8 @@ def read_csv(
         names |= {"dialog": dialog, "split": words.get(split, "")}
         onset = start if "start" in cells else row  # without times: the order of the file
         corpus.utterances.append(dataclasses.replace(u, **names, onset=onset))
+    if ignored:
+        corpus.notes.append(f"columns not used: {', '.join(sorted(ignored))}")
     values = [getattr(u, target) for u in corpus.utterances for target in targets] or [0]
     least, most = min(lo if label_range else 1, *values), max(hi, *values)
     better = f"--label_range {math.floor(least)} {math.ceil(most)}"
@@ -456,32 +563,73 @@ def shorten(names: set[str], most: int = 10) -> str:
 # ---------------------------------------------------------------- audio pack
 
 
-PACK_VERSION = 1  # raise it with every change of decode: it is part of the cache key
+PACK_VERSION = 2  # raise it with every change of decode: it is part of the cache key
+
+
+def check_header(log: str) -> tuple[float, str, list[str]]:
+    """(promised length / length found, reason to skip or "", what to note), by libsndfile's log.
+
+    libsndfile takes a header at its word or cuts it to the file, in silence. RIFF, W64, RF64,
+    AIFF and AU are seen here; other formats do not open, or come out short when they are read.
+    """
+    notes = []
+    promise = re.search(r"(?:data|riff|Riff size|SSND|Data Size) *: (\d+) \(should be (\d+)\)", log)
+    says, has = map(int, promise.groups()) if promise else (1, 1)
+    if not promise and "Exiting parser" in log:  # where the samples go on behind their chunk, or
+        chunk = re.search(r"Length : (\d+)\n(?:.*\n)*data : (\d+)\n", log)  # a broken last chunk
+        says, has = map(int, chunk.groups()) if chunk else (1, 1)
+        says, has = (says, has) if has < (1 - MOST_MISSING) * says else (1, 1)
+    if says > 2**31 - 2**20:  # written into a pipe: its length was not known yet
+        notes.append("no length in its header, kept")
+        says = has
+    names = ("Channels", "Sample Rate", "Block Align", "Bit Width", "Bytes/sec")
+    lines = "".join(rf"  {name} +: (\d+).*\n" for name in names)
+    wav = re.search(r"=> WAVE_FORMAT_PCM\n" + lines, log)
+    if wav:
+        channels, rate, align, bits, bytes_per_second = map(int, wav.groups())
+        frame = channels * math.ceil(bits / 8)
+        if align != frame:
+            return 1.0, f"header contradicts itself ({align} or {frame} bytes per frame)", []
+        if bytes_per_second != rate * frame:
+            notes.append("header contradicts itself on bytes per second, kept")
+    return says / max(has, 1), "", notes
 
 
 def decode(u: Utterance) -> tuple[np.ndarray, str, list[str]]:
     """(int16 mono samples at SAMPLE_RATE, "", what was changed), or (none, reason, [])."""
     nothing = np.zeros(0, dtype=np.int16)
     try:
+        if not u.path.is_file():  # opening a pipe would wait for ever
+            return nothing, "no such file, or not a regular one", []
+        if not os.access(u.path, os.R_OK):
+            return nothing, "no permission to read it", []
         with soundfile.SoundFile(u.path) as file:
-            rate = file.samplerate
+            rate, frames = file.samplerate, file.frames
+            log = file.extra_info[len(f"File : {u.path}") :]  # a name could hold anything
+            promised, reason, changes = check_header(log)
+            if not RATES[0] <= rate <= RATES[1]:
+                reason = f"sample rate outside {RATES[0]}..{RATES[1]} Hz ({rate})"
             first = round(u.start * rate)
-            last = file.frames if u.end is None else min(round(u.end * rate), file.frames)
+            wanted = round(promised * frames if u.end is None else u.end * rate)
+            last = min(wanted, frames)
             if last <= first:
-                seconds = file.frames / rate
-                return nothing, f"no samples from {u.start:g} s on (file: {seconds:.2f} s)", []
-            if last - first > MAX_CLIP_SECONDS * rate:
-                return nothing, f"longer than {MAX_CLIP_SECONDS} s: give start and end", []
+                reason = reason or f"no samples (from {u.start:g} s on, of {frames / rate:.2f} s)"
+            elif last - first > MAX_CLIP_SECONDS * rate:
+                reason = reason or f"longer than {MAX_CLIP_SECONDS} s: give start and end"
+            if reason:
+                return nothing, reason, []
             file.seek(first)
             audio = file.read(last - first, dtype="float32", always_2d=True)  # (L, channels)
-            short = "should be" in file.extra_info.split("data :")[-1].split("\n")[0]
-    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: a .raw file
+    # TypeError: a .raw file; UnicodeError: a name that is not UTF-8
+    except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
         return nothing, f"cannot be decoded ({str(error).split(': ')[-1]})", []
-    if len(audio) < 0.9 * (last - first):
-        return nothing, f"truncated: {len(audio)} of {last - first} samples", []
+    missing = 1 - len(audio) / (wanted - first)
+    if missing > MOST_MISSING:
+        return nothing, f"samples missing ({100 * missing:.0f} %)", []
     if not np.isfinite(audio).all():
         return nothing, "samples are not finite", []
-    changes = ["shorter than its header says, kept"] if short else []
+    if missing > 0:
+        changes.append("a little shorter than its header or end says, kept")
     if audio.shape[1] > 1:
         changes.append(f"mixed to mono from {audio.shape[1]} channels")
     mono = audio.mean(axis=1)  # (L,)
@@ -494,15 +642,27 @@ def decode(u: Utterance) -> tuple[np.ndarray, str, list[str]]:
         changes.append(f"resampled from {rate} Hz")
     peak = float(np.abs(audio).max(initial=0.0))
     if peak > 4:  # no overshoot: the file does not use the scale -1..1 [guess]
-        return nothing, f"samples reach {peak:.3g} times full scale", []
+        return nothing, f"samples not in the scale -1..1 (up to {peak:.3g})", []
     if peak > 1.12:  # 1 dB: more than resampling overshoots by
         changes.append("above full scale, clipped")
-    if peak == 0:
-        changes.append("silent throughout, kept")
-    if len(audio) < MIN_SAMPLES:
-        audio = np.pad(audio, (0, MIN_SAMPLES - len(audio)))
+    elif peak > 0.9999 and np.mean(np.abs(audio) > 0.9999) > 0.01:
+        changes.append("clipped when it was recorded, kept")
+    samples = np.clip(np.round(audio * 32768), -32768, 32767).astype(np.int16)
+    if not len(samples) or int(samples.max()) - int(samples.min()) <= 2:  # a quiet constant
+        return nothing, "no sound in it, all samples are alike", []
+    if len(samples) < MIN_SAMPLES:
+        samples = np.pad(samples, (0, MIN_SAMPLES - len(samples)))
         changes.append(f"padded to {MIN_SAMPLES} samples")
-    return np.clip(np.round(audio * 32768), -32768, 32767).astype(np.int16), "", changes
+    return samples, "", changes
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """(bytes, time of the last change in ns) of a file; (-1, -1) where it cannot be looked at."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 class AudioPack:
@@ -512,21 +672,16 @@ class AudioPack:
     """
 
     def __init__(self, corpus: Corpus, cache_dir: str | Path) -> None:
-        files = [
-            (str(u.path), (stat := u.path.stat()).st_size, stat.st_mtime_ns, u.start, u.end)
-            for u in corpus.utterances
-        ]
+        files = [(str(u.path), *identity(u.path), u.start, u.end) for u in corpus.utterances]
         versions = (PACK_VERSION, SAMPLE_RATE, soxr.__version__, soundfile.__libsndfile_version__)
         self.key = digest(versions, files)
         self.directory = Path(cache_dir) / f"audio-{self.key}"
-        build_dir(self.directory, lambda aside: self._write(corpus.utterances, aside))
+        build_cache(self.directory, lambda aside: self._write(corpus.utterances, aside))
         index = json.loads((self.directory / "index.json").read_text())
         self.lengths = np.array(index["lengths"], dtype=np.int64)
         self.offsets = np.cumsum(self.lengths) - self.lengths
         self.bad = {int(row): reason for row, reason in index["bad"].items()}
         self.changes: dict[str, int] = index["changes"]
-        if (self.directory / "samples.i16").stat().st_size != 2 * self.lengths.sum():
-            raise DataError(f"{self.directory} is damaged: delete it, it is built again")
         self._samples: np.ndarray | None = None  # opened in the process that reads
 
     @staticmethod
@@ -564,30 +719,56 @@ class AudioPack:
 
 
 def load_audio(
-    corpus: Corpus, cache_dir: str | Path, most_bad: float = 0.05
+    corpus: Corpus, cache_dir: str | Path, most_bad: float = MOST_SKIPPED
 ) -> tuple[Corpus, AudioPack]:
     """(corpus without the rows that have no usable audio, pack with the same rows).
 
-    Rows lost are named in corpus.skipped; DataError when they are a larger share than `most_bad`.
+    Rows lost are named in corpus.skipped; DataError when these, with those that the reader of the
+    corpus named before, are a larger share than `most_bad`.
     """
     pack = AudioPack(corpus, cache_dir)
-    named = [(corpus.utterances[row].utt_id, reason) for row, reason in sorted(pack.bad.items())]
-    if len(named) > most_bad * len(corpus.utterances):
-        first = "; ".join(f"{utt_id}: {reason}" for utt_id, reason in named[:3])
-        raise DataError(
-            f"{corpus.name}: {len(named)} of {len(corpus.utterances)} audio files are unusable, "
-            f"more than {100 * most_bad:g} % ({first})"
-        )
+    lost = [(corpus.utterances[row], reason) for row, reason in sorted(pack.bad.items())]
     good = [row for row in range(len(corpus.utterances)) if row not in pack.bad]
     pack = pack.part(good)
     corpus = dataclasses.replace(
         corpus,
         utterances=[corpus.utterances[row] for row in good],
-        skipped=corpus.skipped + named,
+        skipped=corpus.skipped + [Skipped(u.utt_id, str(u.path), why) for u, why in lost],
         notes=corpus.notes + [f"audio {what}: {n} utterances" for what, n in pack.changes.items()],
         seconds=pack.lengths / SAMPLE_RATE,
     )
+    check_skipped(corpus, most_bad)
     return corpus, pack
+
+
+def check_skipped(corpus: Corpus, most_bad: float = MOST_SKIPPED) -> None:
+    """DataError when more than this share of all utterances was left out."""
+    total = len(corpus.utterances) + len(corpus.skipped)
+    if len(corpus.skipped) > most_bad * total:
+        first = "; ".join(f"{s.utt_id}: {s.reason}" for s in corpus.skipped[:3])
+        raise DataError(
+            f"{corpus.name}: {len(corpus.skipped)} of {total} utterances cannot be used, more than "
+            f"{100 * most_bad:g} % ({first}): repair or remove them; python data.py --data ... "
+            "--skipped skipped.csv lists all"
+        )
+
+
+def skipped_by_kind(corpus: Corpus) -> dict[str, list[Skipped]]:
+    """corpus.skipped under its reasons, each without the particulars in brackets at its end."""
+    kinds: dict[str, list[Skipped]] = {}
+    for skipped in corpus.skipped:
+        kinds.setdefault(skipped.reason.split(" (")[0], []).append(skipped)
+    return kinds
+
+
+def write_skipped(path: Path, corpus: Corpus) -> None:
+    """CSV of corpus.skipped: utt_id, file, reason. Written aside and renamed."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with open(aside, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        csv.writer(file).writerows([Skipped._fields, *corpus.skipped])
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
 
 
 # ---------------------------------------------------------------- eGeMAPS and speaker embeddings
@@ -661,11 +842,12 @@ def speaker_embeddings(
 
         vectors = cached_array(Path(cache_dir) / f"speaker-{digest(pack.key, key)}", build)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    broken = np.flatnonzero(~np.isfinite(norms[:, 0]))
+    broken = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
     if len(broken):
+        fault = f"{len(broken)} embeddings are zero or not finite"
         utt_id = corpus.utterances[broken[0]].utt_id
-        raise DataError(f"--speaker {kind}: {len(broken)} embeddings not finite, first {utt_id}")
-    return vectors / np.maximum(norms, 1e-8)
+        raise DataError(f"--speaker {kind}: {fault}, the first is that of {utt_id}")
+    return vectors / norms
 
 
 def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
@@ -674,8 +856,9 @@ def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor
 
     source = "microsoft/wavlm-base-plus-sv" if kind == "xvector" else kind
     try:
-        extractor = AutoFeatureExtractor.from_pretrained(source)
-        model = AutoModelForAudioXVector.from_pretrained(source).to(device).eval()
+        options = {"trust_remote_code": False}
+        extractor = AutoFeatureExtractor.from_pretrained(source, **options)
+        model = AutoModelForAudioXVector.from_pretrained(source, **options).to(device).eval()
     except (OSError, ValueError) as error:
         raise DataError(f"--speaker {kind}: cannot load {source} ({error})") from None
 
@@ -721,8 +904,8 @@ def npy_files(corpus: Corpus, directory: str | Path, flag: str) -> list[Path]:
 def open_npy(path: Path, ndim: int, width: int | None) -> np.ndarray:
     """Memory-mapped array of `ndim` dimensions, the last one `width` (None: any)."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        array = np.lib.format.open_memmap(path, mode="r")  # np.load would open an .npz, too
+    except Exception as error:  # whatever tokenize, ast and mmap raise on a damaged header
         raise DataError(f"{path}: not a plain .npy array ({error})") from None
     if array.ndim != ndim or array.dtype.kind not in "fiu" or 0 in array.shape:
         wanted = "(T, D)" if ndim == 2 else "(S,)"
@@ -748,7 +931,8 @@ class FrameFeatures:
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """(T, D) float32. DataError if a value is not finite (found only here: needs all bytes)."""
-        frames = np.array(open_npy(self.paths[row], 2, self.dim)[start:stop], dtype=np.float32)
+        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused
+            frames = np.array(open_npy(self.paths[row], 2, self.dim)[start:stop], np.float32)
         if not np.isfinite(frames).all():
             raise DataError(f"{self.paths[row]}: holds NaN or infinite values")
         return frames
@@ -775,14 +959,11 @@ class HiddenStates:
     ) -> None:
         self.directory = Path(cache_dir) / f"hidden-{key}"
         self.pooled = pooled
-        build_dir(self.directory, lambda aside: self._write(compute(), aside))
+        build_cache(self.directory, lambda aside: self._write(compute(), aside))
         index = json.loads((self.directory / "index.json").read_text())
         self.counts = np.array(index["counts"], dtype=np.int64)  # (rows,) vectors
         self.offsets = np.array(index["offsets"], dtype=np.int64)
         self.shape = tuple(index["shape"])  # (N, D)
-        size = 2 * self.counts.sum() * math.prod(self.shape)
-        if (self.directory / "values.f16").stat().st_size != size:
-            raise DataError(f"{self.directory} is damaged: delete it, it is built again")
         self._values: np.ndarray | None = None  # opened in the process that reads
 
     @staticmethod
@@ -1226,7 +1407,9 @@ def write_demo(root: Path) -> None:
             utt_id = f"{dialog}_{letter}{numbers[letter]:03d}"
             numbers[letter] += 1
             audio = synthesise(demo_voice(session, letter), valence, arousal, seconds, rng)
-            soundfile.write(wavs / f"{utt_id}.wav", audio, SAMPLE_RATE, subtype="PCM_16")
+            wav = io.BytesIO()  # soundfile's own writing does not say that a disk is full
+            soundfile.write(wav, audio, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+            (wavs / f"{utt_id}.wav").write_bytes(wav.getvalue())
             raters = rng.choice([2, 3], p=[0.7, 0.3])
             truth = 3 + 1.8 * np.array([valence, arousal, 0.6 * arousal + 0.2 * valence])
             votes = np.round(truth + 0.5 * rng.standard_normal((raters, 3))).clip(1, 5)
@@ -1273,7 +1456,15 @@ def bars(values: np.ndarray, lo: float, hi: float) -> list[str]:
 def inspect(args: argparse.Namespace) -> None:
     """Print what a careful person wants to know before training. DataError: do not train."""
     corpus = read_corpus(args.data, args.data_dir, args.label_range, args.cache_dir)
-    corpus, pack = load_audio(corpus, args.cache_dir)
+    corpus, pack = load_audio(corpus, args.cache_dir, most_bad=1.0)
+    if args.skipped:
+        write_skipped(Path(args.skipped), corpus)
+    print("".join(f"note        {note}\n" for note in corpus.notes), end="")
+    print(f"skipped     {len(corpus.skipped)}")
+    for kind, skipped in skipped_by_kind(corpus).items():
+        few = f"{', '.join(s.utt_id for s in skipped[:5])}{' ...' * (len(skipped) > 5)}"
+        print(f"            {kind}: {len(skipped)} ({few})")
+    check_skipped(corpus)
     utterances, seconds = corpus.utterances, corpus.seconds
     turns = Counter(u.dialog for u in utterances).values()
     speakers = {u.speaker for u in utterances if known_speaker(u)}
@@ -1290,15 +1481,6 @@ def inspect(args: argparse.Namespace) -> None:
         counts = Counter(getattr(u, attribute) or "-" for u in utterances).most_common(12)
         print(f"{title:<12}{', '.join(f'{name} {n}' for name, n in counts)}")
     print(f"audio pack  {pack.directory}, {pack.lengths.sum() * 2 / 2**20:.0f} MiB")
-    print("".join(f"note        {note}\n" for note in corpus.notes), end="")
-    print(f"skipped     {len(corpus.skipped)}")
-    reasons: dict[str, list[str]] = {}
-    for what, why in corpus.skipped:
-        reasons.setdefault(why, []).append(what)
-    for why, names in reasons.items():
-        print(
-            f"            {why}: {len(names)} ({', '.join(names[:5])}{' ...' * (len(names) > 5)})"
-        )
 
     lo, hi = corpus.label_range
     labels = np.array([(u.valence, u.arousal) for u in utterances])  # (N, 2)
@@ -1345,8 +1527,9 @@ def extract_faces(args: argparse.Namespace) -> None:
             f"{fault} their name below --video_dir or --face_dir ({', '.join(empty[:3])})"
         )
     try:
-        processor = AutoImageProcessor.from_pretrained(args.vision_model)
-        model = AutoModel.from_pretrained(args.vision_model).to(args.device).eval()
+        options = {"trust_remote_code": False}
+        processor = AutoImageProcessor.from_pretrained(args.vision_model, **options)
+        model = AutoModel.from_pretrained(args.vision_model, **options).to(args.device).eval()
     except (OSError, ValueError) as error:
         raise DataError(f"--vision_model {args.vision_model}: cannot be loaded ({error})") from None
     out = Path(args.features_dir)
@@ -1408,6 +1591,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     else:
         add("--fold", type=int, help="print only this fold (default: all)")
         add("--features_dir", help="check frame features too")
+        add("--skipped", metavar="CSV", help="write utterances left out, and why, into this file")
     args = parser.parse_args(argv[faces:])
     args.command = extract_faces if faces else inspect
     args.label_range = tuple(args.label_range) if args.label_range else None
@@ -1420,6 +1604,6 @@ if __name__ == "__main__":
     args = parse_args()
     try:
         args.command(args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         sys.exit(2)

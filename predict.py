@@ -136,8 +136,8 @@ def main(args: argparse.Namespace) -> None:
     preds = []  # per checkpoint (N, 2), in the label's own scale
     with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
         corpus, pack = vadata.load_audio(corpus, cache_dir, most_bad=1.0)
-        for what, why in corpus.skipped:
-            print(f"skipped {what}: {why}", file=sys.stderr)
+        for utt_id, _, reason in corpus.skipped:
+            print(f"skipped {utt_id}: {reason}", file=sys.stderr)
         if not corpus.utterances:
             raise vadata.DataError("no audio file could be decoded")
         ranges = set()

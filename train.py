@@ -27,7 +27,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -635,13 +634,7 @@ def frozen_states(
                 yield row, values[None] if pooled else values[:count]
         model.train()
 
-    try:
-        return vadata.HiddenStates(key, args.cache_dir, compute, pooled)
-    except OSError as error:
-        raise UserError(
-            f"--cache_dir {args.cache_dir}: hidden states cannot be written ({error.strerror}): "
-            "make room, or set --feature_cache off"
-        ) from None
+    return vadata.HiddenStates(key, args.cache_dir, compute, pooled)
 
 
 def make_loader(
@@ -865,7 +858,7 @@ def startup_block(
             f"device {device} x {ranks} | {precision[args.amp]} | seed {args.seed}",
             vadata.describe_splits(corpus, splits),
             *(f"note: {note}" for note in corpus.notes),
-            *(f"skipped: {why}: {n}" for why, n in Counter(w for _, w in corpus.skipped).items()),
+            *(f"skipped: {why}: {len(s)}" for why, s in vadata.skipped_by_kind(corpus).items()),
             f"batch {size} x accumulation {args.gradient_accumulation_steps} x ranks {ranks} = "
             f"{whole} per step | {plan.steps_in(0)} steps per epoch | {total_steps} steps in all",
             f"unfreeze {args.unfreeze} | now {trainable_line(optimizer)}",
@@ -1103,7 +1096,7 @@ def main(args: argparse.Namespace) -> int:
         files.write_json("args.json", vars(args))
         names = {k: [corpus.utterances[i].utt_id for i in rows] for k, rows in splits.items()}
         files.write_json("splits.json", names)
-        files.write_json("skipped.json", corpus.skipped)
+        vadata.write_skipped(directory / "skipped.csv", corpus)
 
     # Compile and DDP. `model` stays the bare module, for checkpoints and evaluation
     if args.compile:

@@ -1,7 +1,9 @@
-"""Tests of data.py: python -m pytest tests/test_data.py (under a minute, nothing downloaded)."""
+"""Tests of data.py: python -m pytest tests/test_data.py (under a minute, nothing downloaded).
+
+Odd and broken input is in test_input_faults.py.
+"""
 
 import json
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -134,7 +136,10 @@ def test_iemocap_is_read_with_exact_counts_speakers_and_order(iemocap):
     assert [u.gender for u in corpus.utterances[:3]] == ["F", "M", "M"]
     assert corpus.utterances[2].emotion == "xxx"
     assert {u.session for u in corpus.utterances} == {"Session1", "Session2", "Session3"}
-    assert corpus.skipped == [("Ses01F_impro01_F001", "audio file missing")]
+    assert [(s.utt_id, s.reason) for s in corpus.skipped] == [
+        ("Ses01F_impro01_F001", "audio file missing")
+    ]
+    assert corpus.skipped[0].file.endswith("Ses01F_impro01/Ses01F_impro01_F001.wav")
 
 
 def test_iemocap_labels_are_valence_then_arousal_and_outliers_are_clipped_and_counted(iemocap):
@@ -153,10 +158,11 @@ def test_iemocap_lines_that_cannot_be_used_are_named(iemocap):
         + "[1.0 - 2.0]\tSes01F_impro01_F000\tneu\t[2, 2, 2]\n"
         + "[1.0 - 2.0]\tSes01F_impro01_F003\tneu\t[nan, 2, 2]\n"
     )
-    skipped = data.read_corpus("iemocap", str(iemocap), None).skipped
+    corpus = data.read_corpus("iemocap", str(iemocap), None)
+    skipped = [(s.utt_id, s.reason) for s in corpus.skipped]
     assert ("Ses01F_impro01.txt row 14", "annotation not understood") in skipped
     assert ("Ses01F_impro01_F000", "annotated twice, first one kept") in skipped
-    assert ("Ses01F_impro01_F003", "label is not a number") in skipped
+    assert ("Ses01F_impro01_F003", "label or time is not a number") in skipped
 
 
 def test_a_folder_that_is_not_iemocap_is_refused(tmp_path):
@@ -204,12 +210,10 @@ def test_msp_podcast_is_read_with_exact_counts_and_its_own_splits(tmp_path, tabl
     assert data.num_folds(corpus) == 1
     splits = data.make_splits(corpus, 1)
     assert {s: len(rows) for s, rows in splits.items()} == {"train": 3, "dev": 2, "test": 2}
-    assert sorted(corpus.skipped) == [
-        ("MSP-PODCAST_0008_0001.wav", "Test3 has no labels"),
-        ("MSP-PODCAST_0009_0001.wav", "audio file missing"),
-    ]
+    missing = str(tmp_path / audio / "MSP-PODCAST_0009_0001.wav")
+    assert corpus.skipped == [("MSP-PODCAST_0009_0001", missing, "audio file missing")]
     notes = " | ".join(corpus.notes)
-    assert "Test2: 1 utterances" in notes
+    assert "Test2: 1 utterances" in notes and "Test3: 1 utterances" in notes
     assert "speaker unknown: 2 utterances" in notes
     assert "label 7.5 outside 1..7 clipped: 1 utterances" in notes
 
@@ -217,61 +221,6 @@ def test_msp_podcast_is_read_with_exact_counts_and_its_own_splits(tmp_path, tabl
 # ---------------------------------------------------------------- CSV
 
 HEADER = "utt_id,path,valence,arousal\n"
-CSV_FAULTS = {
-    "missing column": (
-        "utt_id,path,valence\na,a.wav,1\n",
-        ["column arousal is missing", "found: utt_id, path"],
-    ),
-    "no header": ("", ["column utt_id is missing", "found: none"]),
-    "column twice": ("utt_id,path,valence,arousal,valence\n", ["valence occurs twice"]),
-    "semicolons": ("utt_id;path;valence;arousal\n", ["found: utt_id;path"]),
-    "no rows": (HEADER, ["no usable utterance"]),
-    "out of range": (
-        HEADER + "a,a.wav,3,3\nb,b.wav,7.2,3\n",
-        ["row 3", "valence 7.2 is outside 1..5", "--label_range"],
-    ),
-    "not a number": (HEADER + "a,a.wav,high,3\n", ["row 2", "valence 'high' is not a number"]),
-    "NaN": (HEADER + "a,a.wav,3,nan\n", ["row 2", "arousal 'nan' is not a number"]),
-    "empty label": (HEADER + "a,a.wav,,3\n", ["row 2", "valence '' is not a number"]),
-    "duplicate": (HEADER + "a,a.wav,3,3\n\na,b.wav,3,3\n", ["row 4", "already used in row 2"]),
-    "slash": (HEADER + "x/a,a.wav,3,3\n", ["row 2", "utt_id 'x/a'", "no slash"]),
-    "leading dot": (HEADER + "..,a.wav,3,3\n", ["utt_id '..'", "no leading dot"]),
-    "missing audio": (
-        HEADER + "a,gone.wav,3,3\n",
-        ["row 2", "gone.wav does not exist", "--data_dir"],
-    ),
-    "escape": (HEADER + "a,../../etc/passwd,3,3\n", ["row 2", "leaves the data root"]),
-    "absolute": (HEADER + "a,/etc/passwd,3,3\n", ["row 2", "leaves the data root"]),
-    "bad split": (
-        "utt_id,path,valence,arousal,split\na,a.wav,3,3,eval\n",
-        ["row 2", "split 'eval'", "train, dev, test"],
-    ),
-    "empty split": (
-        "utt_id,path,valence,arousal,split\na,a.wav,3,3,\n",
-        ["split '' is not one of"],
-    ),
-    "empty session": ("utt_id,path,valence,arousal,session\na,a.wav,3,3,\n", ["session is empty"]),
-    "start after end": (
-        "utt_id,path,valence,arousal,start,end\na,a.wav,3,3,2,1\n",
-        ["row 2", "start 2 and end 1"],
-    ),
-    "bad start": (
-        "utt_id,path,valence,arousal,start\na,a.wav,3,3,x\n",
-        ["start 'x' is not a number"],
-    ),
-    "too many cells": (HEADER + "a,a.wav,3,3,9\n", ["row 2", "more cells than columns (4)"]),
-}
-
-
-@pytest.mark.parametrize("fault", CSV_FAULTS)
-def test_a_csv_fault_is_named_with_file_and_row(tmp_path, fault):
-    text, fragments = CSV_FAULTS[fault]
-    path = write_csv(tmp_path, text)
-    with pytest.raises(DataError) as error:
-        data.read_corpus(str(path), None, (1.0, 5.0))
-    for fragment in fragments:
-        assert fragment in str(error.value)
-    assert "manifest" in str(error.value) or "no usable" in str(error.value)
 
 
 def test_a_csv_without_label_range_must_hold_labels_in_0_to_1(tmp_path):
@@ -284,20 +233,6 @@ def test_a_csv_without_label_range_must_hold_labels_in_0_to_1(tmp_path):
     assert data.read_corpus(str(path), None, None).label_range == (0.0, 1.0)
     with pytest.raises(DataError, match="LO must be below HI"):
         data.read_corpus(str(path), None, (5.0, 1.0))
-
-
-def test_a_csv_with_byte_order_mark_and_spaces_is_read(tmp_path):
-    path = write_csv(tmp_path, "\ufeffutt_id, path, valence, arousal\n a, a.wav, 3, 4\n")
-    assert data.read_corpus(str(path), None, (1, 5)).utterances[0].utt_id == "a"
-
-
-def test_a_symbolic_link_out_of_the_data_root_is_refused(tmp_path):
-    write_wav(tmp_path / "outside.wav")
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "a.wav").symlink_to(tmp_path / "outside.wav")
-    path = write_csv(tmp_path / "root", HEADER + "a,a.wav,3,3\n", clips=())
-    with pytest.raises(DataError, match="leaves the data root"):
-        data.read_corpus(str(path), None, (1, 5))
 
 
 def test_a_csv_with_its_own_splits_accepts_the_common_words(tmp_path):
@@ -417,24 +352,6 @@ def test_sixteen_bit_samples_at_16_khz_are_kept_exactly(tmp_path):
     np.testing.assert_array_equal(pack.read(0, 100, 200), pack.read(0)[100:200])
 
 
-def test_odd_files_are_mended_and_counted_or_refused_with_a_reason(tmp_path):
-    def decoded(name):
-        return data.decode(data.Utterance("u", tmp_path / name, 0.5, 0.5))
-
-    soundfile.write(tmp_path / "anti.wav", np.c_[tone(0.5), -tone(0.5)], SAMPLE_RATE)
-    audio, reason, changes = decoded("anti.wav")
-    assert not reason and np.abs(audio).max() > 8000
-    assert "channels cancel out, the first one taken" in changes
-    whole = write_wav(tmp_path / "whole.wav").read_bytes()
-    (tmp_path / "half.wav").write_bytes(whole[: len(whole) // 2])
-    assert decoded("whole.wav")[2] == []
-    assert decoded("half.wav")[2] == ["shorter than its header says, kept"]
-    soundfile.write(tmp_path / "silent.wav", np.zeros(8000), SAMPLE_RATE)
-    assert decoded("silent.wav")[2] == ["silent throughout, kept"]
-    (tmp_path / "x.raw").write_bytes(bytes(4000))
-    assert decoded("x.raw")[1].startswith("cannot be decoded")
-
-
 def test_a_very_short_clip_is_padded_to_400_samples_and_counted(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(0.01), SAMPLE_RATE)
     path = write_csv(tmp_path, HEADER + "a,a.wav,0.5,0.5\n", clips=())
@@ -445,14 +362,17 @@ def test_a_very_short_clip_is_padded_to_400_samples_and_counted(tmp_path):
 
 
 def test_start_and_end_cut_turns_out_of_one_long_file(tmp_path):
-    soundfile.write(tmp_path / "d.wav", np.r_[tone(1.0), np.zeros(16000), tone(1.0)], SAMPLE_RATE)
+    soundfile.write(
+        tmp_path / "d.wav", np.r_[tone(1.0), tone(1.0, pitch=1000), tone(1.0)], SAMPLE_RATE
+    )
     text = "utt_id,path,valence,arousal,start,end,dialog\n"
     text += "c,d.wav,0.5,0.5,2.0,,d\nb,d.wav,0.5,0.5,1.0,2.0,d\na,d.wav,0.5,0.5,0,1.25,d\n"
     corpus = data.read_corpus(str(write_csv(tmp_path, text, clips=())), None, None)
     corpus, pack = data.load_audio(corpus, tmp_path / "cache")
     assert [u.utt_id for u in corpus.utterances] == ["a", "b", "c"]  # by start
     assert pack.lengths.tolist() == [20000, 16000, 16000]
-    assert not pack.read(1).any() and pack.read(2).any()
+    pitches = [np.argmax(np.abs(np.fft.rfft(pack.read(row)[:16000]))) for row in range(3)]
+    assert pitches == [200, 1000, 200]
 
 
 def test_the_pack_key_changes_with_the_files_content_and_with_start_and_end(tmp_path):
@@ -499,7 +419,7 @@ def test_an_unusable_file_is_skipped_and_named_and_rows_stay_aligned(tmp_path, k
     whole, lengths = corpus, {u.utt_id: 0.2 + 0.01 * int(u.utt_id[1:]) for u in corpus.utterances}
     corpus, pack = data.load_audio(whole, tmp_path / "cache")
     assert len(corpus.utterances) == 23 == len(pack.lengths)
-    assert [what for what, _ in corpus.skipped] == [bad.utt_id]
+    assert [s.utt_id for s in corpus.skipped] == [bad.utt_id]
     for row, u in enumerate(corpus.utterances):
         assert len(pack.read(row)) == pytest.approx(lengths[u.utt_id] * SAMPLE_RATE, abs=1)
     again, _ = data.load_audio(whole, tmp_path / "cache")  # from the cache: the same story
@@ -510,43 +430,8 @@ def test_more_than_five_percent_unusable_files_are_an_error(tmp_path):
     corpus = corpus_of(tmp_path, [0.2] * 24)
     for u in corpus.utterances[:2]:
         damage(u.path, "text")
-    with pytest.raises(DataError, match=r"2 of 24 audio files are unusable, more than 5 %"):
+    with pytest.raises(DataError, match=r"2 of 24 utterances cannot be used, more than 5 %"):
         data.load_audio(corpus, tmp_path / "cache")
-
-
-def test_a_damaged_pack_is_refused(tmp_path):
-    corpus = corpus_of(tmp_path, [0.2] * 3)
-    _, pack = data.load_audio(corpus, tmp_path / "cache")
-    with open(pack.directory / "samples.i16", "ab") as file:
-        file.write(b"x")
-    with pytest.raises(DataError, match="is damaged: delete it"):
-        data.load_audio(corpus, tmp_path / "cache")
-
-
-def build_pack_in_child(csv, cache, unlocked, key_file):
-    if unlocked:  # as on a network disk where locks do nothing
-        data.fcntl.flock = lambda *_: None
-    pack = data.load_audio(data.read_corpus(csv, None, None), cache)[1]
-    Path(key_file).write_text(f"{pack.key} {sum(pack.read(r).sum() for r in range(60)):.6f}")
-
-
-@pytest.mark.parametrize("unlocked", [False, True])
-def test_two_processes_that_build_one_cache_end_with_one_valid_cache(tmp_path, unlocked):
-    corpus_of(tmp_path, [0.3] * 60)
-    cache = tmp_path / "cache"
-    fork = multiprocessing.get_context("fork")
-    children = []
-    for i in range(2):
-        args = (str(tmp_path / "c.csv"), str(cache), unlocked, str(tmp_path / f"key{i}"))
-        children.append(fork.Process(target=build_pack_in_child, args=args))
-        children[-1].start()
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
-    assert (tmp_path / "key0").read_text() == (tmp_path / "key1").read_text()
-    assert [p.name for p in cache.iterdir() if not p.name.endswith(".lock")] == [
-        f"audio-{(tmp_path / 'key0').read_text().split()[0]}"
-    ]
 
 
 def test_nothing_is_left_of_a_cache_whose_building_failed(tmp_path):
@@ -649,28 +534,6 @@ def test_frame_features_give_their_width_and_lengths(small, tmp_path):
     ]
     assert batch["frames"].shape == (2, 10, 6)  # 0.2 s of 50 frames per second
     assert batch["frame_mask"].sum(1).tolist() == [5, 10]
-
-
-FEATURE_FAULTS = {
-    "one dimension": (np.zeros(6), r"float64 \(6,\), expected numbers \(T, D\)"),
-    "other width": (np.zeros((4, 7)), "width 7, but the first file has 6"),
-    "no frames": (np.zeros((0, 6)), "not empty"),
-    "text": (np.array([["a"] * 6]), "expected numbers"),
-    "pickled": (np.array([[None] * 6]), "not a plain .npy array"),
-    "NaN": (np.full((4, 6), np.nan), "NaN or infinite"),
-}
-
-
-@pytest.mark.parametrize("fault", FEATURE_FAULTS)
-def test_a_fault_in_a_feature_file_is_named(small, tmp_path, fault):
-    corpus, _, _ = small
-    write_features(corpus, tmp_path)
-    array, message = FEATURE_FAULTS[fault]
-    np.save(tmp_path / "u003.npy", array, allow_pickle=True)
-    row = [u.utt_id for u in corpus.utterances].index("u003")
-    with pytest.raises(DataError, match=message) as error:
-        FrameFeatures(corpus, tmp_path).read(row)
-    assert "u003.npy" in str(error.value)
 
 
 def test_missing_feature_files_are_counted_and_the_way_out_is_named(small, tmp_path):

@@ -82,7 +82,7 @@ def test_two_checkpoints_give_their_mean_and_spread(flags, corpus, tmp_path):
 def test_folders_are_searched_and_what_cannot_be_decoded_is_named(trained, tmp_path, capsys):
     folder = tmp_path / "in" / "deep"
     folder.mkdir(parents=True)
-    soundfile.write(folder / "a b'c.flac", np.zeros(44_100), 44_100)
+    soundfile.write(folder / "a b'c.flac", np.sin(np.arange(44_100)), 44_100)
     (folder / "broken.wav").write_bytes(b"RIFF nonsense")
     (folder / "notes.txt").write_text("no audio")
     got = predicted(["--checkpoint", trained, tmp_path / "in"], tmp_path / "out.csv")

@@ -345,7 +345,7 @@ def test_a_damaged_cache_is_refused_and_a_full_disk_named(flags, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(train.vadata.HiddenStates, "_write", full)
-    with pytest.raises(train.UserError, match=r"--cache_dir .*No space left.*--feature_cache off"):
+    with pytest.raises(DataError, match=r"--cache_dir .*: hidden-.*No space left.*make room"):
         main(parse_args([*flags, "--overwrite", "--layers", "1"]))
     assert caches(args) == [cache]
 

@@ -1,0 +1,1115 @@
+"""Odd and broken input, each kind made for real, with its outcome: FAULTS is the specification.
+
+    python -m pytest tests/test_input_faults.py             # the table, 200 mutations per format
+    python -m pytest tests/test_input_faults.py -m slow     # 2,800 more per format
+
+Outcomes: KEPT (odd, but means what it says), FIXED (counted in corpus.notes), SKIPPED (named in
+corpus.skipped with a reason), REFUSED (DataError with file and row, nothing is read). Audio of a
+manifest is skipped where the file is broken and refused where the manifest is.
+"""
+
+import ast
+import contextlib
+import csv
+import faulthandler
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import wave
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import soundfile
+
+import data
+from data import SAMPLE_RATE, DataError
+
+KEPT, FIXED, SKIPPED, REFUSED = "kept", "fixed", "skipped", "refused"
+REPO = Path(data.__file__).parent
+SECONDS = 1.0  # of the tone that every audio fault starts from
+
+
+@pytest.fixture(autouse=True)
+def nothing_hangs():
+    """Ends the whole run with a traceback when one test takes longer than two minutes."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def tone(rate=SAMPLE_RATE, seconds=SECONDS):
+    return 0.3 * np.sin(2 * np.pi * 200 * np.arange(int(seconds * rate)) / rate)
+
+
+# ---------------------------------------------------------------- how audio faults are made
+
+
+def sound(name="x.wav", samples=None, rate=SAMPLE_RATE, **options):
+    """A maker of one sound file; it returns the cell `path` of its row in the manifest."""
+
+    def make(root):
+        soundfile.write(root / name, tone(rate) if samples is None else samples, rate, **options)
+        return name
+
+    return make
+
+
+def cut(name, share, **options):
+    """The beginning of a valid file."""
+
+    def make(root):
+        sound(name, **options)(root)
+        whole = (root / name).read_bytes()
+        (root / name).write_bytes(whole[: int(len(whole) * share)])
+        return name
+
+    return make
+
+
+def hole(name):
+    """A valid file with zeros in its middle."""
+
+    def make(root):
+        sound(name)(root)
+        whole = bytearray((root / name).read_bytes())
+        middle = len(whole) // 2
+        whole[middle : middle + 300] = bytes(300)
+        (root / name).write_bytes(whole)
+        return name
+
+    return make
+
+
+def header(*patches, tail=b"", length=None):
+    """A 16-bit wav with (offset, struct format, value) written over its 44 bytes of header."""
+
+    def make(root):
+        sound()(root)
+        whole = bytearray((root / "x.wav").read_bytes())
+        for offset, kind, value in patches:
+            struct.pack_into(kind, whole, offset, value)
+        (root / "x.wav").write_bytes(bytes(whole)[:length] + tail)
+        return "x.wav"
+
+    return make
+
+
+def raw(content, name="x.wav"):
+    def make(root):
+        (root / name).write_bytes(content)
+        return name
+
+    return make
+
+
+def link(target):
+    def make(root):
+        sound("real.wav")(root)
+        sound("../outside.wav")(root)
+        (root / "x.wav").symlink_to(target)
+        return "x.wav"
+
+    return make
+
+
+def place(make_it):
+    """Something that is not a regular file where the audio should be."""
+
+    def make(root):
+        make_it(root / "x.wav")
+        return "x.wav"
+
+    return make
+
+
+def locked(mode_of_file, mode_of_folder):
+    def make(root):
+        (root / "sub").mkdir()
+        sound("sub/x.wav")(root)
+        os.chmod(root / "sub" / "x.wav", mode_of_file)
+        os.chmod(root / "sub", mode_of_folder)
+        return "sub/x.wav"
+
+    return make
+
+
+def times(start, end, make=None):
+    """(cell path, cell start, cell end)"""
+    return lambda root: ((make or sound())(root), start, end)
+
+
+def one_bad(value):
+    samples = tone()
+    samples[5000] = value
+    return samples
+
+
+NAMES = (
+    "ünïcödé 語.wav",
+    "two  spaces.wav",
+    "it's \"; touch x; $(touch x) `touch x`.wav",
+    "%s,-r.wav",
+)
+STEREO = np.c_[tone(), tone()]
+RATE, BYTES_PER_SECOND, CHANNELS, CODEC, ALIGN, BITS, DATA = 24, 28, 22, 20, 32, 34, 40  # offsets
+
+AUDIO = [
+    # valid, if rare: read as they are
+    ("8-bit wav", sound(subtype="PCM_U8"), KEPT, ""),
+    ("24-bit wav", sound(subtype="PCM_24"), KEPT, ""),
+    ("32-bit wav", sound(subtype="PCM_32"), KEPT, ""),
+    ("float wav", sound(subtype="FLOAT"), KEPT, ""),
+    ("64-bit float wav", sound(subtype="DOUBLE"), KEPT, ""),
+    ("A-law", sound(subtype="ALAW"), KEPT, ""),
+    ("mu-law", sound(subtype="ULAW"), KEPT, ""),
+    ("IMA ADPCM", sound(subtype="IMA_ADPCM"), KEPT, ""),
+    ("wav extensible", sound(format="WAVEX"), KEPT, ""),
+    ("big-endian wav", sound(endian="BIG"), KEPT, ""),
+    ("rf64", sound("x.rf64"), KEPT, ""),
+    ("w64", sound("x.w64"), KEPT, ""),
+    ("aiff", sound("x.aiff"), KEPT, ""),
+    ("au", sound("x.au"), KEPT, ""),
+    ("caf", sound("x.caf"), KEPT, ""),
+    ("opus", sound("x.ogg", format="OGG", subtype="OPUS"), KEPT, ""),
+    ("flac named wav", sound("x.wav", format="FLAC"), KEPT, ""),
+    ("wav named mp3", sound("x.mp3", format="WAV"), KEPT, ""),
+    ("upper-case suffix", sound("X.WAV"), KEPT, ""),
+    ("no suffix", sound("x", format="WAV"), KEPT, ""),
+    *((f"name {name}", sound(name), KEPT, "") for name in NAMES),
+    ("name like a header", sound("=> WAVE_FORMAT_PCM data : 9 (should be 1).flac"), KEPT, ""),
+    ("speech on a constant", sound(samples=tone() + 0.2), KEPT, ""),
+    ("one byte too many", header(tail=b"x"), KEPT, ""),
+    ("broken chunk after the samples", header(tail=b"LIST\xff\xff\0\0junk"), KEPT, ""),
+    ("link inside the data root", link("real.wav"), KEPT, ""),
+    # mended and counted
+    ("stereo", sound(samples=STEREO), FIXED, "mixed to mono from 2 channels"),
+    ("6 channels", sound(samples=np.c_[STEREO, STEREO, STEREO]), FIXED, "mixed to mono from 6"),
+    ("a silent channel", sound(samples=STEREO * [1, 0]), FIXED, "mixed to mono from 2 channels"),
+    ("opposite phases", sound(samples=STEREO * [1, -1]), FIXED, "the first one taken"),
+    ("4 kHz", sound(rate=4_000), FIXED, "resampled from 4000 Hz"),
+    ("8 kHz", sound(rate=8_000), FIXED, "resampled from 8000 Hz"),
+    ("11.025 kHz", sound(rate=11_025), FIXED, "resampled from 11025 Hz"),
+    ("44.1 kHz", sound(rate=44_100), FIXED, "resampled from 44100 Hz"),
+    ("96 kHz", sound(rate=96_000), FIXED, "resampled from 96000 Hz"),
+    ("192 kHz", sound(rate=192_000), FIXED, "resampled from 192000 Hz"),
+    (
+        "float of 1.5",
+        sound(samples=tone() * 5, subtype="FLOAT"),
+        FIXED,
+        "above full scale, clipped",
+    ),
+    ("overdriven", sound(samples=(tone() * 9).clip(-1, 1)), FIXED, "clipped when it was recorded"),
+    ("100 samples", sound(samples=tone()[:100]), FIXED, "padded to 400 samples"),
+    ("399 samples", sound(samples=tone()[:399]), FIXED, "padded to 400 samples"),
+    ("wav without its last 5 %", cut("x.wav", 0.95), FIXED, "a little shorter than"),
+    ("mp3 without its last 5 %", cut("x.mp3", 0.95), FIXED, "a little shorter than"),
+    ("end a little behind the file", times("0", "1.05"), FIXED, "a little shorter than"),
+    ("wav from a pipe", header((4, "<I", 2**32 - 1), (DATA, "<I", 2**32 - 1)), FIXED, "no length"),
+    ("wav from another pipe", header((DATA, "<I", 2**31 - 1)), FIXED, "no length in its header"),
+    ("bytes per second wrong", header((BYTES_PER_SECOND, "<I", 5)), FIXED, "contradicts itself on"),
+    ("rate wrong", header((RATE, "<I", 16_001)), FIXED, "contradicts itself on"),
+    # skipped and named
+    ("half a wav", cut("x.wav", 0.5), SKIPPED, "samples missing (50 %)"),
+    ("half a float wav", cut("x.wav", 0.5, subtype="FLOAT"), SKIPPED, "samples missing (50 %)"),
+    ("half a w64", cut("x.w64", 0.5), SKIPPED, "samples missing (50 %)"),
+    ("half an rf64", cut("x.rf64", 0.5), SKIPPED, "samples missing (50 %)"),
+    ("half an aiff", cut("x.aiff", 0.5), SKIPPED, "samples missing (50 %)"),
+    ("half an au", cut("x.au", 0.5), SKIPPED, "samples missing (50 %)"),
+    ("half a caf", cut("x.caf", 0.5), SKIPPED, "cannot be decoded"),
+    ("half a flac", cut("x.flac", 0.5), SKIPPED, "cannot be decoded"),
+    ("half an ogg", cut("x.ogg", 0.5), SKIPPED, "cannot be decoded"),
+    ("ogg without its last page", cut("x.ogg", 0.95), SKIPPED, "no samples"),
+    (
+        "half an opus",
+        cut("x.opus", 0.5, format="OGG", subtype="OPUS"),
+        SKIPPED,
+        "cannot be decoded",
+    ),
+    ("half an mp3", cut("x.mp3", 0.5), SKIPPED, "samples missing"),
+    ("zeros inside a flac", hole("x.flac"), SKIPPED, "cannot be decoded"),
+    ("zeros inside an ogg", hole("x.ogg"), SKIPPED, "cannot be decoded"),
+    ("header alone", header(length=44), SKIPPED, "no samples"),
+    ("half a header", header(length=36), SKIPPED, "cannot be decoded"),
+    ("4 bytes", raw(b"RIFF"), SKIPPED, "cannot be decoded"),
+    ("empty file", raw(b""), SKIPPED, "cannot be decoded"),
+    ("text", raw(b"this is no audio\n" * 50), SKIPPED, "cannot be decoded"),
+    ("error page", raw(b"<!DOCTYPE html><html>404</html>", "x.mp3"), SKIPPED, "cannot be decoded"),
+    ("zero bytes", raw(bytes(32_000)), SKIPPED, "cannot be decoded"),
+    ("random bytes", raw(random.Random(0).randbytes(32_000)), SKIPPED, "cannot be decoded"),
+    ("fLaC and zeros", raw(b"fLaC" + bytes(1000), "x.flac"), SKIPPED, "cannot be decoded"),
+    ("a video", raw(b"\0\0\0\x20ftypisom" + bytes(5000), "x.mp4"), SKIPPED, "cannot be decoded"),
+    ("headerless", raw(bytes(32_000), "x.raw"), SKIPPED, "cannot be decoded"),
+    ("all zero", sound(samples=np.zeros(16_000)), SKIPPED, "no sound"),
+    ("a constant", sound(samples=np.full(16_000, 0.5)), SKIPPED, "no sound"),
+    ("too quiet", sound(samples=tone() * 1e-6, subtype="FLOAT"), SKIPPED, "no sound"),
+    ("one sample", sound(samples=np.array([0.5])), SKIPPED, "no sound"),
+    ("no samples", sound(samples=np.zeros(0)), SKIPPED, "no samples"),
+    ("NaN", sound(samples=np.full(16_000, np.nan), subtype="FLOAT"), SKIPPED, "not finite"),
+    ("one NaN", sound(samples=one_bad(np.nan), subtype="FLOAT"), SKIPPED, "not finite"),
+    ("one infinity", sound(samples=one_bad(np.inf), subtype="FLOAT"), SKIPPED, "not finite"),
+    ("scale of int16", sound(samples=tone() * 32768, subtype="FLOAT"), SKIPPED, "not in the scale"),
+    ("1 Hz", header((RATE, "<I", 1)), SKIPPED, "outside 4000..384000 Hz (1)"),
+    ("3 kHz", sound(rate=3_000), SKIPPED, "outside 4000..384000 Hz (3000)"),
+    ("2 GHz", header((RATE, "<I", 2**31 - 1)), SKIPPED, "Hz (2147483647)"),
+    ("0 Hz", header((RATE, "<I", 0)), SKIPPED, "cannot be decoded"),
+    ("0 channels", header((CHANNELS, "<H", 0)), SKIPPED, "cannot be decoded"),
+    ("mono that says stereo", header((CHANNELS, "<H", 2)), SKIPPED, "contradicts itself (2 or 4"),
+    ("0 bits", header((BITS, "<H", 0)), SKIPPED, "cannot be decoded"),
+    ("7 bits", header((BITS, "<H", 7)), SKIPPED, "contradicts itself (2 or 1 bytes"),
+    ("0 bytes per frame", header((ALIGN, "<H", 0)), SKIPPED, "contradicts itself (0 or 2 bytes"),
+    ("unknown codec", header((CODEC, "<H", 0x99)), SKIPPED, "cannot be decoded"),
+    ("header of an hour", header((DATA, "<I", 115_200_000)), SKIPPED, "samples missing (100 %)"),
+    ("header of a quarter", header((DATA, "<I", 8_000)), SKIPPED, "samples missing (75 %)"),
+    ("header of nothing", header((4, "<I", 0), (DATA, "<I", 0)), SKIPPED, "no samples"),
+    ("no data chunk", header((36, "4s", b"junk")), SKIPPED, "cannot be decoded"),
+    ("11 minutes", sound(samples=tone(4000, 660), rate=4000), SKIPPED, "longer than 600 s"),
+    ("no permission", locked(0, 0o755), SKIPPED, "no permission to read it"),
+    ("start behind the file", times("5", ""), SKIPPED, "no samples (from 5 s on, of 1.00 s)"),
+    ("end far behind the file", times("0", "9"), SKIPPED, "samples missing (89 %)"),
+    # refused: the manifest is wrong
+    ("missing file", lambda root: "x.wav", REFUSED, "does not exist (set --data_dir?)"),
+    ("folder", place(Path.mkdir), REFUSED, "is not a file"),
+    ("named pipe", place(os.mkfifo), REFUSED, "is not a file"),
+    ("dangling link", link("gone.wav"), REFUSED, "does not exist"),
+    ("link to itself", link("x.wav"), REFUSED, ("cannot be followed", "does not exist")),
+    ("link out of the data root", link("../outside.wav"), REFUSED, "leaves the data root"),
+    ("device", link("/dev/zero"), REFUSED, "leaves the data root"),
+    ("..", lambda root: "../" + link("real.wav")(root), REFUSED, "leaves the data root"),
+    ("absolute path", lambda root: "/etc/passwd", REFUSED, "leaves the data root"),
+    ("name of 300 letters", lambda root: "x" * 300, REFUSED, "cannot be followed"),
+    ("line break in a name", sound("a\nb.wav"), REFUSED, "column path holds a line break"),
+    ("NUL in a name", lambda root: "a\0.wav", REFUSED, ("column path holds", "not a UTF-8 CSV")),
+    ("closed folder", locked(0o644, 0), REFUSED, "cannot be followed"),
+    ("end before start", times("0.5", "0.2"), REFUSED, "start 0.5 and end 0.2"),
+    ("negative start", times("-1", ""), REFUSED, "start -1"),
+    ("start of NaN", times("nan", ""), REFUSED, "start 'nan' is not a number"),
+    ("start of 1e290", times("1e290", "1e300"), REFUSED, "start 1e+290"),
+    ("end of 1e308", times("0", "1e308"), REFUSED, "end 1e+308"),
+]
+
+# ---------------------------------------------------------------- manifests: text of the CSV
+
+HEADER = "utt_id,path,valence,arousal\n"
+MORE = "utt_id,path,valence,arousal,{}\na,a.wav,3,3,{}\n"
+CSV = [
+    (
+        "column missing",
+        "utt_id,path,valence\n",
+        REFUSED,
+        "column arousal is missing (found: utt_id",
+    ),
+    ("no header", "", REFUSED, "column utt_id is missing (found: none)"),
+    ("column twice", "utt_id,path,valence,arousal,valence\n", REFUSED, "valence occurs twice"),
+    (
+        "optional column twice",
+        MORE.format("session,session", "1,2"),
+        REFUSED,
+        "session occurs twice",
+    ),
+    ("semicolons", "utt_id;path;valence;arousal\n", REFUSED, "(found: utt_id;path"),
+    ("no rows", HEADER, REFUSED, "no usable utterance"),
+    ("not UTF-8", HEADER.encode() + b"\xe4,a.wav,3,3\n", REFUSED, "not a UTF-8 CSV"),
+    ("UTF-16", (HEADER + "a,a.wav,3,3\n").encode("utf-16"), REFUSED, "not a UTF-8 CSV"),
+    (
+        "label out of range",
+        HEADER + "a,a.wav,7.2,3\n",
+        REFUSED,
+        "row 2: valence 7.2 is outside 1..5",
+    ),
+    ("label in words", HEADER + "a,a.wav,high,3\n", REFUSED, "row 2: valence 'high' is not"),
+    ("label NaN", HEADER + "a,a.wav,3,nan\n", REFUSED, "row 2: arousal 'nan' is not a number"),
+    ("label infinite", HEADER + "a,a.wav,inf,3\n", REFUSED, "row 2: valence 'inf' is not a number"),
+    ("label empty", HEADER + "a,a.wav,,3\n", REFUSED, "row 2: valence '' is not a number"),
+    ("label with underscore", HEADER + "a,a.wav,1_2,3\n", REFUSED, "row 2: valence '1_2' is not"),
+    ("label in Arabic digits", HEADER + "a,a.wav,٣,3\n", REFUSED, "is not a number"),
+    (
+        "decimal comma",
+        HEADER + 'a,a.wav,"2,5",3\n',
+        REFUSED,
+        "row 2: valence '2,5' is not a number",
+    ),
+    ("decimal comma unquoted", HEADER + "a,a.wav,2,5,3\n", REFUSED, "row 2: more cells than"),
+    ("cut off in a row", HEADER + "a,a.wav,3,3\nb,a.w", REFUSED, "row 3: fewer cells than columns"),
+    ("stray quote", HEADER + 'a,a.wav,3,"3\nb,a.wav,3,3\n', REFUSED, "not a UTF-8 CSV file"),
+    (
+        "two stray quotes",
+        HEADER + 'a,a.wav,3,"3\nb,b.wav,3",3\n',
+        REFUSED,
+        "cells than columns (4)",
+    ),
+    (
+        "quoted line break",
+        HEADER + 'a,"a.wav\n",3,3\n',
+        REFUSED,
+        "row 3: column path holds a line break",
+    ),
+    (
+        "utt_id twice",
+        HEADER + "a,a.wav,3,3\n\na,a.wav,3,3\n",
+        REFUSED,
+        "row 4: utt_id a is already",
+    ),
+    (
+        "utt_id with slash",
+        HEADER + "x/a,a.wav,3,3\n",
+        REFUSED,
+        "row 2: utt_id 'x/a' must name a file",
+    ),
+    ("utt_id with backslash", HEADER + "x\\a,a.wav,3,3\n", REFUSED, "must name a file"),
+    ("utt_id ..", HEADER + "..,a.wav,3,3\n", REFUSED, "utt_id '..' must name a file"),
+    ("utt_id empty", HEADER + ",a.wav,3,3\n", REFUSED, "utt_id '' must name a file"),
+    ("utt_id too long", HEADER + "a" * 201 + ",a.wav,3,3\n", REFUSED, "1 to 200 bytes"),
+    ("bad split", MORE.format("split", "eval"), REFUSED, "row 2: split 'eval' is not one of train"),
+    ("empty split", MORE.format("split", ""), REFUSED, "row 2: split '' is not one of"),
+    ("empty session", MORE.format("session", ""), REFUSED, "row 2: session is empty"),
+    ("start in words", MORE.format("start", "x"), REFUSED, "row 2: start 'x' is not a number"),
+    ("column nobody reads", MORE.format("Session", "1"), FIXED, "columns not used: Session"),
+    ("spaces and byte-order mark", "\ufeffutt_id, path ,valence,arousal\na, a.wav,3,3\n", KEPT, ""),
+    ("Windows line ends", HEADER.replace("\n", "\r\n") + "a,a.wav,3,3\r\n", KEPT, ""),
+]
+
+# ---------------------------------------------------------------- published corpora: an edited tree
+
+TURN = "[{0}.5 - {0}.9]\tSes01F_impro01_F00{0}\tneu\t[2.5000, 3.5000, 2.5000]\n"
+TURNS = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n" + "".join(
+    f"{TURN.format(i)}C-E2:\tNeutral;\t()\n\n" for i in range(3)
+)
+MSP_HEADER = "FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set\n"
+MSP_ROWS = "".join(f"MSP-PODCAST_0001_000{i}.wav,N,2,6,4,1,Male,Train\n" for i in range(3))
+
+
+def annotation(old, new, encoding="utf-8"):
+    """An IEMOCAP tree of three turns, with `old` replaced by `new` in its annotation."""
+
+    def make(root):
+        folder = root / "Session1" / "sentences" / "wav" / "Ses01F_impro01"
+        table = root / "Session1" / "dialog" / "EmoEvaluation" / "Ses01F_impro01.txt"
+        folder.mkdir(parents=True)
+        table.parent.mkdir(parents=True)
+        for i in range(3):
+            sound(f"Ses01F_impro01_F00{i}.wav")(folder)
+        (folder / "._Ses01F_impro01_F000.wav").write_bytes(b"\0\5")
+        assert old in TURNS
+        table.write_bytes(TURNS.replace(old, new, 1).encode(encoding))
+        return folder
+
+    return make
+
+
+def wavs(change):
+    """The same tree with its folder of audio changed."""
+    return lambda root: change(annotation("%", "%")(root))
+
+
+def podcast(old="%", new="%", change=lambda folder: None, encoding="utf-8"):
+    """An MSP-Podcast tree of three clips, with `old` replaced in the table, then `change`d."""
+
+    def make(root):
+        (root / "Audio").mkdir()
+        for i in range(3):
+            sound(f"MSP-PODCAST_0001_000{i}.wav")(root / "Audio")
+        text = (MSP_HEADER + MSP_ROWS).replace(old, new, 1)
+        (root / "labels_consensus.csv").write_bytes(text.encode(encoding))
+        change(root / "Audio")
+
+    return make
+
+
+def in_place_of(name, make_it):
+    def change(folder):
+        (folder / name).unlink()
+        make_it(folder / name)
+
+    return change
+
+
+FIRST, SECOND = "Ses01F_impro01_F000", "Ses01F_impro01_F001"
+CLIP = "MSP-PODCAST_0001_0001.wav"
+IEMOCAP = [
+    ("Windows line ends", annotation("\n\n", "\r\n"), KEPT, ""),
+    (
+        "label of 5.5",
+        annotation("[2.5000,", "[5.5000,"),
+        FIXED,
+        "label 5.5 outside 1..5 clipped: 1",
+    ),
+    ("label of 0.5", annotation("3.5000", "0.5000"), FIXED, "label 0.5 outside 1..5 clipped: 1"),
+    ("point lost in a label", annotation("[2.5000", "[25000"), SKIPPED, "far outside 1..5 (25000)"),
+    ("label NaN", annotation("[2.5000", "[nan"), SKIPPED, "label or time is not a number"),
+    (
+        "label with a letter",
+        annotation("3.5000", "3.5O00"),
+        SKIPPED,
+        "label or time is not a number",
+    ),
+    ("four labels", annotation("[2.5000", "[2.5, 2.5"), SKIPPED, "label or time is not a number"),
+    ("two labels", annotation(", 2.5000]", "]"), SKIPPED, "annotation not understood"),
+    ("time with two points", annotation("0.5 -", "0.5.5 -"), SKIPPED, "time is not a number"),
+    ("opening bracket lost", annotation("[0.5", "0.5"), SKIPPED, "annotation not understood"),
+    ("closing bracket lost", annotation("2.5000]", "2.5000"), SKIPPED, "annotation not understood"),
+    ("spaces for tabs", annotation("\t", "    "), SKIPPED, "annotation not understood"),
+    ("no speaker in the turn", annotation(FIRST, "turn"), SKIPPED, "annotation not understood"),
+    ("turn annotated twice", annotation(SECOND, FIRST), SKIPPED, "annotated twice, first one kept"),
+    ("turn renamed", annotation(FIRST, "Ses01F_impro01_F099"), SKIPPED, "audio file missing"),
+    ("line lost", annotation(TURN.format(0), ""), SKIPPED, "no annotation"),
+    ("cut off in a line", annotation(TURNS[-60:], ""), SKIPPED, "annotation not understood"),
+    ("lines joined", annotation("]\nC-E2", "]C-E2"), SKIPPED, "annotation not understood"),
+    ("empty annotation", annotation(TURNS, ""), REFUSED, "no usable utterance"),
+    ("UTF-16 annotation", annotation("%", "%", "utf-16"), REFUSED, "no usable utterance"),
+    ("no audio folder", wavs(lambda f: f.rename(f"{f}_")), REFUSED, "no usable utterance"),
+    ("audio missing", wavs(lambda f: (f / f"{FIRST}.wav").unlink()), SKIPPED, "audio file missing"),
+    ("pipe as audio", wavs(in_place_of(f"{FIRST}.wav", os.mkfifo)), SKIPPED, "audio file missing"),
+    ("folder as audio", wavs(in_place_of(f"{FIRST}.wav", Path.mkdir)), SKIPPED, "file missing"),
+]
+MSP = [
+    ("label of 7.5", podcast("2,6", "2,7.5"), FIXED, "label 7.5 outside 1..7 clipped: 1"),
+    ("label of 70", podcast("2,6", "2,70"), SKIPPED, "label far outside 1..7 (70)"),
+    ("label empty", podcast("2,6", "2,"), SKIPPED, "label is not a number"),
+    ("label NaN", podcast("2,6", "nan,6"), SKIPPED, "label is not a number"),
+    ("clip in the table twice", podcast("0000", "0001"), SKIPPED, "in the table twice, first one"),
+    ("no name", podcast("MSP-PODCAST_0001_0000.wav", ""), SKIPPED, "audio file missing"),
+    ("name with ..", podcast("MSP-PODCAST_0001_0000", "../x"), SKIPPED, "audio file missing"),
+    ("unknown split", podcast("Train", "Trian"), REFUSED, "row 2: Split_Set 'Trian' is none of"),
+    ("column missing", podcast("EmoVal", "Valence"), REFUSED, "column EmoVal is missing"),
+    ("column twice", podcast("EmoDom", "EmoVal"), REFUSED, "column EmoVal occurs twice"),
+    (
+        "cut off in a row",
+        podcast(",Male,Train", ""),
+        REFUSED,
+        "row 2: fewer cells than columns (8)",
+    ),
+    ("Latin-1", podcast("Male", "Männlich", encoding="latin-1"), REFUSED, "not a UTF-8 CSV file"),
+    ("Test3", podcast("2,6,4,1,Male,Train", ",,,,,Test3"), FIXED, "Test3: 1 utterances have no"),
+    ("unknown speaker", podcast("1,Male", "Unknown,Male"), FIXED, "speaker unknown: 1 utterances"),
+    (
+        "row missing",
+        podcast(MSP_ROWS[: len(MSP_ROWS) // 3], ""),
+        FIXED,
+        "1 audio files have no row in labels_",
+    ),
+    ("audio missing", podcast(change=lambda f: (f / CLIP).unlink()), SKIPPED, "file missing"),
+    ("pipe", podcast(change=in_place_of(CLIP, os.mkfifo)), SKIPPED, "not a regular one"),
+    ("folder", podcast(change=in_place_of(CLIP, Path.mkdir)), SKIPPED, "not a regular one"),
+    (
+        "dangling link",
+        podcast(change=in_place_of(CLIP, lambda p: p.symlink_to("x"))),
+        SKIPPED,
+        "no such",
+    ),
+    (
+        "device",
+        podcast(change=in_place_of(CLIP, lambda p: p.symlink_to("/dev/zero"))),
+        SKIPPED,
+        "not a",
+    ),
+    ("no table", lambda root: (root / "Audio").mkdir(), REFUSED, "no labels_consensus.csv"),
+]
+
+# ---------------------------------------------------------------- <utt_id>.npy of one utterance
+
+
+def saved(array):
+    return lambda path: np.save(path, array, allow_pickle=True)
+
+
+def written(content):
+    return lambda path: path.write_bytes(content)
+
+
+def half_npy(path):
+    np.save(path, np.zeros((20, 6)))
+    os.truncate(path, 600)
+
+
+def npy_header(shape, kind="'<f4'"):
+    text = f"{{'descr': {kind}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return written(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(96))
+
+
+def npz(path):
+    with open(path, "wb") as file:
+        np.savez(file, x=np.zeros((4, 6)))
+
+
+NPY = [
+    ("Fortran order", saved(np.asfortranarray(np.ones((4, 6)))), KEPT, ""),
+    ("big-endian", saved(np.ones((4, 6), dtype=">f8")), KEPT, ""),
+    ("one dimension", saved(np.zeros(6)), REFUSED, "float64 (6,), expected numbers (T, D)"),
+    ("three dimensions", saved(np.zeros((1, 4, 6))), REFUSED, "(1, 4, 6), expected numbers (T, D)"),
+    ("other width", saved(np.zeros((4, 7))), REFUSED, "width 7, but the first file has 6"),
+    ("no frames", saved(np.zeros((0, 6))), REFUSED, "expected numbers (T, D), not empty"),
+    ("strings", saved(np.full((4, 6), "a")), REFUSED, "expected numbers"),
+    ("complex", saved(np.zeros((4, 6), complex)), REFUSED, "expected numbers"),
+    ("pickled", saved(np.full((4, 6), None)), REFUSED, "not a plain .npy array"),
+    ("pickled code", written(b"cposix\nsystem\n(S'touch pwned'\ntR."), REFUSED, "not a plain .npy"),
+    ("NaN", saved(np.full((4, 6), np.nan)), REFUSED, "holds NaN or infinite values"),
+    ("beyond float32", saved(np.full((4, 6), 1e300)), REFUSED, "holds NaN or infinite values"),
+    ("cut off", half_npy, REFUSED, "not a plain .npy array"),
+    ("empty file", written(b""), REFUSED, "not a plain .npy array"),
+    ("text", written(b"0.1 0.2 0.3\n"), REFUSED, "not a plain .npy array"),
+    ("an .npz", npz, REFUSED, "not a plain .npy array"),
+    ("shape of a petabyte", npy_header((2**40, 1024)), REFUSED, "not a plain .npy array"),
+    ("negative shape", npy_header((-4, 6)), REFUSED, "u003.npy"),
+    ("shape of words", npy_header("('a', 'b')"), REFUSED, "not a plain .npy array"),
+    (
+        "code as header",
+        npy_header("__import__('os').system('touch pwned')"),
+        REFUSED,
+        "not a plain",
+    ),
+    ("missing", lambda path: None, REFUSED, "1 of 4 missing (u003.npy)"),
+    ("folder", Path.mkdir, REFUSED, "1 of 4 missing (u003.npy)"),
+    ("pipe", os.mkfifo, REFUSED, "1 of 4 missing (u003.npy)"),
+]
+VECTORS = [
+    ("missing", lambda path: None, REFUSED, "1 of 4 missing (u003.npy)"),
+    ("other width", saved(np.ones(7)), REFUSED, "width 7, but the first file has 6"),
+    ("two dimensions", saved(np.ones((1, 6))), REFUSED, "expected numbers (S,)"),
+    (
+        "zero",
+        saved(np.zeros(6)),
+        REFUSED,
+        "1 embeddings are zero or not finite, the first is that of",
+    ),
+    ("NaN", saved(np.full(6, np.nan)), REFUSED, "zero or not finite, the first is that of u003"),
+    ("infinite", saved(np.full(6, np.inf)), REFUSED, "zero or not finite"),
+    ("pickled", saved(np.full(6, None)), REFUSED, "not a plain .npy array"),
+    ("cut off", half_npy, REFUSED, "not a plain .npy array"),
+]
+
+
+class Fault(NamedTuple):
+    """`make` builds the input below a folder; `expected` is part of the note, reason or error."""
+
+    source: str
+    name: str
+    make: object
+    outcome: str
+    expected: str | tuple[str, ...]  # one of these
+
+
+KINDS = {
+    "audio": AUDIO, "CSV": CSV, "IEMOCAP": IEMOCAP, "MSP-Podcast": MSP, "features": NPY,
+    "speaker": VECTORS,
+}  # fmt: skip
+FAULTS = [Fault(source, *row) for source, rows in KINDS.items() for row in rows]
+
+
+def manifest(root, *rows):
+    with open(root / "manifest.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return str(root / "manifest.csv")
+
+
+def load(fault, root):
+    """(corpus, pack or None) of the input with this fault; DataError where it is refused."""
+    cache = root.parent / "cache"
+    if fault.source == "audio":
+        sound("good.wav")(root)
+        made = fault.make(root)
+        path, start, end = made if isinstance(made, tuple) else (made, "", "")
+        row = ("0.5", "0.5", "anna")
+        rows = [("a", "good.wav", *row, "", ""), ("b", path, *row, start, end)]
+        header = ("utt_id", "path", "valence", "arousal", "speaker", "start", "end")
+        corpus = data.read_corpus(manifest(root, header, *rows), None, None)
+        return data.load_audio(corpus, cache, most_bad=0.5)
+    if fault.source in ("CSV", "IEMOCAP", "MSP-Podcast"):
+        if fault.source == "CSV":
+            sound("a.wav")(root)
+            content = fault.make if isinstance(fault.make, bytes) else fault.make.encode()
+            (root / "m.csv").write_bytes(content)
+            corpus = data.read_corpus(str(root / "m.csv"), None, (1, 5))
+            corpus.notes = [note for note in corpus.notes if "speaker unknown" not in note]
+        else:
+            fault.make(root)
+            kind = {"IEMOCAP": "iemocap", "MSP-Podcast": "msp_podcast"}[fault.source]
+            corpus = data.read_corpus(kind, str(root), None)
+        return data.load_audio(corpus, cache, most_bad=0.5)
+    sound("a.wav")(root)
+    rows = [(f"u00{i}", "a.wav", "0.5", "0.5", "anna") for i in range(4)]
+    header = ("utt_id", "path", "valence", "arousal", "speaker")
+    corpus = data.read_corpus(manifest(root, header, *rows), None, None)
+    for i in range(3):
+        np.save(root / f"u00{i}.npy", np.ones((4, 6) if fault.source == "features" else 6))
+    fault.make(root / "u003.npy")
+    if fault.source == "features":
+        data.FrameFeatures(corpus, root).read(3)
+    else:
+        data.speaker_embeddings(corpus, None, str(root), cache)
+    return corpus, None
+
+
+@contextlib.contextmanager
+def without_privileges(root):
+    """As a user who is not root, for whom permissions count."""
+    if os.geteuid():
+        yield
+        return
+    for folder in (root.parent, *list(root.parents)[1:3]):
+        os.chmod(folder, folder.stat().st_mode | 0o055)
+    os.chmod(root.parent, 0o777)
+    os.chmod(root, 0o777)
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.source}: {f.name!a}")
+def test_each_fault_has_the_outcome_that_its_row_states(tmp_path, fault):
+    root = tmp_path / "corpus"
+    root.mkdir()
+    is_locked = fault.name in ("no permission", "closed folder")
+    with without_privileges(root) if is_locked else contextlib.nullcontext():
+        try:
+            corpus, pack = load(fault, root)
+        except DataError as error:
+            outcome, text = REFUSED, str(error)
+            assert len(text.splitlines()) == 1 and (
+                "manifest" not in text or re.search("row [34]", text)
+            )
+        else:
+            text = " | ".join([s.reason for s in corpus.skipped] or corpus.notes)
+            outcome = SKIPPED if corpus.skipped else FIXED if corpus.notes else KEPT
+    assert outcome == fault.outcome, text
+    expected = (fault.expected,) if isinstance(fault.expected, str) else fault.expected
+    assert any(part in text for part in expected), text
+    if outcome == SKIPPED:
+        assert len(corpus.skipped) == 1 or fault.name in TWO_TURNS
+        assert all(s.utt_id and s.file for s in corpus.skipped)
+    if outcome != REFUSED and fault.source == "audio":
+        check_audio(fault, corpus, pack)
+    if outcome == FIXED:
+        assert re.search(r"\b1\b", text) or "columns not used" in text  # it is counted
+
+
+# a damaged line leaves two traces: the line, and the audio that has no annotation now
+TWO_TURNS = [
+    "two labels", "opening bracket lost", "closing bracket lost", "spaces for tabs",
+    "no speaker in the turn", "turn annotated twice", "turn renamed", "cut off in a line",
+    "lines joined",
+]  # fmt: skip
+
+
+def check_audio(fault, corpus, pack):
+    """The healthy clip is untouched, and what was read of the other is the tone it was made of."""
+    np.testing.assert_allclose(pack.read(0), tone(), atol=1e-4)
+    assert [u.utt_id for u in corpus.utterances] == ["a", "b"][: len(pack.lengths)]
+    if fault.outcome == SKIPPED or "samples" in fault.name:
+        return
+    audio = pack.read(1)
+    assert len(audio) == pytest.approx(SECONDS * SAMPLE_RATE, rel=0.1)
+    spectrum = np.abs(np.fft.rfft(audio[4000:12000] * np.hanning(8000)))[10:]
+    assert (np.argmax(spectrum) + 10) * 2 == 200
+    level = np.sqrt(2 * np.mean(audio[4000:12000] ** 2))
+    quiet_or_loud = ("a silent channel", "float of 1.5", "overdriven", "speech on a constant")
+    assert fault.name in quiet_or_loud or level == pytest.approx(0.3, rel=0.05)
+
+
+def test_a_name_that_is_not_utf_8_is_skipped_and_can_be_written_to_a_log(tmp_path):
+    """Found in a folder only: a manifest is UTF-8."""
+    path = tmp_path / os.fsdecode(b"x\xff.wav")
+    sound("x.wav")(tmp_path)
+    (tmp_path / "x.wav").rename(path)
+    _, reason, _ = data.decode(data.Utterance("u", path, 0.5, 0.5))
+    assert reason.startswith("cannot be decoded") and reason.encode()
+
+
+def test_the_table_is_as_large_as_promised():
+    assert len(AUDIO) >= 50 and len(FAULTS) - len(AUDIO) >= 25
+    assert len({(fault.source, fault.name) for fault in FAULTS}) == len(FAULTS)
+
+
+# ---------------------------------------------------------------- what was skipped
+
+
+def test_skipped_csv_survives_any_name(tmp_path):
+    skipped = [
+        data.Skipped("a\nb", 'c"d,e.wav', "samples missing (50 %)"),
+        data.Skipped("\udcff", "语.wav", "not a file"),
+    ]
+    corpus = data.Corpus("c", tmp_path, (0, 1), [], skipped)
+    data.write_skipped(tmp_path / "skipped.csv", corpus)
+    with open(tmp_path / "skipped.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["utt_id", "file", "reason"],
+        ["a\nb", 'c"d,e.wav', "samples missing (50 %)"],
+        ["\\udcff", "语.wav", "not a file"],
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["skipped.csv"]
+    assert list(data.skipped_by_kind(corpus)) == ["samples missing", "not a file"]
+
+
+def test_too_many_skipped_utterances_are_an_error_wherever_they_were_lost(tmp_path):
+    """Annotation lines count like audio files, and the way to see all of them is named."""
+    (tmp_path / "tree").mkdir()
+    folder = annotation("[2.5000", "[nan")(tmp_path / "tree")
+    corpus = data.read_corpus("iemocap", str(tmp_path / "tree"), None)
+    fault = r"iemocap: 1 of 3 utterances cannot be used, more than 5 % \(.*not a number\)"
+    with pytest.raises(DataError, match=fault):
+        data.load_audio(corpus, tmp_path / "cache")
+    (folder / f"{SECOND}.wav").write_bytes(b"")
+    command = [sys.executable, str(REPO / "data.py"), "--data", "iemocap"]
+    command += ["--data_dir", str(tmp_path / "tree"), "--cache_dir", str(tmp_path / "cache")]
+    command += ["--skipped", str(tmp_path / "skipped.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "2 of 3" in done.stderr and "--skipped" in done.stderr
+    rows = (tmp_path / "skipped.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["utt_id", FIRST, SECOND]
+
+
+# ---------------------------------------------------------------- random mutations of valid files
+
+
+def mutated(content, seed):
+    """`content` with one to three random faults: bits, bytes, a cut, an insertion, a swap."""
+    rng = random.Random(seed)
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        at, other = sorted(rng.randrange(len(content)) for _ in range(2))
+        size = rng.randint(1, 40)
+        kind = rng.choice(("bit", "byte", "cut", "insert", "delete", "swap", "repeat"))
+        if kind == "bit":
+            content[at] ^= 1 << rng.randrange(8)
+        elif kind == "byte":
+            content[at] = rng.choice((rng.randrange(256), *b'0",.\n-'))
+        elif kind == "cut":
+            del content[max(1, other) :]
+        elif kind == "insert":
+            content[at:at] = rng.randbytes(size)
+        elif kind == "delete":
+            del content[at : min(at + size, len(content) - 1)]
+        elif kind == "swap":
+            a, b = content[at : at + size], content[other : other + size]
+            content[at : at + size], content[other : other + size] = b, a
+        else:
+            content[at:at] = content[at : at + size]
+    return bytes(content)
+
+
+def fuzz_audio(root, seed, suffix):
+    """Read as it was, or named as changed or unusable; a wav as Python's own reader reads it."""
+    sound(f"whole.{suffix}", samples=tone(seconds=0.5))(root)
+    path = root / f"x.{suffix}"
+    path.write_bytes(mutated((root / f"whole.{suffix}").read_bytes(), seed))
+    samples, reason, changes = data.decode(data.Utterance("u", path, 0.5, 0.5))
+    if reason:
+        assert not len(samples)
+        return "skipped"
+    assert samples.dtype == np.int16 and len(samples) >= data.MIN_SAMPLES
+    if changes:
+        return "fixed"
+    original = soundfile.read(root / f"whole.{suffix}", dtype="int16")[0]
+    if suffix == "wav":
+        with contextlib.suppress(wave.Error, EOFError), wave.open(str(path)) as file:
+            assert (file.getframerate(), file.getnchannels()) == (SAMPLE_RATE, 1)
+            if file.getsampwidth() == 2:
+                there = file.readframes(file.getnframes())
+                there = np.frombuffer(there[: len(there) // 2 * 2], np.int16)
+                np.testing.assert_array_equal(samples, there)
+        assert len(samples) == pytest.approx(len(original), rel=0.12)
+    else:  # these carry checksums
+        assert len(samples) == len(original) and np.abs(samples - original).max() <= 1
+    return "kept"
+
+
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+FUZZ_ROWS = [(f"u{i:02}", f"u{i % 4:02}.wav", f"0.{i + 10}", f"0.{50 - i}") for i in range(16)]
+FUZZ_CSV = "\n".join(
+    ",".join(row) for row in [("utt_id", "path", "valence", "arousal"), *FUZZ_ROWS]
+)
+
+
+def cells_of(line):
+    """The cells of a CSV line without line breaks in cells; None where quotes do not pair."""
+    cells = re.findall(r' *("(?:[^"]|"")*"|[^",][^,]*|)(,|$)', line)
+    if line and "".join("".join(cell) for cell in cells).replace(" ", "") != line.replace(" ", ""):
+        return None
+    cells = [cell for cell, _ in cells]
+    cells = cells if line.endswith(",") or not cells or cells[-1] else cells[:-1]
+    return [re.sub(r'^"(.*)"$', r"\1", cell).replace('""', '"').strip() for cell in cells]
+
+
+def fuzz_csv(root, seed, _):
+    """Each line is read as a strict parser reads it, or the file is refused."""
+    for i in range(4):
+        sound(f"u{i:02}.wav", samples=tone(seconds=0.1))(root)
+    content = mutated(FUZZ_CSV.encode(), seed)
+    (root / "m.csv").write_bytes(content)
+    try:
+        corpus = data.read_corpus(str(root / "m.csv"), None, None)
+    except DataError as error:
+        assert re.search(r"m\.csv|no usable utterance", str(error)), error
+        return "refused"
+    lines = [line for line in re.split("\r\n|\r|\n", content.decode("utf-8-sig")) if line]
+    columns = cells_of(lines[0])
+    expected = {}
+    for line in lines[1:]:
+        row = dict(zip(columns, cells_of(line), strict=True))
+        assert re.fullmatch(NUMBER, row["valence"]) and re.fullmatch(NUMBER, row["arousal"])
+        path = str((root / row["path"]).resolve())
+        expected[row["utt_id"]] = (path, float(row["valence"]), float(row["arousal"]))
+    assert len(expected) == len(lines) - 1  # no line was lost
+    found = {u.utt_id: (str(u.path), u.valence, u.arousal) for u in corpus.utterances}
+    assert found == expected
+    return "kept"
+
+
+def fuzz_iemocap(root, seed, _):
+    """Each turn has the labels of its own line, or is named; none is lost."""
+    dialog = "Ses01F_impro01"
+    folder = root / "Session1" / "sentences" / "wav" / dialog
+    table = root / "Session1" / "dialog" / "EmoEvaluation" / f"{dialog}.txt"
+    turns = [f"{dialog}_{'FM'[i % 2]}{i // 2:03}" for i in range(12)]
+    folder.mkdir(parents=True)
+    table.parent.mkdir(parents=True)
+    text = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
+    for i, turn in enumerate(turns):
+        sound(f"{turn}.wav", samples=tone(seconds=0.05))(folder)
+        text += f"[{i}.5000 - {i}.9000]\t{turn}\tneu\t[2.{i + 10}00, 3.{i + 10}00, 2.5000]\n"
+        text += "C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
+    table.write_bytes(mutated(text.encode(), seed))
+    try:
+        corpus = data.read_corpus("iemocap", str(root), None)
+    except DataError as error:
+        assert "no usable utterance" in str(error)
+        return "refused"
+    lines = table.read_text("utf-8", errors="replace").splitlines()
+    for u in corpus.utterances:
+        own = [line for line in lines if re.search(rf"\t{re.escape(u.utt_id)}\t", line)]
+        labels = re.fullmatch(rf".*\t\w+\t\[({NUMBER}), ({NUMBER}), .+\]\s*", own[0]).groups()
+        assert [u.valence, u.arousal] == [min(5, max(1, float(x))) for x in labels]
+    named = {u.utt_id for u in corpus.utterances} | {s.utt_id for s in corpus.skipped}
+    assert set(turns) <= named
+    return "skipped" if corpus.skipped else "kept"
+
+
+def fuzz_npy(root, seed, _):
+    """The array that the bytes say, or refused."""
+    np.save(root / "whole.npy", np.arange(120, dtype=np.float32).reshape(20, 6))
+    content = mutated((root / "whole.npy").read_bytes(), seed)
+    (root / "u.npy").write_bytes(content)
+    sound("u.wav")(root)
+    corpus = data.Corpus("c", root, (0, 1), [data.Utterance("u", root / "u.wav", 0.5, 0.5)])
+    try:
+        features = data.FrameFeatures(corpus, root)
+        frames = features.read(0)
+    except DataError as error:
+        assert "u.npy" in str(error)
+        return "refused"
+    size = 10 + struct.unpack("<H", content[8:10])[0]
+    says = ast.literal_eval(content[10:size].decode().strip())
+    there = np.frombuffer(content[size:], says["descr"], math.prod(says["shape"]))
+    there = there.reshape(says["shape"], order="F" if says["fortran_order"] else "C")
+    np.testing.assert_array_equal(frames, there.astype(np.float32))
+    assert features.dim == frames.shape[1] and features.lengths.tolist() == [len(frames)]
+    return "kept"
+
+
+FUZZERS = {
+    "wav": fuzz_audio, "flac": fuzz_audio, "ogg": fuzz_audio, "csv": fuzz_csv,
+    "iemocap": fuzz_iemocap, "npy": fuzz_npy,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(200), pytest.param(range(200, 3000), marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize("kind", FUZZERS)
+def test_random_mutations_never_crash_hang_or_give_a_wrong_label(tmp_path, kind, seeds):
+    outcomes = Counter()
+    for seed in seeds:
+        root = tmp_path / str(seed)
+        root.mkdir()
+        start = time.monotonic()
+        faulthandler.dump_traceback_later(60, exit=True)  # for this mutation alone
+        try:
+            outcomes[FUZZERS[kind](root, seed, kind)] += 1
+        except Exception as error:
+            raise AssertionError(f"{kind}, seed {seed} in {root}") from error
+        assert time.monotonic() - start < 10
+        shutil.rmtree(root)
+    assert outcomes["skipped"] + outcomes["refused"] >= len(seeds) / 10, outcomes
+
+
+# ---------------------------------------------------------------- caches
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Path of a CSV of 12 clips of 0.4 s."""
+    root = tmp_path_factory.mktemp("clips")
+    rows = [("utt_id", "path", "valence", "arousal", "session")]
+    for i in range(12):
+        samples = tone(seconds=0.4) * (i + 1) / 12
+        sound(f"u{i:02}.wav", samples=samples)(root)
+        rows.append((f"u{i:02}", f"u{i:02}.wav", i / 12, 1 - i / 12, f"s{i % 3}"))
+    return Path(manifest(root, *rows))
+
+
+def hidden_states(pack, cache):
+    """Stands for a frozen encoder: a row's states are its own samples."""
+
+    def compute():
+        for row in reversed(range(len(pack.lengths))):
+            yield row, pack.read(row)[:600].reshape(10, 3, 20)
+
+    return data.HiddenStates(pack.key, cache, compute, pooled=False)
+
+
+def all_caches(path, cache):
+    """{cache: array of all that is read from it}; fills those that are missing."""
+    corpus, pack = data.load_audio(data.read_corpus(str(path), None, None), cache)
+    rows = range(len(pack.lengths))
+    hidden = hidden_states(pack, cache)
+    return {
+        "audio": np.stack([pack.read(row) for row in rows]),
+        "egemaps": data.egemaps(corpus, pack, cache),
+        "hidden": np.stack([hidden.read(row) for row in rows]),
+    }
+
+
+def fill_in_child(path, cache, start, unlocked, out):
+    if unlocked:  # as on a network disk where locks do nothing
+        data.fcntl.flock = lambda *_: None
+    start.wait()
+    np.savez(out, **all_caches(path, cache))
+
+
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_processes_that_fill_one_cache_at_once_all_read_what_one_alone_writes(
+    clips, tmp_path, unlocked
+):
+    pytest.importorskip("opensmile")
+    alone = all_caches(clips, tmp_path / "alone")
+    fork = multiprocessing.get_context("fork")
+    for attempt in range(3):
+        cache, start = tmp_path / f"cache{attempt}", fork.Barrier(3)
+        outs = [tmp_path / f"{attempt}-{i}.npz" for i in range(3)]
+        children = [
+            fork.Process(target=fill_in_child, args=(clips, cache, start, unlocked, out))
+            for out in outs
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+            assert child.exitcode == 0
+        for out in outs:
+            with np.load(out) as found:
+                for name, array in alone.items():
+                    np.testing.assert_array_equal(found[name], array)
+        left = {p.name.split("-")[0] for p in cache.iterdir() if not p.name.endswith(".lock")}
+        assert left == {"audio", "egemaps", "hidden"}
+
+
+def flip(path, seed):
+    content = bytearray(path.read_bytes())
+    content[random.Random(seed).randrange(len(content))] ^= 1 << seed % 8
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut off": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "one byte more": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": Path.unlink,
+    **{f"flipped bit {seed}": lambda path, seed=seed: flip(path, seed) for seed in range(3)},
+}
+
+
+def test_a_cache_that_was_damaged_afterwards_is_refused_whichever_file_and_damage(clips, tmp_path):
+    pytest.importorskip("opensmile")
+    all_caches(clips, tmp_path / "whole")
+    files = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").glob("*/*")]
+    assert {p.name for p in files} == {
+        "samples.i16", "values.npy", "values.f16", "index.json", "seals.json"
+    }  # fmt: skip
+    for file in files:
+        for name, damage in DAMAGES.items():
+            shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+            damage(tmp_path / "copy" / file)
+            with pytest.raises(DataError, match="is damaged: delete it") as error:
+                all_caches(clips, tmp_path / "copy")
+            assert str(file.parent) in str(error.value), name
+            shutil.rmtree(tmp_path / "copy")
+
+
+CHILD = """
+import sys, test_input_faults as t
+from pathlib import Path
+try:
+    t.all_caches(Path(sys.argv[1]), sys.argv[2])
+except t.DataError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def full_disk(command, cache, size):
+    """Runs the command where files end at `size` bytes; the write that would exceed it fails."""
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=REPO / "tests",
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+
+
+@pytest.mark.parametrize("size", [3_000, 20_000])
+def test_a_write_that_fails_in_a_cache_is_one_line_and_leaves_nothing_half_written(
+    clips, tmp_path, size
+):
+    cache = tmp_path / "cache"
+    if size == 3_000:  # the pack is there; eGeMAPS, 4,352 bytes, does not fit
+        pytest.importorskip("opensmile")
+        data.load_audio(data.read_corpus(str(clips), None, None), cache)
+    there = sorted(cache.iterdir()) if cache.exists() else []
+    done = full_disk([sys.executable, "-c", CHILD, str(clips), str(cache)], cache, size)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: --cache_dir {cache}: ") and "make room there" in last
+    assert "cannot be written (File too large)" in last
+    assert [p for p in sorted(cache.iterdir()) if not p.name.endswith(".lock")] == [
+        p for p in there if not p.name.endswith(".lock")
+    ]
+    assert len(all_caches(clips, cache)["audio"]) == 12  # with room it goes on
+
+
+def can_mount():
+    return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="needs user namespaces")
+def test_a_full_disk_is_one_line_that_names_cache_dir(tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    command = [sys.executable, str(REPO / "data.py"), "--data", "demo", "--cache_dir", str(cache)]
+    mount = 'mount -t tmpfs -o size=1m none "$0" && "$@"; code=$?; ls -A "$0" >&2; exit $code'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount, str(cache), *command],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith(f"data.py: error: --cache_dir {cache}: ")
+    assert "No space left on device" in lines[0]
+    assert all(name.startswith(".") and name.endswith(".lock") for name in lines[1:])
