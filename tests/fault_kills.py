@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ TIMING = {"audio_seconds_per_second", "data_share", "padded_share", "ms_per_step
 def fork(argv, log, env):
     """train.py in this process, as from a shell."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(env)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
