@@ -866,7 +866,9 @@ def end_status(directory: Path, exit_code: int, reason: str) -> None:
         status = json.loads((directory / "status.json").read_text())
         if (status["host"], status["pid"]) == (platform.node(), os.getpid()):
             now = {"exit_code": exit_code, "reason": reason, "time": time.time()}
-            report.replace_text(directory / "status.json", json.dumps(status | now) + "\n")
+            report.replace_text(
+                directory / "status.json", json.dumps(status | now, indent=1) + "\n"
+            )
 
 
 def check_resumable(args: argparse.Namespace, last: dict, directory: Path, frozen: bool) -> None:
