@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -24,11 +25,13 @@ SERVER.set_forkserver_preload(["train", "torch.utils.tensorboard"])
 TIMING = {"audio_seconds_per_second", "data_share", "padded_share", "ms_per_step", "peak_gib"}
 
 
-def fork(argv, log, env):
+def fork(argv, log, env, limit):
     """train.py in this process, as from a shell."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(env)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -46,10 +49,11 @@ class Run:
         self.log = directory / "console.log"
         directory.mkdir(parents=True, exist_ok=True)
 
-    def start(self, *more, torchrun=False, **env):
+    def start(self, *more, limit=None, **env):
+        """`limit`: bytes that no file of one rank may exceed, as on a full disk."""
         argv = [*self.flags, *more]
         env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
-        if torchrun or self.ranks > 1:
+        if self.ranks > 1:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc_per_node", str(self.ranks), str(ROOT / "train.py"), *argv]
             with open(self.log, "ab") as log:
@@ -58,7 +62,7 @@ class Run:
                 )
         else:
             os.environ["PYTHONPATH"] = str(ROOT)  # where the server finds train.py
-            self.process = SERVER.Process(target=fork, args=(argv, self.log, env))
+            self.process = SERVER.Process(target=fork, args=(argv, self.log, env, limit))
             self.process.start()
         return self
 
