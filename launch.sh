@@ -4,19 +4,21 @@
 #   ./launch.sh --folds 1-5 -- --preset demo                       on the CPU, two folds at a time
 #   ./launch.sh --folds 1-5 --gpus 0,1,2,3 -- --data iemocap ...   one GPU per fold
 #   ./launch.sh --folds 1,3-5 --gpus 0,1,2,3 --nproc_per_fold 2 -- ...   two GPUs per fold, torchrun
+#   ./launch.sh status runs/demo                                   how far its folds are
 #
 #   --folds LIST          1-5, or 1,3,5, or a mix
 #   --gpus LIST           default: CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists
 #   --nproc_per_fold N    GPUs (on the CPU: processes) per fold; default 1
 #   --jobs N              folds at a time on the CPU; default 2
-#   --retries N           run a failed fold again, with --resume, up to N times; default 0
+#   --retries N           run a failed or stopped fold again, with --resume, up to N times; default 0
 #   -- FLAGS              for train.py; all but --fold
 #
 # Each fold appends to OUT/NAME/fold<K>.log. A failed fold does not stop the others. At the end
 # report.py prints the folds asked for. Environment: PYTHON (default python), OMP_NUM_THREADS
 # (default cores / processes at a time). Ctrl-C gives folds 30 s to write last.pt, then kills.
-# Exit code: 0 all folds done; 1 a fold failed; 2 wrong flags, nothing started; 130 Ctrl-C,
-# 143 SIGTERM, 129 hang-up. Needs Linux and bash 5.
+# Exit code: 0 all folds done; 1 a fold failed; 2 wrong flags, nothing started; 75 none failed, but
+# one was stopped by a signal, or the launcher by SIGUSR1; 130 Ctrl-C, 143 SIGTERM, 129 hang-up.
+# Needs Linux and bash 5.
 
 set -euo pipefail
 
@@ -27,6 +29,7 @@ whole() { [[ $2 =~ ^(0|[1-9][0-9]{0,3})$ && $2 -ge $3 ]] || refuse "$1 $2: a num
 
 python=${PYTHON:-python}
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+[[ ${1-} != status ]] || exec "$python" "$here/report.py" --status "${@:2}"
 folds_text='' gpus_text='' nproc=1 jobs='' retries=0
 while (($#)) && [[ $1 != -- ]]; do
     if [[ $1 == --help || $1 == -h ]]; then
@@ -69,6 +72,7 @@ done
 # reach of the terminal's Ctrl-C. SIGTERM goes to the leader (train.py or torchrun) and not to the
 # group: a loader worker that dies of it takes the checkpoint with it.
 launch_id=$$-$EPOCHREALTIME
+helper='' # the flag check or the report, waited for in the background: traps run at once
 declare -A pid_of=() slot_of=() began=() attempts=()
 sweep() { # FOLD: kill what is left of it; torchrun's ranks are in sessions of their own, so by mark
     local pid
@@ -80,7 +84,8 @@ sweep() { # FOLD: kill what is left of it; torchrun's ranks are in sessions of t
 # shellcheck disable=SC2317,SC2329 # reached through the trap
 stop_all() {
     local pid fold deadline=$((SECONDS + 30))
-    trap '' INT TERM HUP
+    trap '' INT TERM HUP USR1
+    [[ -z $helper ]] || { kill -TERM "$helper" && wait "$helper"; } 2>/dev/null || true
     [[ -n $(jobs -pr) ]] || return 0
     say "stopping: folds have 30 s to write their checkpoints"
     for pid in $(jobs -pr); do kill -TERM "$pid" 2>/dev/null || true; done
@@ -92,6 +97,7 @@ trap stop_all EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
+trap 'exit 75' USR1
 
 # train.py checks its flags and names the run directory (on descriptor 3: stdout is train.py's own)
 ask='import signal, sys
@@ -101,7 +107,12 @@ sys.argv[0] = "train.py"
 import train
 args = train.parse_args()
 print(args.device, train.run_dir(args).parent, sep="\n", file=open(3, "w"))'
-answer=$(WORLD_SIZE=$nproc "$python" -c "$ask" "$here" "${flags[@]}" --fold "${folds[0]}" 3>&1 1>&2)
+exec {answers}< <(
+    WORLD_SIZE=$nproc exec "$python" -c "$ask" "$here" "${flags[@]}" --fold "${folds[0]}" 3>&1 1>&2)
+helper=$!
+wait "$helper"
+helper='' answer=$(cat <&"$answers")
+exec {answers}<&-
 [[ -n $answer ]] || exit 0 # train.py --help
 device=${answer%%$'\n'*}
 experiment=${answer#*$'\n'}
@@ -128,6 +139,7 @@ fi
 slots=("${slots[@]:0:${#folds[@]}}")
 threads=$(($(nproc) / (${#slots[@]} * nproc)))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # and pass on to ranks
 
 start() { # FOLD SLOT
     local fold=$1 visible=${slots[$2]} log=$experiment/fold$1.log last=$experiment/fold$1/last.pt
@@ -149,10 +161,18 @@ start() { # FOLD SLOT
     say "fold $fold started on ${visible:+GPU }${visible:-CPU}: $log"
 }
 
+ending() { # FOLD CODE: its exit code; torchrun turns all into 1, then status.json has the true one
+    local file=$experiment/fold$1/status.json told=''
+    if [[ -f $file && $(date -r "$file" +%s) -ge $((EPOCHSECONDS - SECONDS + began[$1])) ]]; then
+        told=$(grep -oP '"exit_code": \K(2|75)(?=,)' "$file" || true)
+    fi
+    echo "${told:-$2}"
+}
+
 mkdir -p -- "$experiment"
 launched=$EPOCHSECONDS
 say "$experiment: folds ${folds[*]}, ${#slots[@]} at a time, $OMP_NUM_THREADS threads per process"
-queue=("${folds[@]}") free=("${!slots[@]}") failed=()
+queue=("${folds[@]}") free=("${!slots[@]}") failed=() stopped=0
 while ((${#queue[@]} + ${#pid_of[@]})); do
     while ((${#queue[@]} && ${#free[@]})); do
         start "${queue[0]}" "${free[0]}"
@@ -167,24 +187,32 @@ while ((${#queue[@]} + ${#pid_of[@]})); do
         took=$(clock $((SECONDS - began[$fold]))) log=$experiment/fold$fold.log
         free+=("${slot_of[$fold]}")
         unset "pid_of[$fold]"
+        ((code == 0)) || code=$(ending "$fold" "$code")
+        how="failed with exit code $code"
+        ((code != 75)) || how='was stopped by a signal'
         if ((code == 0)); then
             say "fold $fold done in $took: $log"
         elif ((code != 2 && attempts[$fold] <= retries)); then
-            say "fold $fold failed with exit code $code after $took, to be resumed: $log"
+            say "fold $fold $how after $took, to be resumed: $log"
             queue+=("$fold")
         else
-            say "fold $fold failed with exit code $code after $took: $log"
+            say "fold $fold $how after $took: $log"
             failed+=("$fold")
+            ((code != 75)) || ((stopped += 1))
         fi
     done
 done
 
 status=0 asked=(--folds "$(IFS=,; echo "${folds[*]}")")
 ((${#failed[@]} == 0)) || asked+=(--failed "$(IFS=,; echo "${failed[*]}")")
-"$python" "$here/report.py" "${asked[@]}" -- "$experiment" || status=$?
+"$python" "$here/report.py" "${asked[@]}" -- "$experiment" &
+helper=$!
+wait "$helper" || status=$?
+helper=''
 for fold in "${failed[@]}"; do
-    printf '\nfold %s failed; the end of %s:\n' "$fold" "$experiment/fold$fold.log"
+    printf '\nfold %s is missing; the end of %s:\n' "$fold" "$experiment/fold$fold.log"
     tail -n 8 -- "$experiment/fold$fold.log" | sed 's/^/    /'
 done
-((${#failed[@]} == 0)) || exit 1
+((${#failed[@]} == stopped)) || exit 1
+((stopped == 0)) || exit 75
 exit "$status"

@@ -784,7 +784,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
         args.amp = args.amp or ("fp16" if on_cuda(args) else "off")
         if args.batch_size == "auto" and not (own.calibrate or own.measure):
             best = largest_batch(args, widths(args), args.max_seconds, own.world_size)
-            train.set_batch_size(args, best.batch_size, own.world_size)
+            train.split_batch(args, best.batch_size, own.world_size)
     return args, own
 
 

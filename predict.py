@@ -14,10 +14,12 @@ Not here: training; streaming turn by turn is EmotionModel.track, which takes an
 
 import argparse
 import csv
+import hashlib
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -57,11 +59,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def sha256(file: BinaryIO, size: int) -> bytes:
+    """32 bytes over the first `size` of the file, which is then at `size`."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size > 0 and (block := file.read(min(size, 1 << 20))):
+        digest.update(block)
+        size -= len(block)
+    return digest.digest()
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What train.py saved, unpickled (tensors and plain values) after its hash was verified.
+
+    DataError names a file that is missing, damaged or not of train.py.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = path.stat().st_size - 32  # the hash, see train.save_checkpoint
+            if size <= 0 or sha256(file, size) != file.read(32):
+                raise vadata.DataError(f"{path} is damaged, or not a checkpoint of train.py")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise vadata.DataError(f"{path}: {error.strerror}") from None
+
+
 def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Path) -> None:
     """Fills the model; a WavLM that did not train is in the directory's frozen.pt."""
     if model.config.encoder == "wavlm" and not any(name.startswith(WAVLM) for name in weights):
-        frozen = torch.load(directory / "frozen.pt", map_location="cpu", weights_only=True)
-        weights = weights | frozen["model"]
+        weights = weights | read_checkpoint(directory / "frozen.pt")["model"]
     model.load_state_dict(weights)
 
 
@@ -73,12 +100,11 @@ def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
     path = Path(path)
     path = path / "best.pt" if path.is_dir() else path
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(path)
         model = EmotionModel(ModelConfig(**checkpoint["config"]))
         load_weights(model, checkpoint["model"], path.parent)
-    except FileNotFoundError as error:
-        fault = f"{flag} {error.filename}: no such file (give a run directory)"
-        raise vadata.DataError(fault) from None
+    except vadata.DataError as error:
+        raise vadata.DataError(f"{flag} {error} (give a run directory)") from None
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
         raise vadata.DataError(f"{flag} {path}: not a best.pt of train.py ({reason})") from None

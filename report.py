@@ -26,6 +26,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import socket
 import statistics
@@ -34,6 +35,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -101,48 +103,77 @@ class Experiment:
 # Writing, while a run goes on
 
 
-class RunFiles:
-    """What a run writes: metrics.jsonl, TensorBoard, JSON and CSV files. For rank 0 alone."""
+def replace_text(path: Path, text: str) -> None:
+    """The whole text or what was there: written aside, synced, renamed. OSError names the file."""
+    aside = path.with_name(f".{path.name}.aside")
+    try:
+        with open(aside, "w", newline="", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
-    def __init__(self, directory: Path) -> None:
+
+class RunFiles:
+    """What a run writes: metrics.jsonl, TensorBoard, JSON and CSV files. For rank 0 alone.
+
+    `lock` is the claim on the directory; it is held as long as this object lives.
+    """
+
+    def __init__(self, directory: Path, lock: TextIO) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second to import
 
-        self.directory = directory
+        self.directory, self.lock = directory, lock
         self.metrics = directory / "metrics.jsonl"
+        self.records = 0  # in metrics.jsonl
         self.board = SummaryWriter(directory / "tb")
 
-    def rewind(self, step: int) -> None:
-        """Drops the records after `step`; the resumed run writes them again."""
-        lines = self.metrics.read_text().splitlines(True) if self.metrics.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        self.metrics.write_text("".join(kept))
+    def rewind(self, count: int) -> int:
+        """Keeps the first `count` records; the resumed run writes the later ones again. Returns
+        how many there are."""
+        lines = self.metrics.read_bytes().splitlines(True) if self.metrics.exists() else []
+        kept = [line for line in lines[:count] if line.endswith(b"\n")]
+        replace_text(self.metrics, b"".join(kept).decode(errors="replace"))
+        self.records = len(kept)
+        return self.records
 
     def record(self, event: str, step: int, values: dict[str, float]) -> None:
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        try:
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.metrics)) from None
+        self.records += 1
         for key, value in values.items():
             self.board.add_scalar(key if "/" in key else f"{event}/{key}", value, step)
 
     def write_json(self, name: str, content: dict) -> None:
-        aside = self.directory / f".{name}"
-        aside.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(aside, self.directory / name)
+        replace_text(self.directory / name, json.dumps(content, indent=1) + "\n")
+
+    def write_status(self, step: int) -> None:
+        """status.json of a run that goes on and has saved `step`; train.py's run completes it."""
+        about = {"time": time.time(), "host": platform.node(), "pid": os.getpid()}
+        status = {"exit_code": None, "reason": "running", "step": step, **about}
+        self.write_json("status.json", status)
 
     def write_predictions(
         self, split: str, corpus: Corpus, rows: np.ndarray, preds: Tensor
     ) -> None:
         """predictions_<split>.csv of preds (n, 2) in the label's own scale, and the labels."""
-        with open(self.directory / f"predictions_{split}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            header = ["utt_id", "dialog", "speaker", "emotion", "seconds", *TARGETS]
-            writer.writerow([*header, *(f"pred_{target}" for target in TARGETS)])
-            for row, pred in zip(rows.tolist(), preds.tolist()):
-                utt = corpus.utterances[row]
-                about = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
-                labels = [getattr(utt, target) for target in TARGETS]
-                texts = [f"{value:.6f}" for value in pred]
-                writer.writerow([*about, f"{corpus.seconds[row]:.3f}", *labels, *texts])
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        header = ["utt_id", "dialog", "speaker", "emotion", "seconds", *TARGETS]
+        writer.writerow([*header, *(f"pred_{target}" for target in TARGETS)])
+        for row, pred in zip(rows.tolist(), preds.tolist()):
+            utt = corpus.utterances[row]
+            about = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
+            labels = [getattr(utt, target) for target in TARGETS]
+            texts = [f"{value:.6f}" for value in pred]
+            writer.writerow([*about, f"{corpus.seconds[row]:.3f}", *labels, *texts])
+        replace_text(self.directory / f"predictions_{split}.csv", text.getvalue())
 
     def close(self) -> None:
         self.board.close()

@@ -437,7 +437,7 @@ def trace(
         model = train.build_model(args, *widths, load=False)
         optimizer = train.build_optimizer(model, args)
     train.set_trainable(model, stage, args.train_only)
-    model.no_sync = contextlib.nullcontext  # the face of DDP
+    model.no_sync, model.exchanged = contextlib.nullcontext, []  # the face of DDP
     tag("parameters", (tensor.data for tensor in (*model.parameters(), *model.buffers())))
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = optimizer.defaults.get("fused")

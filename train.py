@@ -13,28 +13,44 @@ micro-step are a function of (seed, step, micro-step, rank) and nothing else, so
 again, and a resumed run repeats the uninterrupted one bit for bit.
 """
 
+import ctypes
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(os.EX_TEMPFAIL))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank does not outlive its torchrun
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
 import argparse
 import contextlib
 import datetime
+import errno
+import fcntl
+import itertools
 import json
 import logging
 import math
-import os
+import multiprocessing
 import platform
 import re
 import shutil
-import signal
+import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -53,7 +69,7 @@ from model import (
     moment_sums,
     track_dialogues,
 )
-from predict import AUTOCAST, WAVLM, load_model, load_weights
+from predict import AUTOCAST, WAVLM, load_model, load_weights, read_checkpoint, sha256
 from report import RunFiles
 from wavlm import ATTENTIONS, SIZES, WavLM, load_wavlm, read_config
 
@@ -79,11 +95,12 @@ PRESETS = {
 FREE_ON_RESUME = {
     "resume", "overwrite", "num_workers", "prefetch_factor", "log_every", "cache_dir", "out",
     "data_dir", "dry_run", "gpu_gib", "memory_fraction", "preset", "device", "plot_every",
+    "save_every", "timeout",
 }  # fmt: skip
 
 
+Averaged = torch.futures.Future[torch.Tensor]
 LEAST_STEPS = 20  # in an epoch, when --batch_size auto may choose
-RETRY_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, resume me
 
 
 class UserError(Exception):
@@ -204,6 +221,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--plot_every", type=int, default=0, help="epochs between pictures; 0 = at the end only")
     add("--separation_every", type=int, default=0,
         help="epochs between separation figures of the embeddings; 0 = off")
+    add("--save_every", type=int, default=0, help="steps between checkpoints; 0 = at epoch ends")
     add("--out", default="runs", help="directory of all runs")
     add("--name", help="experiment, in OUT/NAME/foldK; default CORPUS-ENCODER")
 
@@ -214,6 +232,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--init_from", help="run directory or best.pt whose weights and shape to start from")
     add("--train_only", choices=("film",), help="freeze everything else (personalisation)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
+    add("--timeout", type=float, default=300.0,
+        help="seconds without an answer from another rank or from the loader that end the run")
     add("--dry_run", action="store_true", help="print the run and its memory, then stop")
     # fmt: on
 
@@ -238,7 +258,7 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         "num_blocks": 1, "epochs": 1, "max_steps": -1, "lr": 0, "encoder_lr": 0, "weight_decay": 0,
         "max_grad_norm": 0, "patience": 0, "eval_every": 1, "separation_every": 0, "plot_every": 0,
         "log_every": 1, "lr_reference_batch": 0, "batch_seconds": 0, "mse_weight": 0, "seed": 0,
-        "max_seconds": 0.1,
+        "max_seconds": 0.1, "save_every": 0, "timeout": 1,
     }  # fmt: skip
     for flag, low in at_least.items():
         if not getattr(args, flag) >= low:
@@ -306,14 +326,14 @@ def fill_batch_sizes(p: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if args.batch_size == "auto":  # known once there is a model and a device
         return
     try:
-        set_batch_size(args, int(args.batch_size), world_size)
+        split_batch(args, int(args.batch_size), world_size)
     except ValueError as error:
         if "invalid literal" in str(error):
             p.error(f"--batch_size {args.batch_size}: a number or auto")
         p.error(str(error))
 
 
-def set_batch_size(args: argparse.Namespace, batch_size: int, world_size: int) -> None:
+def split_batch(args: argparse.Namespace, batch_size: int, world_size: int) -> None:
     """Sets batch_size, accumulation and global batch size; ValueError where they contradict."""
     if batch_size < 1:
         raise ValueError(f"--batch_size {batch_size}: must be at least 1")
@@ -337,6 +357,25 @@ def set_batch_size(args: argparse.Namespace, batch_size: int, world_size: int) -
         )
     args.batch_size, args.global_batch_size = batch_size, whole
     args.gradient_accumulation_steps = accumulation
+
+
+def halve_batch(args: argparse.Namespace, world_size: int) -> None:
+    """At most half the micro-batch in the same global batch; OutOfMemoryError where none is."""
+    smaller = range(args.batch_size // 2, 0, -1)
+    fitting = (
+        n
+        for n in smaller
+        if n % args.context == 0 and args.global_batch_size % (n * world_size) == 0
+    )
+    size = next(fitting, 0)
+    if not size or args.batch_seconds:
+        what = "--batch_seconds" if args.batch_seconds else "--max_seconds or --context"
+        raise torch.OutOfMemoryError(
+            f"no room for --batch_size {args.batch_size}, which cannot be split further: lower "
+            f"{what}, unfreeze less, or give --gradient_checkpointing"
+        )
+    args.gradient_accumulation_steps = None
+    split_batch(args, size, world_size)
 
 
 def run_dir(args: argparse.Namespace) -> Path:
@@ -489,6 +528,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """(moment sums of the global batch (6, 2), gradient norm) of one update (all ranks call it).
 
+    OutOfMemoryError, on all ranks together and before anything is updated, when one runs out.
+
     The loss is that of the whole global batch: each micro-batch replaces its own share of the
     batch's moment sums by one that carries its gradient. The sums come from a first forward of
     all micro-batches under the same random numbers; with one micro-batch, or a loss that is
@@ -496,6 +537,16 @@ def train_step(
     """
     device = next(model.parameters()).device
     dtype = AUTOCAST[args.amp]
+    faults: list[str] = []  # what ran out of memory on this rank, which then only keeps company
+
+    def attempt(work: Callable[[], Tensor | None]) -> Tensor | None:
+        try:
+            return None if faults else work()
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            faults.append(str(error))
+            return None
 
     def forward(module: torch.nn.Module, micro_step: int) -> Tensor:
         seed_micro_step(args.seed, step, micro_step, rank)
@@ -512,22 +563,32 @@ def train_step(
     elif exact and last > 0:
         with torch.no_grad():
             for micro_step in range(len(batches)):
-                total += forward(model, micro_step)
+                sums = attempt(lambda: forward(model, micro_step))  # noqa: B023 called at once
+                total += 0 if sums is None else sums
         all_reduce(total, world_size)
+        agree_on_memory(faults, world_size)
 
+    if world_size > 1:
+        ddp_model.exchanged.clear()
     seen = torch.zeros_like(total)
     for micro_step in range(len(batches)):
         syncs = micro_step == last or world_size == 1
         with contextlib.nullcontext() if syncs else ddp_model.no_sync():
-            sums = forward(ddp_model, micro_step)
-            seen += sums.detach()
+            sums = attempt(lambda: forward(ddp_model, micro_step))  # noqa: B023
+            seen += 0 if sums is None else sums.detach()
             if args.loss == "ccc" and exact and last == 0:
-                total = all_reduce(sums.detach().clone(), world_size)
+                total = all_reduce(seen.clone(), world_size)
+            if sums is None:
+                continue
             batch_sums = total + (sums - sums.detach()) if exact else sums
             loss = loss_from_sums(batch_sums, args.loss, args.valence_weight, args.mse_weight)
             # DDP averages gradients over ranks. Exact: each rank holds its share of one sum.
             loss = loss * world_size if exact else loss / len(batches)
-            scaler.scale(loss).backward()
+            attempt(scaler.scale(loss).backward)
+            sums = loss = batch_sums = None  # the graph, where backward did not consume it
+    if faults and world_size > 1:
+        exchange_nothing(ddp_model, device)
+    agree_on_memory(faults, world_size)
 
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -537,6 +598,12 @@ def train_step(
     # DDP's gradients are views of its buckets: dropped, accumulation would hold them twice
     optimizer.zero_grad(set_to_none=world_size == 1)
     return all_reduce(seen, world_size), norm
+
+
+def agree_on_memory(faults: list[str], world_size: int) -> None:
+    """OutOfMemoryError on every rank when it is on one (all ranks participate)."""
+    if any_rank(bool(faults), world_size):
+        raise torch.OutOfMemoryError(faults[0] if faults else "another rank is out of memory")
 
 
 @torch.no_grad()
@@ -555,10 +622,15 @@ def evaluate(
     All ranks must call it. Utterances are encoded in batches that depend on their lengths alone,
     so the result depends neither on batch size nor on world size; every row counts once. With
     --context above 1 whole dialogues are then tracked turn after turn, else each utterance is one.
+    Stopped is raised on all ranks together when one has got a signal.
     """
     budget = vadata.EVAL_SECONDS * dataset.rate
-    plan = vadata.eval_plan(dataset.lengths, rows, rank, world_size, budget)
-    batches = (to_device(batch, device) for batch in make_loader(dataset, plan, args, device))
+    plans = [
+        vadata.eval_plan(dataset.lengths, rows, r, world_size, budget) for r in range(world_size)
+    ]
+    loader = make_loader(dataset, plans[rank], args, device)
+    polls = max(map(len, plans))  # the same number on every rank
+    batches = (to_device(batch, device) for batch in until_stopped(loader, polls, world_size))
     model.eval()
     with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "off"):
         turns = encode_rows(model, batches, rows.tolist())
@@ -645,6 +717,7 @@ def make_loader(
     workers = {}
     if num_workers:
         workers = {"prefetch_factor": args.prefetch_factor, "persistent_workers": True}
+        workers |= {"timeout": args.timeout, "worker_init_fn": start_worker}
     return DataLoader(
         dataset,
         sampler=plan,
@@ -666,53 +739,213 @@ def steps_of(loader: DataLoader, accumulation: int, device: torch.device) -> Ite
 
 
 # ---------------------------------------------------------------------------------------------
+# Signals, ranks and workers
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+RETRY_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal, resume me
+START_SECONDS = 1800  # for the first step, before --timeout holds: compiling, cold disks [guess]
+MAX_SKIPPED = 20  # steps in a row that GradScaler may skip; a start skips about ten [guess]
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}
+stop_signals: list[int] = []  # that came; ranks agree on them after a step and in evaluation
+
+
+class Stopped(BaseException):
+    """A signal ended the run where there is nothing to save; run exits with RETRY_EXIT_CODE."""
+
+
+def handle_signals(at_once: bool) -> None:
+    """Raise Stopped wherever a signal strikes, or only note it for any_rank to find."""
+
+    def handler(number: int, _: object) -> None:
+        stop_signals.append(number)
+        if at_once and len(stop_signals) == 1:  # a second one must not break the clearing up
+            raise Stopped
+
+    for number in SIGNALS:
+        signal.signal(number, handler)
+    if at_once and stop_signals:
+        raise Stopped
+
+
+def any_rank(flag: bool, world_size: int) -> bool:
+    """True on every rank when it is on one (all ranks participate, over CPU: no wait for GPUs)."""
+    return all_reduce(torch.tensor(float(flag)), world_size).item() > 0
+
+
+def until_stopped(loader: DataLoader, polls: int, world_size: int) -> Iterator[dict]:
+    """The loader's batches, at most `polls`; Stopped on all ranks when one has got a signal."""
+    batches = iter(loader)
+    for _ in range(polls):
+        if any_rank(bool(stop_signals), world_size):
+            raise Stopped
+        yield from itertools.islice(batches, 1)
+
+
+def start_worker(_: int) -> None:
+    """A loader process dies with its rank and not before: the rank's checkpoint needs it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if not multiprocessing.parent_process().is_alive():  # it was faster
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start_ranks(cuda: bool, world_size: int, seconds: float) -> None:
+    """The process group; torchrun has set the addresses. Within one machine it stays on it."""
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size) and sys.platform == "linux":
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
+
+
+def set_rank_timeout(limit: datetime.timedelta) -> None:
+    """Of every collective from now on; torch below 2.15 has it under another name."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(limit)
+
+
+def machine_fault(error: Exception, args: argparse.Namespace) -> str:
+    """One or two lines on a fault that is not the code's, with what to do; "" for any other."""
+    text = str(error)
+    if isinstance(error, FloatingPointError):
+        return text
+    if memory.is_out_of_memory(error):
+        return f"out of memory: {text.splitlines()[0]}"
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        return f"{error.filename or run_dir(args)}: {error.strerror}: mend that, then --resume"
+    if "DataLoader" in text:
+        states = []
+        for child in multiprocessing.active_children():
+            with contextlib.suppress(OSError):
+                stat = Path(f"/proc/{child.pid}/stat").read_text()
+                states.append(f"{child.pid} {stat.rpartition(')')[2].split()[0]}")
+        about = f" (workers and states: {', '.join(states)}; T stopped, D waits for a disk)"
+        return text.split(". ")[0] + about * bool(states) + ": continue with --resume"
+    if isinstance(error, dist.DistError) or "gloo" in text:
+        return (
+            f"a rank died, or gave no answer for --timeout {args.timeout:g} s; look for its own "
+            f"message, then continue with --resume ({text.splitlines()[0][:120]})"
+        )
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------
 # Files of a run
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Written aside, synced, renamed: `path` is whole at every moment."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    """Written aside with its SHA-256 as the last 32 bytes, synced, renamed: always whole.
 
-
-def load_checkpoint(path: Path) -> dict:
-    """Tensors and plain values only; UserError where the file is not one of ours."""
+    A last.pt that is there becomes previous.pt. OSError names the file; what was there stays.
+    """
+    aside = path.with_name(f".{path.name}.aside")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+        with open(aside, "w+b") as file:
+            torch.save(content, file)
+            size = file.tell()
+            file.write(sha256(file, size))
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "last.pt" and path.exists():
+            os.replace(path, path.with_name("previous.pt"))
+        os.replace(aside, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+    except (OSError, RuntimeError) as error:  # torch puts its own error over the disk's
+        aside.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
-def prepare_run_dir(args: argparse.Namespace) -> None:
-    """Creates the run directory, clears it (--overwrite) or keeps it (--resume). Rank 0 only."""
+def load_last(directory: Path) -> dict | None:
+    """The content of last.pt or, where that is missing or damaged, of previous.pt; None without
+    either. UserError when none of what is there is good."""
+    faults = []
+    for path in (directory / "last.pt", directory / "previous.pt"):
+        try:
+            content = read_checkpoint(path)
+        except vadata.DataError as error:
+            faults.append(str(error))
+        else:
+            if faults:  # the next save must not put the bad one in place of the good one
+                log.warning(f"{faults[0]}: continuing from {path}, the one before")
+                with contextlib.suppress(OSError):  # it is missing, or another rank was first
+                    (directory / "last.pt").rename(directory / "damaged.pt")
+            return content
+    if not any((directory / name).exists() for name in ("last.pt", "previous.pt")):
+        return None
+    raise UserError(f"--resume: {'; '.join(faults)}: start anew with --overwrite")
+
+
+def prepare_run_dir(args: argparse.Namespace) -> TextIO:
+    """Creates the run directory, clears it (--overwrite) or keeps it (--resume). Rank 0 only.
+
+    Returns an open file whose lock is this run's claim on the directory: it ends with the process,
+    however that dies. UserError when another process holds it.
+    """
     path = run_dir(args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path.with_name(f".{path.name}.lock"), "a+")  # noqa: SIM115 the caller keeps it
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit it
+    except OSError:
+        lock.seek(0)
+        raise UserError(
+            f"{path} is in use by another run ({lock.read().strip()}): wait for its end, or give "
+            "another --name"
+        ) from None
+    lock.truncate(0)
+    print(f"pid {os.getpid()} on {platform.node()}", file=lock, flush=True)
     if args.overwrite and path.exists():
-        if any(path.iterdir()) and not (path / "args.json").exists():
+        if any(path.iterdir()) and not (path / "train.log").exists():
             raise UserError(f"{path} is not a run directory: --overwrite will not delete it")
         shutil.rmtree(path)
     try:
-        path.mkdir(parents=True, exist_ok=args.resume)
+        path.mkdir(exist_ok=args.resume)
     except FileExistsError:
         raise UserError(
             f"{path} exists: give --resume to continue it, --overwrite to delete it, "
             "or another --name"
         ) from None
+    for aside in path.glob(".*.aside"):  # of a run that was killed while it wrote
+        aside.unlink()
+    return lock
 
 
-def check_resumable(args: argparse.Namespace, before: dict) -> None:
-    """UserError when a flag that decides the result differs from the interrupted run's."""
-    for flag, value in vars(args).items():
-        if flag not in FREE_ON_RESUME and before.get(flag) != value:
-            raise UserError(
-                f"--resume: --{flag} was {before.get(flag)} in the interrupted run and is "
-                f"{value} now: give the old value, or start anew with --overwrite"
+def end_status(directory: Path, exit_code: int, reason: str) -> None:
+    """Completes status.json where this process wrote it: torchrun turns every exit code into 1."""
+    with contextlib.suppress(OSError, ValueError):  # no such file, or no room for a new one
+        status = json.loads((directory / "status.json").read_text())
+        if (status["host"], status["pid"]) == (platform.node(), os.getpid()):
+            now = {"exit_code": exit_code, "reason": reason, "time": time.time()}
+            report.replace_text(
+                directory / "status.json", json.dumps(status | now, indent=1) + "\n"
             )
+
+
+def check_resumable(flags: dict, last: dict, directory: Path, frozen: bool) -> None:
+    """UserError when a file of the interrupted run is damaged, missing, older than `last` or of
+    another run, or when a flag that decides the result was another one."""
+    contents = {"--resume": last}
+    for name in ["best.pt"] * bool(last["state"]["best_epoch"]) + ["frozen.pt"] * frozen:
+        try:
+            contents[f"{directory / name}"] = read_checkpoint(directory / name)
+        except vadata.DataError as error:
+            raise UserError(f"--resume: {error}: start anew with --overwrite") from None
+    for what, content in contents.items():
+        for flag, value in flags.items():
+            if flag not in FREE_ON_RESUME and content["args"].get(flag) != value:
+                raise UserError(
+                    f"{what}: --{flag} was {content['args'].get(flag)} in the interrupted run and "
+                    f"is {value} now: give the old value, or start anew with --overwrite"
+                )
+        if content.get("epoch", math.inf) < last["state"]["best_epoch"]:
+            raise UserError(f"{what} is older than last.pt: start anew with --overwrite")
 
 
 class Meter:
@@ -724,8 +957,13 @@ class Meter:
 
     def __init__(self, device: torch.device, world_size: int) -> None:
         self.device, self.world_size = device, world_size
-        self.losses, self.norms, self.rows = [], [], []
+        self.unread: list[tuple[int, Tensor, Tensor, list[int]]] = []  # steps on the device
+        self.losses, self.norms, self.skipped = [], [], 0  # floats, from check(); in a checkpoint
         self.restart()
+
+    def state(self) -> dict:
+        """What a resumed run needs for its next log line to be that of an uninterrupted one."""
+        return {"losses": self.losses, "norms": self.norms, "skipped": self.skipped}
 
     def restart(self) -> None:
         """Start the clock at the end of the next step."""
@@ -743,9 +981,7 @@ class Meter:
 
     def add(self, step: int, loss: Tensor, norm: Tensor, batches: list[dict]) -> float:
         """Seconds of audio in this rank's micro-batches."""
-        self.losses.append(loss)
-        self.norms.append(norm)
-        self.rows.append((step, [row for batch in batches for row in batch["rows"]]))
+        self.unread.append((step, loss, norm, [row for batch in batches for row in batch["rows"]]))
         heard = sum(batch["audio_seconds"] for batch in batches)
         self.steps += 1
         self.heard += heard
@@ -755,32 +991,44 @@ class Meter:
             self.steps, self.start = 0, time.perf_counter()
         return heard
 
-    def check(self, scaler: torch.amp.GradScaler, corpus: vadata.Corpus) -> None:
-        """FloatingPointError names the first bad step since the last log line and its utterances.
+    def check(
+        self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, corpus: vadata.Corpus
+    ) -> None:
+        """FloatingPointError on a value that is not finite (all ranks participate).
 
-        GradScaler skips such steps; without it nothing may be saved after one.
+        It reads the steps since the last check, and the weights and moments: it waits for the
+        device, so it runs before a log line and before anything is saved, not in every step.
+        GradScaler skips steps of infinite gradients, within reason.
         """
-        if scaler.is_enabled() or not self.norms:
-            return
-        losses, norms = torch.stack(self.losses), torch.stack(self.norms)
-        bad = (~(losses.isfinite() & norms.isfinite())).nonzero().flatten().tolist()
-        if bad:
-            step, rows = self.rows[bad[0]]
-            names = " ".join(corpus.utterances[row].utt_id for row in rows[:16])
-            raise FloatingPointError(
-                f"step {step}: loss {losses[bad[0]]:.4g}, gradient norm {norms[bad[0]]:.4g} on "
-                f"{names}: lower --lr and --encoder_lr, or look at these utterances"
-            )
+        tensors = [p for group in optimizer.param_groups for p in group["params"]]
+        tensors += [moment for state in optimizer.state.values() for moment in state.values()]
+        weights = torch.nn.utils.get_total_norm(tensors).item() if self.unread else 0.0
+        for step, loss, norm, rows in self.unread:
+            self.losses.append(loss.item())
+            self.norms.append(norm.item())
+            self.skipped = 0 if math.isfinite(self.norms[-1]) else self.skipped + 1
+            bad = self.skipped >= (MAX_SKIPPED if scaler.is_enabled() else 1)
+            bad |= step == self.unread[-1][0] and not math.isfinite(weights)
+            if bad or not math.isfinite(self.losses[-1]):
+                gathered = [rows] * self.world_size
+                if self.world_size > 1:
+                    dist.all_gather_object(gathered, rows)
+                names = [corpus.utterances[row].utt_id for rows in gathered for row in rows]
+                raise FloatingPointError(
+                    f"step {step}: loss {self.losses[-1]:.4g}, gradient norm {self.norms[-1]:.4g}, "
+                    f"weight norm {weights:.4g}, scale {scaler.get_scale():g} on "
+                    f"{' '.join(names[:32])}: lower --lr and --encoder_lr, or look at these"
+                )
+        self.unread = []
 
     def read(self, epoch: float, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """The record of a log line (all ranks participate)."""
-        norms = torch.stack(self.norms)
-        finite = norms.isfinite()  # GradScaler skips the others
+        finite = [norm for norm in self.norms if math.isfinite(norm)]  # GradScaler skips the others
         record = {
             "epoch": epoch,
-            "loss": torch.stack(self.losses).mean().item(),
-            "gradient_norm": norms[finite].mean().item() if finite.any() else math.inf,
-            "skipped_steps": (~finite).sum().item(),
+            "loss": statistics.fmean(self.losses),
+            "gradient_norm": statistics.fmean(finite) if finite else math.inf,
+            "skipped_steps": len(self.norms) - len(finite),
         }
         record |= {f"lr/{g['name']}": g["lr"] for g in optimizer.param_groups}
         elapsed = time.perf_counter() - self.start
@@ -792,7 +1040,7 @@ class Meter:
             record["data_share"] = waited / elapsed / self.world_size
             record["ms_per_step"] = 1000 * elapsed / self.steps
         record["peak_gib"] = memory.peak_gib(self.device)
-        self.losses, self.norms, self.rows = [], [], []
+        self.losses, self.norms = [], []
         self.restart()
         self.steps, self.start = 0, time.perf_counter()
         return record
@@ -943,7 +1191,27 @@ def wrap_ddp(model: EmotionModel, device: torch.device, world_size: int) -> torc
     if world_size == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    ddp_model = DistributedDataParallel(
+        model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )  # buffers are normalisers, fitted before
+    ddp_model.exchanged = []  # indices of this step's buckets
+    ddp_model.register_comm_hook(ddp_model.exchanged, exchange)
+    return ddp_model
+
+
+def exchange(exchanged: list[int], bucket: dist.GradBucket) -> Averaged:
+    """DDP's own average of a bucket of gradients, noted."""
+    exchanged.append(bucket.index())
+    return allreduce_hook(None, bucket)
+
+
+def exchange_nothing(ddp_model: DistributedDataParallel, device: torch.device) -> None:
+    """Zeros for the buckets of this step that a rank still owes the others: without them these
+    would wait in backward for one that has run out of memory."""
+    logged = ddp_model._get_ddp_logging_data()
+    sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]  # bytes
+    for size in sizes.split(", ")[len(ddp_model.exchanged) :]:
+        dist.all_reduce(torch.zeros(int(size) // 4, device=device))
 
 
 def compile_layers(model: EmotionModel) -> None:
@@ -959,11 +1227,6 @@ def compile_layers(model: EmotionModel) -> None:
         layers = model.encoder.blocks
     for layer in layers:
         layer.compile(dynamic=True)
-
-
-def any_rank(flag: bool, world_size: int) -> bool:
-    """True on every rank when it is on one (all ranks participate, over CPU: no wait for GPUs)."""
-    return all_reduce(torch.tensor(float(flag)), world_size).item() > 0
 
 
 def update_state(state: dict, ccc: float, args: argparse.Namespace) -> bool:
@@ -994,9 +1257,10 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--device cuda: torch sees no GPU (torch.cuda.is_available() is False)")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     args.amp = args.amp or ("fp16" if cuda else "off")
-    stop_signals = []
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda number, _: stop_signals.append(number))
+    flags = dict(vars(args))  # a run may find another micro-batch, and is resumed with these
+    schedule = parse_unfreeze(args.unfreeze)
+    stop_signals.clear()
+    handle_signals(at_once=True)  # up to the first step there is nothing to save
 
     # Data comes before the process group: no collective should wait for hours of decoding
     start_logging(None, console=rank == 0)
@@ -1006,18 +1270,21 @@ def main(args: argparse.Namespace) -> int:
     low, high = corpus.label_range
     longest = min(args.max_seconds, float(corpus.seconds.max()))
 
-    directory = run_dir(args)
-    writes = rank == 0 and not args.dry_run
-    if writes:
-        prepare_run_dir(args)
-        start_logging(directory / "train.log", console=True)
     if world_size > 1:
         if cuda:
             torch.cuda.set_device(device)
-        limit = datetime.timedelta(minutes=10)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=limit)
-    files = RunFiles(directory) if writes else None
+        start_ranks(cuda, world_size, max(START_SECONDS, args.timeout))
+    directory = run_dir(args)
+    files = fault = None
+    if rank == 0 and not args.dry_run:
+        try:
+            lock = prepare_run_dir(args)
+            start_logging(directory / "train.log", console=True)
+            files = RunFiles(directory, lock)
+        except UserError as error:
+            fault = error
+    if any_rank(fault is not None, world_size):
+        raise fault or UserError("rank 0 refused the run directory")
 
     # Seeds and precision
     torch.manual_seed(args.seed)
@@ -1037,55 +1304,57 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:  # a WavLM that cannot be read, layers that it does not have
         raise UserError(str(error)) from error
 
-    # Resume, with the batch size of the interrupted run where it was chosen there
-    last = None
-    if args.resume and (directory / "last.pt").exists():
+    # Resume, with the micro-batch that the interrupted run had found
+    last, probed = load_last(directory) if args.resume else None, ""
+    if last:
         if (directory / "result.json").exists():
             log.info(f"{directory} is complete: nothing to resume")
             return 0
-        last = load_checkpoint(directory / "last.pt")
-    probed = ""
-    if args.batch_size == "auto":
-        if last:
-            size = last["args"]["batch_size"]
-        else:
-            most = max(args.context, len(splits["train"]) // (LEAST_STEPS * world_size))
-            where = (input_widths(dataset), longest, device, world_size, most)
-            try:
-                size, probed = memory.auto_batch(model, args, *where)
-            except ValueError as error:
-                raise UserError(str(error)) from error
-        set_batch_size(args, size, world_size)
+        check_resumable(flags, last, directory, never_trains(args, schedule, 0))
+        args.global_batch_size = last["state"]["global_batch_size"]
+        args.gradient_accumulation_steps = None
+        split_batch(args, last["state"]["batch_size"], world_size)
+    elif args.batch_size == "auto":
+        most = max(args.context, len(splits["train"]) // (LEAST_STEPS * world_size))
+        where = (input_widths(dataset), longest, device, world_size, most)
+        try:
+            size, probed = memory.auto_batch(model, args, *where)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        split_batch(args, size, world_size)
 
-    # Batches of an epoch; optimizer over all that any stage trains
-    plan = vadata.TrainPlan(
-        dataset.lengths, splits["train"], dialogs, args.batch_size,
-        args.gradient_accumulation_steps, args.context, rank, world_size, args.seed,
-        args.batch_seconds * dataset.rate if args.batch_seconds else None,
-    )  # fmt: skip
+    # Batches; optimizer over all that any stage trains (AdamW leaves alone what has no gradient)
+    def batches_of_a_rank() -> vadata.TrainPlan:
+        return vadata.TrainPlan(
+            dataset.lengths, splits["train"], dialogs, args.batch_size,
+            args.gradient_accumulation_steps, args.context, rank, world_size, args.seed,
+            args.batch_seconds * dataset.rate if args.batch_seconds else None,
+        )  # fmt: skip
+
+    plan = batches_of_a_rank()
     total_steps = plan.steps_before(args.epochs)
     if args.max_steps >= 0:
         total_steps = min(total_steps, args.max_steps)
-    schedule = parse_unfreeze(args.unfreeze)
     try:
         optimizer = build_optimizer(model, args)
-    except ValueError as error:
+    except ValueError as error:  # --unfreeze top:K of fewer layers
         raise UserError(str(error)) from error
-
     state = {
         "step": 0, "epoch": 0, "best_ccc": -math.inf, "best_epoch": 0, "bad_evals": 0,
         "plateau_evals": 0, "lr_factor": 1.0, "seconds": 0.0, "audio_seconds": 0.0, "stopped": "",
+        "records": 0, "batch_size": args.batch_size, "global_batch_size": args.global_batch_size,
     }  # fmt: skip
+    meter = Meter(device, world_size)
     if last:
-        check_resumable(args, last["args"])
         load_weights(model, last["model"], directory)
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
         state = last["state"]
+        vars(meter).update(last["meter"])
     stage = unfreeze_at(schedule, state["epoch"])
     set_trainable(model, stage, args.train_only)
-    if files:
-        files.rewind(state["step"])
+    if files and files.rewind(state["records"]) < state["records"]:
+        log.warning(f"{directory}/metrics.jsonl lacks records of before step {state['step']}")
 
     planned = memory.plan(args, *input_widths(dataset), seconds=longest, world_size=world_size)
     log.info(startup_block(args, corpus, splits, plan, total_steps, optimizer, device))
@@ -1097,24 +1366,38 @@ def main(args: argparse.Namespace) -> int:
         names = {k: [corpus.utterances[i].utt_id for i in rows] for k, rows in splits.items()}
         files.write_json("splits.json", names)
         vadata.write_skipped(directory / "skipped.csv", corpus)
+        files.write_status(state["step"])
 
     # Compile and DDP. `model` stays the bare module, for checkpoints and evaluation
     if args.compile:
         compile_layers(model)
     ddp_model = wrap_ddp(model, device, world_size)
-    if files and is_frozen(args, stage) and not (directory / "frozen.pt").exists():
-        save_checkpoint(directory / "frozen.pt", {"model": wavlm_weights(model)})
+    if files and not last and never_trains(args, schedule, 0):
+        content = {"model": wavlm_weights(model), "args": flags}
+        save_checkpoint(directory / "frozen.pt", content)
     dataset.hidden = frozen_states(model, dataset, args, stage, device)
     loader = make_loader(dataset, plan, args, device)
     model.train()
-    meter = Meter(device, world_size)
     started = time.perf_counter() - state["seconds"]
     on_terminal = rank == 0 and sys.stderr.isatty()
     bar = tqdm(total=total_steps, initial=state["step"], unit="step", disable=not on_terminal)
 
-    while state["step"] < total_steps and not state["stopped"]:
+    def save() -> None:
+        state["seconds"] = time.perf_counter() - started
+        if files:
+            state["records"] = files.records
+            content = {"model": weights_to_save(model, args, schedule, epoch)}
+            content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            content |= {"state": state, "meter": meter.state(), "args": flags}
+            save_checkpoint(directory / "last.pt", content)
+            files.write_status(state["step"])
+
+    first_step = state["step"]
+    handle_signals(at_once=False)  # from here on all ranks stop at the same step, and save it
+    while not state["stopped"] and plan.steps_before(state["epoch"]) < total_steps:
         epoch = state["epoch"]
         if unfreeze_at(schedule, epoch) != stage:
+            handle_signals(at_once=True)  # last.pt is of this very step, filling a cache takes long
             stage = unfreeze_at(schedule, epoch)
             optimizer.zero_grad(set_to_none=True)  # what is frozen now must not be updated
             set_trainable(model, stage, args.train_only)
@@ -1122,47 +1405,82 @@ def main(args: argparse.Namespace) -> int:
             dataset.hidden = None
             dataset.hidden = frozen_states(model, dataset, args, stage, device)
             loader = make_loader(dataset, plan, args, device)
+            handle_signals(at_once=False)
             log.info(f"epoch {epoch + 1} | unfreeze {stage} | {trainable_line(optimizer)}")
         epoch_start = plan.steps_before(epoch)
         plan.set_epoch(epoch, first_step=state["step"] - epoch_start)
         teacher_forcing = 1 - epoch / max(1, args.epochs - 1)
-        interrupted = False
+        interrupted = any_rank(bool(stop_signals), world_size)
+        left = 0 if interrupted else total_steps - state["step"]  # 0, too: stopped while evaluating
 
-        for batches in meter.timed(steps_of(loader, args.gradient_accumulation_steps, device)):
+        out_of_memory = ""
+        steps = meter.timed(steps_of(loader, args.gradient_accumulation_steps, device))
+        for batches in itertools.islice(steps, left):
             factor = state["lr_factor"]
             factor *= lr_at(state["step"], total_steps, args.warmup, args.scheduler)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
 
-            sums, norm = train_step(
-                model, ddp_model, batches, optimizer, scaler, args,
-                state["step"], rank, world_size, teacher_forcing,
-            )  # fmt: skip
+            try:
+                sums, norm = train_step(
+                    model, ddp_model, batches, optimizer, scaler, args,
+                    state["step"], rank, world_size, teacher_forcing,
+                )  # fmt: skip
+            except torch.OutOfMemoryError as error:  # on all ranks together
+                out_of_memory = str(error).splitlines()[0]
+                break
             state["step"] += 1
             bar.update()
             loss = loss_from_sums(sums, args.loss, args.valence_weight, args.mse_weight)
             state["audio_seconds"] += world_size * meter.add(state["step"], loss, norm, batches)
+            if world_size > 1 and state["step"] == first_step + 1:
+                set_rank_timeout(datetime.timedelta(seconds=args.timeout))
 
             if state["step"] % args.log_every == 0 or state["step"] == total_steps:
-                meter.check(scaler, corpus)
+                meter.check(scaler, optimizer, corpus)
                 progress = epoch + (state["step"] - epoch_start) / plan.steps_in(epoch)
                 record = meter.read(progress, optimizer) | {"total_steps": total_steps}
                 log.info(step_line(record, state["step"], total_steps, scaler))
                 if files:
                     files.record("train", state["step"], record)
 
-            interrupted = any_rank(bool(stop_signals), world_size)
-            if interrupted or state["step"] == total_steps:
-                break
-        meter.check(scaler, corpus)
+            if args.save_every and state["step"] % args.save_every == 0:
+                meter.check(scaler, optimizer, corpus)
+                save()
+                meter.restart()
 
-        done = state["step"] == total_steps
-        if not interrupted or done:
-            state["epoch"] += 1
-            if state["epoch"] % args.eval_every == 0 or done:
+            interrupted = any_rank(bool(stop_signals), world_size)
+            if interrupted:
+                break
+        meter.check(scaler, optimizer, corpus)
+
+        if out_of_memory:  # the same step again, in smaller pieces
+            batches = steps = loader = ddp_model = None
+            optimizer.zero_grad(set_to_none=True)
+            halve_batch(args, world_size)
+            state["batch_size"] = args.batch_size
+            log.info(
+                f"step {state['step'] + 1}: out of memory ({out_of_memory[:120]}): going on with "
+                f"batch_size {args.batch_size} x accumulation {args.gradient_accumulation_steps}"
+            )
+            if cuda:
+                torch.cuda.empty_cache()
+            plan = batches_of_a_rank()
+            loader = make_loader(dataset, plan, args, device)
+            ddp_model = wrap_ddp(model, device, world_size)
+            continue
+
+        evaluates = (epoch + 1) % args.eval_every == 0 or state["step"] == total_steps
+        if evaluates and not interrupted:
+            try:
                 preds, vectors = evaluate(
                     model, dataset, splits["dev"], dialogs, args, device, rank, world_size
                 )
+            except Stopped:  # the epoch then is not over: a resumed run evaluates it
+                interrupted = True
+        if not interrupted:
+            state["epoch"] += 1
+            if evaluates:
                 scores = metrics(preds, labels[splits["dev"]], scale=high - low)
                 better = update_state(state, scores["ccc_mean"], args)
                 log.info(score_line(f"epoch {epoch + 1:>3} | dev", scores) + " | best" * better)
@@ -1172,7 +1490,7 @@ def main(args: argparse.Namespace) -> int:
                     if better:
                         content = {"model": weights_to_save(model, args, schedule, epoch)}
                         content |= {"config": asdict(model.config)}
-                        content |= {"args": vars(args), "label_range": [low, high]}
+                        content |= {"args": flags, "label_range": [low, high]}
                         save_checkpoint(directory / "best.pt", content | {"epoch": epoch + 1})
                         scaled = low + (high - low) * preds
                         files.write_predictions("dev", corpus, splits["dev"], scaled)
@@ -1184,13 +1502,10 @@ def main(args: argparse.Namespace) -> int:
                     if args.plot_every and state["epoch"] % args.plot_every == 0:
                         report.plot_run(directory, "dev", vectors)
                 meter.restart()
-        state["seconds"] = time.perf_counter() - started
-        if files:
-            content = {"model": weights_to_save(model, args, schedule, epoch)}
-            content |= {"optimizer": optimizer.state_dict()}
-            content |= {"scaler": scaler.state_dict(), "state": state, "args": vars(args)}
-            save_checkpoint(directory / "last.pt", content)
-        if interrupted and not done:
+        save()
+        if interrupted:
+            if world_size > 1:
+                dist.barrier()  # torchrun ends all ranks after the first: rank 0 has saved
             log.info(f"stopped by a signal at step {state['step']}: continue with --resume")
             return RETRY_EXIT_CODE
     bar.close()
@@ -1198,7 +1513,7 @@ def main(args: argparse.Namespace) -> int:
     # Test: once, with the best weights of the dev split
     if world_size > 1:
         dist.barrier()  # best.pt is written (all ranks participate)
-    load_weights(model, load_checkpoint(directory / "best.pt")["model"], directory)
+    load_weights(model, read_checkpoint(directory / "best.pt")["model"], directory)
     if not never_trains(args, schedule, epoch=args.epochs):
         dataset.hidden = None  # the best epoch's encoder may be another one
     scores = {}
@@ -1230,8 +1545,8 @@ def main(args: argparse.Namespace) -> int:
             "versions": versions(), "label_range": [low, high],
             "splits": {name: len(rows) for name, rows in splits.items()}, **scores,
         }  # fmt: skip
-        files.write_json("result.json", result)
         report.plot_run(directory, "test", vectors)
+        files.write_json("result.json", result)  # last: a run with it is complete
         files.close()
         log.info(f"done in {state['seconds']:.0f} s: {directory / 'result.json'}")
     if world_size > 1:
@@ -1240,13 +1555,32 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """main with exit codes: 0 done, 75 resume me, 2 wrong flags or data (one line, no trace)."""
+    """main with exit codes: 0 done, 75 resume me, 2 wrong flags or data, 1 anything else.
+
+    Users' mistakes and faults of the machine are told in one or two lines, without a trace.
+    """
+    args = parse_args(argv)
+    rank, code, reason = int(os.environ.get("RANK", 0)), 1, "done"
     try:
-        return main(parse_args(argv))
+        code = main(args)
+    except Stopped:
+        code = RETRY_EXIT_CODE
     except (UserError, vadata.DataError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+        code, reason = 2, str(error)
+    except Exception as error:
+        reason = machine_fault(error, args)
+        if not reason:
+            reason = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+    if code == RETRY_EXIT_CODE:
+        reason = "stopped by a signal: continue with --resume"
+    elif code and (rank == 0 or code == 1):
+        print(f"train.py: error: {f'rank {rank}: ' * (rank > 0)}{reason}", file=sys.stderr)
+    end_status(run_dir(args), code, reason)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise now
+    for worker in multiprocessing.active_children():
+        worker.kill()  # a stopped one would be waited for
+    return code
 
 
 if __name__ == "__main__":

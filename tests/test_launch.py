@@ -74,6 +74,9 @@ else:
         codes = 0
     if env.get("STUB_SAVES"):
         (run_dir(args) / "last.pt").write_text("saved")
+    if env.get("STUB_STATUS"):
+        status = {"exit_code": json.loads(env["STUB_STATUS"]), "reason": "as told"}
+        (run_dir(args) / "status.json").write_text(json.dumps(status))
     if codes == -9:
         os.kill(os.getpid(), signal.SIGKILL)
     if codes:
@@ -133,6 +136,22 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def children(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def leftovers(group):
+    """Pids that still live in a process group."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    found = []
+    for pid in filter(alive, pids):
+        try:
+            found += [pid] if os.getpgid(pid) == group else []
+        except ProcessLookupError:
+            continue
+    return found
 
 
 def most_at_once(attempts):
@@ -214,7 +233,7 @@ def test_a_failed_fold_stops_no_other_and_is_named_with_the_end_of_its_log(box):
     assert "fold 3 failed with exit code 137 " in output
     assert "report ['--folds', '1,2,3,4', '--failed', '1,3', '--', 'runs/stub']" in output
     assert "fold 2 done in" in output and "fold 4 done in" in output
-    end = output.partition("fold 1 failed; the end of runs/stub/fold1.log:")[2]
+    end = output.partition("fold 1 is missing; the end of runs/stub/fold1.log:")[2]
     assert "    fold 1 broke here" in end
 
 
@@ -273,10 +292,40 @@ def test_a_failed_fold_is_retried_with_resume_and_appends_to_its_log(box):
     assert code == 0, output
     first, second = (a["argv"] for a in box.attempts() if a["fold"] == 1)
     assert "--resume" not in first and "--resume" in second
-    assert "fold 1 failed with exit code 75" in output
+    assert "fold 1 was stopped by a signal" in output and "to be resumed" in output
     log = (box.path / "runs" / "stub" / "fold1.log").read_text()
     assert log.count("attempt 1:") == log.count("attempt 2:") == 1
     assert log.count("hello from fold 1") == 2
+
+
+def test_a_stopped_fold_is_no_failed_one_but_is_missing(box):
+    code, output = box.run("--folds", "1-2", "--", "--device", "cpu", STUB_CODES='{"1": 75}')
+    assert code == 75
+    assert "fold 1 was stopped by a signal" in output and "fold 1 is missing" in output
+    assert "'--failed', '1'" in output
+
+
+@pytest.mark.parametrize(("told", "code", "tries"), [(75, 75, 2), (2, 1, 1), (None, 1, 2)])
+def test_status_json_tells_what_torchrun_hides(box, told, code, tries):
+    argv = ("--folds", "1", "--retries", "1", "--", "--device", "cpu")
+    env = {"STUB_CODES": '{"1": 1}', "STUB_STATUS": json.dumps(told)}
+    assert box.run(*argv, **env)[0] == code
+    assert len(box.attempts()) == tries
+
+
+def test_an_older_status_json_is_not_believed(box):
+    status = box.path / "runs" / "stub" / "fold1" / "status.json"
+    status.parent.mkdir(parents=True)
+    status.write_text('{"exit_code": 2, "reason": "old"}')
+    os.utime(status, (1, 1))
+    argv = ("--folds", "1", "--retries", "1", "--", "--device", "cpu")
+    assert box.run(*argv, STUB_CODES='{"1": 1}')[0] == 1
+    assert len(box.attempts()) == 2
+
+
+def test_status_is_reports(box):
+    code, output = box.run("status", "runs/a b")
+    assert code == 0 and output == "report ['--status', 'runs/a b']\n"
 
 
 def test_retries_are_counted_and_exit_code_2_is_never_retried(box):
@@ -300,7 +349,9 @@ def test_a_retry_resumes_only_a_checkpoint_of_this_launch_where_overwrite_is_giv
     assert ("--resume" in second) == saves and ("--overwrite" in second) != saves
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)]
+)
 def test_an_interrupt_lets_folds_save_and_leaves_no_process(box, number, code):
     argv = ("--folds", "1-4", "--", "--device", "cpu")
     process = box.start(*argv, STUB_HANG="polite")
@@ -315,13 +366,43 @@ def test_an_interrupt_lets_folds_save_and_leaves_no_process(box, number, code):
         assert (box.path / "runs" / "stub" / f"fold{fold}" / "last.pt").exists()
 
 
-def test_an_interrupt_before_the_first_fold_starts_nothing(box):
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_an_interrupt_before_the_first_fold_starts_nothing(box, whole_group):
     process = box.start("--folds", "1", "--", "--device", "cpu", STUB_IMPORT_SECONDS="30")
+    wait_for(lambda: children(process.pid))
     time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
     process.communicate(timeout=5)
-    assert process.returncode == 130
+    assert process.returncode == (130 if whole_group else 143)
     assert not box.attempts() and not (box.path / "runs").exists()
+    assert not leftovers(process.pid)
+
+
+def test_an_interrupt_between_two_attempts_starts_no_other(box):
+    argv = ("--folds", "1", "--retries", "9999", "--", "--device", "cpu")
+    process = box.start(*argv, STUB_CODES='{"1": 1}')
+    wait_for(lambda: len(box.attempts()) == 2)
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+    count = len(box.attempts())
+    time.sleep(1)
+    assert len(box.attempts()) == count and not leftovers(process.pid)
+
+
+def test_an_interrupt_during_the_report_leaves_nothing(box):
+    (box.code / "report.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
+    process = box.start("--folds", "1", "--", "--device", "cpu")
+    while process.stdout.readline() != "up\n":
+        pass
+    process.terminate()
+    output, _ = process.communicate(timeout=5)
+    assert process.returncode == 143 and "stopping" not in output
+    assert (box.path / "runs" / "stub" / "fold1" / "result.json").exists()
+    assert not leftovers(process.pid)
 
 
 def test_torchrun_gets_its_own_gpus_per_fold_and_an_interrupt_reaches_every_rank(box):

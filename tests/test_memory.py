@@ -288,7 +288,7 @@ def test_auto_takes_what_plan_and_probe_agree_on_and_leaves_the_model_as_it_was(
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.grad is None for p in model.parameters())
-    train.set_batch_size(args, size, 1)
+    train.split_batch(args, size, 1)
     assert (args.batch_size, args.gradient_accumulation_steps) == (12, 1)
 
 

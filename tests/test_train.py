@@ -19,12 +19,12 @@ from train import (
     build_model,
     build_optimizer,
     evaluate,
-    load_checkpoint,
     load_data,
     lr_at,
     main,
     parse_args,
     parse_unfreeze,
+    read_checkpoint,
     run,
     run_dir,
     set_trainable,
@@ -37,7 +37,7 @@ NO_DROPOUT = ("--dropout", "0", "--wavlm_dropout", "0")
 
 
 def weights_of(args, file="last.pt"):
-    return load_checkpoint(run_dir(args) / file)["model"]
+    return read_checkpoint(run_dir(args) / file)["model"]
 
 
 def assert_same(one, other, **tolerance):
@@ -221,7 +221,7 @@ def test_a_run_stopped_by_sigterm_resumes_bit_for_bit(flags, setting, monkeypatc
 
         monkeypatch.setattr(train, "step_line", stopping)
         assert main(parse_args([*parted, "--resume"])) == 75
-        assert load_checkpoint(run_dir(parse_args(parted)) / "last.pt")["state"]["step"] == stop_at
+        assert read_checkpoint(run_dir(parse_args(parted)) / "last.pt")["state"]["step"] == stop_at
     monkeypatch.setattr(train, "step_line", step_line)
     assert main(parse_args([*parted, "--resume"])) == 0
     parted = parse_args(parted)
@@ -250,7 +250,7 @@ def test_a_complete_run_has_nothing_to_resume(flags):
 
 def whole_weights(args):
     """All weights of a run's last.pt, its frozen WavLM included."""
-    return {**load_checkpoint(run_dir(args) / "frozen.pt")["model"], **weights_of(args)}
+    return {**read_checkpoint(run_dir(args) / "frozen.pt")["model"], **weights_of(args)}
 
 
 def caches(args):
@@ -311,7 +311,7 @@ def test_a_progressive_run_leaves_the_cache_when_the_encoder_trains(flags, monke
     assert fed == [True] * 3 + [False] * 3 + [True] * 3
     # the third epoch's states are those of the weights that the second one trained
     model = build_model(args, 0, 0)
-    best = load_checkpoint(run_dir(args) / "best.pt")
+    best = read_checkpoint(run_dir(args) / "best.pt")
     assert best["epoch"] in (1, 2, 3)
     train.load_weights(model, best["model"], run_dir(args))
     _, splits, dataset, _ = load_data(args)
@@ -598,7 +598,7 @@ def test_an_existing_run_is_not_touched_without_resume_or_overwrite(flags, capsy
 
 
 def test_resuming_with_another_flag_is_refused(flags, capsys, monkeypatch):
-    monkeypatch.setattr(train, "any_rank", lambda *_: True)
+    monkeypatch.setattr(train, "step_line", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert main(parse_args(flags)) == 75
     assert run([*flags, "--resume", "--lr", "0.5"]) == 2
     assert "--lr was 0.001" in capsys.readouterr().err
@@ -613,7 +613,7 @@ def test_overwrite_spares_a_directory_that_is_no_run(flags, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_utterances(flags):
-    with pytest.raises(FloatingPointError, match=r"step .*gradient norm (nan|inf)"):
+    with pytest.raises(FloatingPointError, match=r"step \d: loss .* on s\d.*: lower --lr"):
         main(parse_args([*flags, "--lr", "1e30", "--encoder_lr", "1e30", "--warmup", "0"]))
     assert not (run_dir(parse_args(flags)) / "best.pt").exists()
 

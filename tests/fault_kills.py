@@ -1,0 +1,219 @@
+"""SIGKILL at random moments: the resumed run ends with the files of one that was never killed.
+
+    python -m pytest tests/fault_kills.py -m slow -s
+
+Single ranks are forked from a server that has train.py imported, so that most of a run's time is
+its own; two ranks are started by torchrun. `-s` shows the counts.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train", "torch.utils.tensorboard"])
+TIMING = {"audio_seconds_per_second", "data_share", "padded_share", "ms_per_step", "peak_gib"}
+
+
+def fork(argv, log, env, limit):
+    """train.py in this process, as from a shell."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)
+    os.environ.update(env)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import train
+
+    sys.exit(train.run(argv))
+
+
+class Run:
+    """A run directory, and the process that works on it."""
+
+    def __init__(self, flags, directory, ranks=1):
+        self.flags, self.ranks = [*flags, "--out", str(directory), "--name", "run"], ranks
+        self.directory = directory / "run" / "fold1"
+        self.log = directory / "console.log"
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def start(self, *more, limit=None, **env):
+        """`limit`: bytes that no file of one rank may exceed, as on a full disk."""
+        argv = [*self.flags, *more]
+        env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+        if self.ranks > 1:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc_per_node", str(self.ranks), str(ROOT / "train.py"), *argv]
+            with open(self.log, "ab") as log:
+                self.process = subprocess.Popen(
+                    command, stdout=log, stderr=log, env=os.environ | env, start_new_session=True
+                )
+        else:
+            os.environ["PYTHONPATH"] = str(ROOT)  # where the server finds train.py
+            self.process = SERVER.Process(target=fork, args=(argv, self.log, env, limit))
+            self.process.start()
+        return self
+
+    def wait(self, seconds=240):
+        """Exit code."""
+        if isinstance(self.process, subprocess.Popen):
+            return self.process.wait(seconds)
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "still running"
+        return self.process.exitcode
+
+    def poll(self):
+        popen = isinstance(self.process, subprocess.Popen)
+        return self.process.poll() if popen else self.process.exitcode
+
+    def until(self, condition, seconds=60):
+        """Waits until `condition()` holds; False when the run ended first."""
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if condition():
+                return True
+            assert time.monotonic() < end, self.console()
+            time.sleep(0.001)
+        return False
+
+    def console(self):
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def kill(self):
+        self.process.kill()
+        self.wait()
+        end = time.monotonic() + 2
+        while processes_of(self.directory.parent.parent):
+            assert time.monotonic() < end, "processes outlive the kill by 2 s"
+            time.sleep(0.01)
+
+    def records(self):
+        path = self.directory / "metrics.jsonl"
+        lines = path.read_text().splitlines(True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def status(self):
+        return json.loads((self.directory / "status.json").read_text())
+
+    def outcome(self):
+        """All that must not depend on where a run was interrupted."""
+        from predict import read_checkpoint
+
+        def timeless(values):
+            return {key: value for key, value in values.items() if key not in TIMING | {"seconds"}}
+
+        last, best = (read_checkpoint(self.directory / name) for name in ("last.pt", "best.pt"))
+        kept = {"state": timeless(last["state"])}
+        kept |= {key: last[key] for key in ("model", "optimizer", "scaler", "meter")}
+        kept |= {"best": best["model"], "records": [timeless(record) for record in self.records()]}
+        kept |= {
+            split: (self.directory / f"predictions_{split}.csv").read_bytes()
+            for split in ("dev", "test")
+        }
+        return kept
+
+
+def processes_of(mark):
+    """Pids of the living processes that have `mark` in their command line or open console."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            dead = (path / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+            names = (path / "cmdline").read_bytes().decode(errors="replace")
+            if not dead and int(path.name) != os.getpid():
+                output = os.readlink(path / "fd" / "1")
+                if str(mark) in names or output.startswith(f"{mark}/"):
+                    found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
+def same(one, other):
+    """Equality down to the bits of tensors, in nested dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def assert_same_outcome(one, other):
+    one, other = one.outcome(), other.outcome()
+    for key in one:
+        assert same(one[key], other[key]), key
+
+
+def kill_at_random(run, kills, seconds, rng):
+    """(kills, kills in the middle of a save, starts): `kills` times, within `seconds` of a start.
+
+    Every third kill waits for a save to begin. A run that ends before its kill is left complete.
+    """
+    done = saves = starts = 0
+    aside = run.directory / ".last.pt.aside"
+    while done < kills and not (run.directory / "result.json").exists():
+        run.start("--resume")
+        starts += 1
+        if done % 3 == 2:
+            hit = run.until(aside.exists)
+        else:
+            end = time.monotonic() + rng.uniform(0.1, 1) * seconds
+            hit = run.until(lambda end=end: time.monotonic() > end)
+        if hit and run.poll() is None:
+            run.kill()
+            done += 1
+            saves += aside.exists()
+    return done, saves, starts
+
+
+EVERYTHING = ("--context", "4", "--feedback", "--augment", "--ema_alpha", "learned")
+SETTINGS = {  # ranks, kills, flags
+    "dialogues, plateau": (1, 8, [*EVERYTHING, "--scheduler", "plateau", "--save_every", "1"]),
+    "progressive, 1 worker": (
+        1, 8, ["--unfreeze", "1:none,2:top:1,3:all", "--num_workers", "1", "--patience", "3"],
+    ),
+    "accumulated bf16, 2 workers": (
+        1, 8, ["--amp", "bf16", "--batch_size", "4", "--gradient_accumulation_steps", "2",
+               "--num_workers", "2", "--augment", "--save_every", "2", "--log_every", "4"],
+    ),
+    "two ranks": (2, 6, [*EVERYTHING, "--batch_size", "4", "--save_every", "1"]),
+    "two ranks, 2 workers": (
+        2, 6, ["--batch_size", "4", "--num_workers", "2", "--augment", "--amp", "bf16",
+               "--unfreeze", "1:top:1,3:all", "--scheduler", "plateau", "--save_every", "2"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_killed_run_ends_like_one_that_was_never_killed(flags, tmp_path, setting):
+    ranks, kills, more = SETTINGS[setting]
+    flags = [*flags, "--epochs", "4", *more]
+    whole = Run(flags, tmp_path / "whole", ranks)
+    begin = time.monotonic()
+    assert whole.start().wait() == 0, whole.console()
+    seconds = time.monotonic() - begin
+    rng = random.Random(setting)
+    done = saves = starts = round_ = 0
+    while done < kills:  # a run that got to its end is followed by another one
+        round_ += 1
+        killed = Run(flags, tmp_path / f"killed{round_}", ranks)
+        counts = kill_at_random(killed, kills - done, seconds, rng)
+        done, saves, starts = done + counts[0], saves + counts[1], starts + counts[2]
+        assert killed.start("--resume").wait() == 0, killed.console()
+        assert_same_outcome(whole, killed)
+    print(f"{setting}: {done} kills, {saves} within a save, {starts} starts, {round_} runs")

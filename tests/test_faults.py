@@ -1,0 +1,417 @@
+"""Faults done to real runs: damage, full disks, signals, dead and hung ranks and workers, two runs
+in one directory. Their kills at random moments, in numbers, are fault_kills.py's."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fault_kills import EVERYTHING, ROOT, Run, assert_same_outcome, kill_at_random, processes_of
+
+import train
+from predict import read_checkpoint
+from train import main, parse_args, run
+
+LONG = ("--epochs", "2000", "--eval_every", "3")  # minutes: it is stopped before
+
+
+def stop_in(monkeypatch, name, at=1):
+    """SIGTERM to this process in the `at`th call of train.<name>."""
+    real, calls = getattr(train, name), []
+
+    def stopping(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, name, stopping)
+
+
+def ended_by(process, seconds):
+    """Seconds until the process has ended; fails after `seconds`."""
+    begin = time.monotonic()
+    process.wait(seconds)
+    return time.monotonic() - begin
+
+
+def workers_of(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+# --- checkpoints
+
+
+def damages(seed):
+    """(name, function that does it to a file) pairs."""
+    rng = random.Random(seed)
+
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+
+    def cut(path):
+        os.truncate(path, rng.randrange(1, path.stat().st_size))
+
+    return [
+        *((f"flipped bit {i}", flip) for i in range(8)),
+        *((f"truncated {i}", cut) for i in range(8)),
+        ("empty", lambda path: os.truncate(path, 0)),
+        ("missing", Path.unlink),
+        ("text", lambda path: path.write_text("not a checkpoint " * 99)),
+        ("longer", lambda path: path.write_bytes(path.read_bytes() + b"x")),
+    ]
+
+
+def test_no_damage_to_a_checkpoint_is_silent(flags, tmp_path, monkeypatch, capsys):
+    """Either the run ends like an undamaged one, from previous.pt, or it is refused in a line."""
+    flags = [*flags, "--unfreeze", "1:none,2:all", "--save_every", "1"]
+    whole = Run(flags, tmp_path / "whole")
+    assert main(parse_args(whole.flags)) == 0
+    stopped = Run(flags, tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        stop_in(patch, "step_line", at=5)
+        assert main(parse_args(stopped.flags)) == 75
+    other = Run([*flags, "--seed", "1"], tmp_path / "other")
+    assert main(parse_args(other.flags)) == 0
+    capsys.readouterr()
+
+    def resumed(case, *damaged):
+        directory = tmp_path / "case"
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(tmp_path / "stopped", directory)
+        victim = Run(flags, directory)
+        for name, harm in damaged:
+            harm(victim.directory / name)
+        code = run([*victim.flags, "--resume"])
+        return victim, code, capsys.readouterr()
+
+    fallen_back = refused = 0
+    for case, harm in damages(0):
+        victim, code, said = resumed(case, ("last.pt", harm))
+        assert code == 0, (case, said.err)
+        assert "last.pt" in said.out and "continuing from" in said.out, case
+        assert_same_outcome(whole, victim)
+        fallen_back += 1
+
+    def swap(path):
+        shutil.copy(other.directory / path.name, path)
+
+    both = [("last.pt", damages(1)[0][1]), ("previous.pt", damages(2)[9][1])]
+    cases = {"both": both, "swapped last.pt": [("last.pt", swap)]}
+    cases |= {f"{name} {what}": [(name, harm)] for name in ("best.pt", "frozen.pt")
+              for what, harm in [*damages(3)[7:9], damages(3)[17], ("swapped", swap)]}  # fmt: skip
+    for case, harms in cases.items():
+        _, code, said = resumed(case, *harms)
+        assert code == 2 and len(said.err.strip().splitlines()) == 1, (case, said.err)
+        assert "start anew with --overwrite" in said.err, case
+        refused += 1
+    print(f"{fallen_back} fell back to previous.pt, {refused} were refused, 0 silent")
+    assert fallen_back + refused >= 30
+
+
+def test_a_resume_from_the_spare_keeps_the_spare_until_there_is_a_better_one(
+    flags, tmp_path, monkeypatch
+):
+    stopped = Run([*flags, "--save_every", "1"], tmp_path)
+    with monkeypatch.context() as patch:
+        stop_in(patch, "step_line", at=5)
+        assert main(parse_args(stopped.flags)) == 75
+    os.truncate(stopped.directory / "last.pt", 1000)
+    assert read_checkpoint(stopped.directory / "previous.pt")["state"]["step"] == 5
+    with monkeypatch.context() as patch:
+        stop_in(patch, "step_line", at=1)
+        assert main(parse_args([*stopped.flags, "--resume"])) == 75
+    steps = [read_checkpoint(stopped.directory / n)["state"]["step"] for n in
+             ("previous.pt", "last.pt")]  # fmt: skip
+    assert steps == [6, 6] or steps == [5, 6]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_after(flags, tmp_path):
+    """RLIMIT_FSIZE fails the first write that exceeds it; a larger one lets more files through."""
+    whole = Run(flags, tmp_path / "whole")
+    assert whole.start().wait() == 0, whole.console()
+    size = (whole.directory / "last.pt").stat().st_size
+    named = set()
+    for limit in (0, 800, 1500, 5000, size // 2, size - 1):
+        victim = Run(flags, tmp_path / str(limit))
+        assert victim.start(limit=limit).wait() == 1, victim.console()
+        error = [line for line in victim.console().splitlines() if "train.py: error:" in line]
+        assert len(error) == 1 and "File too large: mend that, then --resume" in error[0]
+        assert "Traceback" not in victim.console(), victim.console()
+        named.add(Path(error[0].split(": ")[2]).name)
+        assert victim.start("--resume").wait() == 0, victim.console()
+        assert_same_outcome(whole, victim)
+        assert not list(victim.directory.glob(".*"))
+    assert len(named) >= 3 and "last.pt" in named, named
+
+
+# --- signals
+
+
+@pytest.mark.parametrize(
+    ("phase", "at", "epoch"),
+    [("encode_rows", 1, 0), ("encode_rows", 2, 1), ("encode_rows", 3, 2), ("encode_rows", 4, 2)],
+    ids=["first evaluation", "second evaluation", "last dev evaluation", "test"],
+)
+def test_a_run_stopped_while_it_evaluates_resumes_bit_for_bit(
+    flags, tmp_path, monkeypatch, phase, at, epoch
+):
+    flags = [*flags, "--log_every", "2"]
+    whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
+    assert main(parse_args(whole.flags)) == 0
+    with monkeypatch.context() as patch:
+        real, calls = train.until_stopped, []
+
+        def stopping(*args):
+            calls.append(1)
+            if len(calls) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args)
+
+        patch.setattr(train, "until_stopped", stopping)
+        assert run(parted.flags) == 75
+    assert read_checkpoint(parted.directory / "last.pt")["state"]["epoch"] == epoch
+    assert parted.status()["exit_code"] == 75
+    assert run([*parted.flags, "--resume"]) == 0
+    assert_same_outcome(whole, parted)
+
+
+def test_a_signal_while_a_cache_fills_leaves_no_half_of_it(flags, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    flags = [*flags, "--unfreeze", "none", "--cache_dir", str(cache)]
+    for what in ("audio", "hidden states"):
+        with monkeypatch.context() as patch:
+            real = train.vadata.progress
+
+            def stopping(iterable, total, label, what=what, real=real):
+                if label == what:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                return real(iterable, total, label)
+
+            patch.setattr(train.vadata, "progress", stopping)
+            assert run([*flags, "--resume"]) == 75
+        assert not [path for path in cache.glob(".*") if path.is_dir()]
+        assert not list(cache.glob(f"{what.split()[0]}-*"))
+    assert run([*flags, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_at_any_moment_saves_and_the_run_ends_the_same(flags, tmp_path, number):
+    """Also to all processes of the run at once, as a terminal does: workers live on."""
+    flags = [*flags, "--num_workers", "1", "--epochs", "3", "--log_every", "2"]
+    whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
+    assert whole.start().wait() == 0, whole.console()
+    rng = random.Random(int(number))
+    codes = []
+    for _ in range(3):
+        parted.start("--resume")
+        wanted = rng.randrange(1, 9)
+        parted.until(lambda w=wanted: len(parted.records()) >= w)
+        time.sleep(rng.uniform(0, 0.1))
+        if parted.poll() is None:
+            os.killpg(parted.process.pid, number)
+        begin = time.monotonic()
+        codes.append(parted.wait())
+        assert time.monotonic() - begin < 10
+        assert parted.status()["exit_code"] == codes[-1]
+        assert not processes_of(tmp_path / "parted")
+    assert set(codes) <= {0, 75} and 75 in codes, parted.console()
+    assert parted.start("--resume").wait() == 0, parted.console()
+    assert_same_outcome(whole, parted)
+
+
+def test_a_signal_among_the_imports_is_75(flags):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags])
+    time.sleep(1)  # of about five
+    process.send_signal(signal.SIGUSR1)
+    assert ended_by(process, 10) < 10 and process.returncode == 75
+
+
+# --- ranks and workers
+
+
+def ranks_of(agent):
+    """{rank: pid} of torchrun's ranks that train."""
+    found = {}
+    for pid in workers_of(agent):
+        names = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found |= {int(n[5:]): pid for n in names if n.startswith(b"RANK=")}
+    return found
+
+
+def under_way(run):
+    count = len(run.records())
+    assert run.until(lambda: len(run.records()) > count + 2, 100), run.console()
+    return ranks_of(run.process.pid)
+
+
+def gone(directory, seconds):
+    begin = time.monotonic()
+    while processes_of(directory):
+        assert time.monotonic() - begin < seconds, "processes are left"
+        time.sleep(0.02)
+    return time.monotonic() - begin
+
+
+@pytest.fixture
+def two_ranks(flags, tmp_path):
+    more = ["--batch_size", "4", "--num_workers", "1", "--timeout", "5", *LONG]
+    return Run([*flags, *more], tmp_path / "two", ranks=2)
+
+
+def test_a_signal_to_one_rank_stops_both_at_one_step(two_ranks):
+    two_ranks.start("--save_every", "1000000")
+    os.kill(under_way(two_ranks)[1], signal.SIGTERM)
+    assert ended_by(two_ranks.process, 10) < 10
+    assert two_ranks.status()["exit_code"] == 75, two_ranks.console()
+    last = read_checkpoint(two_ranks.directory / "last.pt")["state"]
+    assert last["step"] == two_ranks.status()["step"] == two_ranks.records()[-1]["step"]
+    gone(two_ranks.directory.parent.parent, 2)
+
+
+def test_ranks_and_workers_die_with_their_torchrun(two_ranks):
+    two_ranks.start()
+    ranks = under_way(two_ranks)
+    assert all(workers_of(pid) for pid in ranks.values())
+    os.kill(two_ranks.process.pid, signal.SIGKILL)
+    assert gone(two_ranks.directory.parent.parent, 2) < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("whom", ["agent", 0, 1])
+def test_a_signal_to_the_agent_or_a_rank_saves(two_ranks, number, whom):
+    two_ranks.start(TORCHELASTIC_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGUSR1")
+    ranks = under_way(two_ranks)
+    os.kill(two_ranks.process.pid if whom == "agent" else ranks[whom], number)
+    assert ended_by(two_ranks.process, 10) < 10
+    assert two_ranks.status()["exit_code"] == 75, two_ranks.console()
+    state = read_checkpoint(two_ranks.directory / "last.pt")["state"]
+    assert state["step"] == two_ranks.records()[-1]["step"]
+    gone(two_ranks.directory.parent.parent, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_rank_ends_the_other_within_5_seconds(two_ranks, rank):
+    two_ranks.start("--timeout", "300")
+    ranks = under_way(two_ranks)
+    os.kill(ranks[rank], signal.SIGKILL)
+    begin = time.monotonic()
+    while processes_of(two_ranks.directory.parent.parent):
+        assert time.monotonic() - begin < 5, two_ranks.console()
+        time.sleep(0.02)
+    assert two_ranks.wait() != 0
+    if rank == 1:
+        assert "a rank died" in two_ranks.console()
+        assert two_ranks.status()["exit_code"] in (1, None)
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_noticed_within_its_time_out(two_ranks):
+    two_ranks.start()
+    hung = under_way(two_ranks)[1]
+    os.kill(hung, signal.SIGSTOP)
+    begin = time.monotonic()
+    assert two_ranks.until(lambda: "gave no answer for --timeout 5 s" in two_ranks.console(), 30)
+    assert time.monotonic() - begin < 5 + 5
+    assert two_ranks.status()["exit_code"] == 1
+    two_ranks.process.kill()
+    gone(two_ranks.directory.parent.parent, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_stalled_worker_is_one_line_that_names_it(flags, tmp_path, number):
+    victim = Run([*flags, "--num_workers", "1", "--timeout", "2", *LONG], tmp_path)
+    victim.start()
+    assert victim.until(lambda: len(victim.records()) > 4 and workers_of(victim.process.pid))
+    worker = workers_of(victim.process.pid)[0]
+    os.kill(worker, number)
+    assert victim.wait(20) == 1, victim.console()
+    said = victim.console().split("train.py: error: ")[1]
+    assert "DataLoader" in said and str(worker) in said and "--resume" in said, said
+    assert "Traceback" not in victim.console() and len(said.strip().splitlines()) == 1
+    assert victim.status()["exit_code"] == 1
+    gone(tmp_path, 2)
+
+
+# --- what is not finite
+
+
+def test_a_loss_that_is_not_finite_ends_both_ranks_and_names_the_utterances_of_both(
+    flags, tmp_path
+):
+    more = ["--batch_size", "4", "--lr", "1e30", "--encoder_lr", "1e30", "--warmup", "0"]
+    victim = Run([*flags, *more, "--log_every", "100", "--save_every", "1"], tmp_path, ranks=2)
+    assert victim.start().wait() != 0
+    told = victim.console().split("train.py: error: step 1: ")[1].splitlines()[0]
+    assert len([word for word in told.split() if word.startswith("s")]) >= 8 and "scale 1" in told
+    assert victim.status()["exit_code"] == 1
+    assert not list(victim.directory.glob("*.pt"))
+
+
+def test_twenty_skipped_steps_in_a_row_are_an_error_and_fewer_are_not(flags):
+    corpus, *_ = train.load_data(parse_args(flags))
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    meter = train.Meter(torch.device("cpu"), 1)
+    batch = {"rows": [3], "audio_seconds": 1.0, "padded_share": 0.0}
+    finite, infinite = torch.tensor(1.0), torch.tensor(float("inf"))
+
+    def steps(norm, count, loss=finite):
+        for _ in range(count):
+            meter.add(1, loss, norm, [batch])
+        meter.check(scaler, optimizer, corpus)
+
+    steps(infinite, 10)
+    steps(infinite, 9)
+    steps(finite, 1)
+    steps(infinite, 19)
+    with pytest.raises(FloatingPointError, match=corpus.utterances[3].utt_id):
+        steps(infinite, 1)
+    meter = train.Meter(torch.device("cpu"), 1)
+    with pytest.raises(FloatingPointError, match="scale 65536"):  # no scale mends a loss
+        steps(finite, 1, loss=infinite)
+    meter = train.Meter(torch.device("cpu"), 1)
+    with torch.no_grad():
+        model.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="weight norm nan"):
+        steps(finite, 1)
+
+
+# --- two runs, and kills
+
+
+@pytest.mark.parametrize("more", [["--resume"], ["--overwrite"]])
+def test_of_two_runs_in_one_directory_exactly_one_wins(flags, tmp_path, more):
+    one, two = Run(flags, tmp_path), Run(flags, tmp_path)
+    two.log = tmp_path / "second.log"
+    one.start(*more)
+    two.start(*more)
+    codes = [one.wait(), two.wait()]
+    assert sorted(codes) == [0, 2], one.console() + two.console()
+    loser = two if codes[1] else one
+    assert "is in use by another run (pid " in loser.console()
+    assert one.status()["exit_code"] == 0 and len(one.records()) == 9
+
+
+def test_four_kills_change_nothing(flags, tmp_path):
+    flags = [*flags, *EVERYTHING, "--save_every", "1", "--epochs", "3"]
+    whole, killed = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "killed")
+    begin = time.monotonic()
+    assert whole.start().wait() == 0, whole.console()
+    seconds = time.monotonic() - begin
+    done, *_ = kill_at_random(killed, 4, seconds, random.Random(0))
+    assert done >= 2
+    assert killed.start("--resume").wait() == 0, killed.console()
+    assert_same_outcome(whole, killed)
