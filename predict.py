@@ -44,7 +44,10 @@ from model import TARGETS, EmotionModel, ModelConfig, track_dialogues
 from wavlm import save_wavlm
 
 WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
-EXPORTED = ("max_seconds", "context", "amp", "speaker")  # flags that prediction needs
+# train.py's flags that belong to a model, whatever it is trained on next
+MODEL_FLAGS = {f.name for f in dataclasses.fields(ModelConfig)} | {
+    "prosody", "speaker", "no_film", "wavlm_revision", "wavlm_dropout", "max_seconds", "context",
+}  # fmt: skip
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 
 
@@ -135,6 +138,7 @@ def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
         if exported:
             checkpoint = json.loads((path / "config.json").read_text(encoding="utf-8"))
             checkpoint["model"] = load_file(path / "model.safetensors")
+            checkpoint["args"]["wavlm"] = str(path / "wavlm")
         else:
             checkpoint = read_checkpoint(path)
         model = EmotionModel(ModelConfig(**checkpoint["config"]))
@@ -262,11 +266,12 @@ def encode(model: EmotionModel, dataset: vadata.Batches, device: torch.device) -
             full = re.search("(out of|not enough) memory", str(error))
             if isinstance(error, RuntimeError) and not full:
                 raise
-            if len(spec.chunks) == 1:
-                seconds = dataset.lengths[spec.chunks[0][0]] / dataset.rate
+            rows = [row for chunk in spec.chunks for row in chunk]
+            if len(rows) == 1:
+                seconds = dataset.lengths[rows[0]] / dataset.rate
                 fault = f"not enough memory for {seconds:.1f} s of audio at once"
                 raise vadata.DataError(f"{fault}: lower --max_seconds or --window") from None
-            budget //= 2
+            budget = len(rows) * int(dataset.lengths[rows].max()) // 2
         left = np.setdiff1d(left, done)
     bar.close()
     return turns
@@ -364,8 +369,9 @@ def plot_curves(
                 axis.plot(middles, mean[:, i], f"{marker}-", ms=3, label=target)
                 low, high = mean[:, i] - std[:, i], mean[:, i] + std[:, i]
                 axis.fill_between(middles, low, high, alpha=0.25, lw=0)
-            axis.set(title=name, xlabel="middle of the window, s", ylim=label_range)
-            axis.legend(loc="upper right", ncols=2)
+            axis.set(xlabel="middle of the window, s", ylim=label_range)
+            axis.set_title(name + f": mean and deviation of {len(preds)}" * (len(preds) > 1))
+            figure.legend(loc="outside lower center", ncols=2)
             axis.grid(alpha=0.3)
             figure.savefig(directory / f"{name}.png", dpi=120)
 
@@ -489,7 +495,7 @@ def export(path: str, directory: Path) -> None:
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
     content = {"targets": TARGETS, "config": dataclasses.asdict(model.config)}
-    flags = {name: checkpoint["args"][name] for name in EXPORTED}
+    flags = {k: v for k, v in checkpoint["args"].items() if k in MODEL_FLAGS | {"amp"}}
     content |= {"label_range": checkpoint["label_range"], "args": flags}
     (aside / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if model.config.encoder == "wavlm":
