@@ -311,8 +311,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
                     "as in training; --window 8 gives a curve over all",
                     file=sys.stderr,
                 )
-            together = flags["context"] > 1 and not args.window
-            names = [u.dialog if together else i for i, u in enumerate(corpus.utterances)]
+            turns_of_dialogs = flags["context"] > 1 and args.data and not args.window
+            names = [u.dialog if turns_of_dialogs else i for i, u in enumerate(corpus.utterances)]
             with autocast(flags, device):
                 turns = encode(model.to(device), dataset, device)
                 preds.append(low + (high - low) * track_dialogues(model, turns, names))
@@ -366,7 +366,8 @@ def plot_curves(
             figure = Figure(figsize=(9, 3.5), layout="constrained")
             axis = figure.add_subplot()
             for i, (target, marker) in enumerate(zip(TARGETS, "os")):
-                axis.plot(middles, mean[:, i], f"{marker}-", ms=3, label=target)
+                size = 3 if len(rows) < 100 else 0  # more of them hide the line
+                axis.plot(middles, mean[:, i], f"{marker}-", ms=size, lw=1.2, label=target)
                 low, high = mean[:, i] - std[:, i], mean[:, i] + std[:, i]
                 axis.fill_between(middles, low, high, alpha=0.25, lw=0)
             axis.set(xlabel="middle of the window, s", ylim=label_range)
@@ -403,9 +404,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
     microseconds, skipped = [], 0
     for line in args.audio or sys.stdin:
         path, lines = line.rstrip("\r\n"), []
-        if not path:
-            state = None
-        else:
+        if path:
             with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
                 try:
                     corpus, pack = decode(corpus_of_files([path]), cache_dir)
@@ -424,9 +423,9 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
                     preds, after = model.track(turns.unsqueeze(0 if carries else 1), state)
                     preds = (low + (high - low) * preds.float().flatten(0, 1)).tolist()
                     microseconds.append(1e6 * (time.perf_counter() - start) / len(preds))
-            state = after if carries else None
             for u, seconds, values in zip(corpus.utterances, corpus.seconds, preds):
                 lines.append([u.utt_id, f"{seconds:.3f}", *(f"{value:.6f}" for value in values)])
+        state = after if path and carries else None
         if args.state:
             save_state(Path(args.state), key, state)
         writer.writerows(lines)
@@ -469,9 +468,10 @@ def read_state(path: Path, key: str, device: torch.device) -> dict | None:
     if written_by != key:
         fault = f"--state {path}: of another checkpoint than --checkpoint"
         raise vadata.DataError(f"{fault}: give that one or another file, or --reset") from None
-    halves = sorted({name.rpartition(".")[0] for name in state if name.startswith("mamba.")})
-    if halves:  # fewer than ten blocks, so their numbers sort as text
-        state["mamba"] = [(state.pop(f"{h}.conv"), state.pop(f"{h}.ssm")) for h in halves]
+    blocks = sum(name.endswith(".ssm") for name in state)
+    if blocks:
+        names = [(f"mamba.{i}.conv", f"mamba.{i}.ssm") for i in range(blocks)]
+        state["mamba"] = [(state.pop(conv), state.pop(ssm)) for conv, ssm in names]
     return state or None
 
 
