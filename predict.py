@@ -147,7 +147,7 @@ def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
         raise vadata.DataError(f"{flag} {error} (give a run directory)") from None
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-        raise vadata.DataError(f"{flag} {path}: not a best.pt of train.py ({reason})") from None
+        raise vadata.DataError(f"{flag} {path}: not a best.pt or an export ({reason})") from None
     return model.eval(), checkpoint
 
 
@@ -510,12 +510,14 @@ CARD = """\
 
 Valence and arousal (in this order) of an utterance of speech, on the labels' scale {low:g} to
 {high:g}. Trained with vatune (commit {commit}) on {data}, encoder {encoder}, prosody {prosody}.
+{origin}
 
 {scores}
 
 `python predict.py --checkpoint THIS_DIRECTORY a.wav --out out.csv`, or in Python
 `model, checkpoint = predict.load_model(THIS_DIRECTORY, "--checkpoint")`. If there is a `wavlm/`, it
-is the encoder alone: `transformers.WavLMModel.from_pretrained`, `train.py --wavlm`.
+is the encoder alone: `transformers.WavLMModel.from_pretrained`, `train.py --wavlm`. A run whose
+--layers leave out the top one has trained its `hidden_states[-1]`, not `last_hidden_state`.
 
 ## Intended use and limits
 
@@ -544,7 +546,12 @@ def model_card(run: Path, checkpoint: dict) -> str:
             "say little about other\nspeakers. Versions: "
             + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         )
-    about = {"data": Path(flags["data"]).name, "commit": commit, "scores": scores}
+    about = {"data": Path(flags["data"]).name, "commit": commit, "scores": scores, "origin": ""}
+    if flags["init_from"]:
+        start = "/".join(Path(flags["init_from"]).parts[-2:])
+        about["origin"] = f"\nIt went on from {start}, whose training data are not in this table.\n"
+    if flags["train_only"]:
+        about["origin"] += "Only FiLM was trained: if on one speaker, for that speaker alone.\n"
     return CARD.format(**(flags | about | {"low": low, "high": high}))
 
 

@@ -240,13 +240,17 @@ def test_a_run_on_single_utterances_carries_nothing(trained, corpus, tmp_path, c
 # --- export
 
 
-@pytest.mark.parametrize("unfreeze", ["all", "none"])
+@pytest.mark.parametrize(
+    "extra",
+    [("--unfreeze", "all"), ("--unfreeze", "none"), ("--layers", "1")],
+    ids=["trained", "in frozen.pt", "without its top layer"],
+)
 def test_an_export_predicts_the_same_and_its_wavlm_loads_in_transformers(
-    flags, corpus, tmp_path, unfreeze
+    flags, corpus, tmp_path, extra
 ):
     from transformers import WavLMModel
 
-    directory = run(flags, "--unfreeze", unfreeze)  # of "none", WavLM is in frozen.pt
+    directory = run(flags, *extra)
     exported = tmp_path / "model"
     argv = ["--checkpoint", str(directory), "--export", str(exported)]
     assert predict.main(predict.parse_args(argv)) == 0
@@ -266,12 +270,14 @@ def test_an_export_predicts_the_same_and_its_wavlm_loads_in_transformers(
         for attention_mask in (None, mask):
             states, frame_mask = model.encoder.wavlm(waveform, attention_mask)
             given = None if attention_mask is None else attention_mask.long()
-            out = theirs.eval()(waveform, attention_mask=given).last_hidden_state
+            out = theirs.eval()(waveform, attention_mask=given, output_hidden_states=True)
+            out = out.hidden_states[-1] if extra[0] == "--layers" else out.last_hidden_state
             real = slice(None) if frame_mask is None else frame_mask
-            torch.testing.assert_close(states[2][real], out[real], rtol=0, atol=1e-5)
+            torch.testing.assert_close(states[max(states)][real], out[real], rtol=0, atol=1e-5)
     ours = load_wavlm(str(exported / "wavlm")).state_dict()
     assert all(torch.equal(v, ours[k]) for k, v in model.encoder.wavlm.state_dict().items())
-    assert run([*flags, "--wavlm", str(exported / "wavlm"), "--name", "again"]).exists()
+    again = ["--wavlm", str(exported / "wavlm"), "--layers", "1", "--name", "again"]
+    assert run([*flags, *again]).exists()
 
     card, results = (exported / "README.md").read_text(), rows(directory / "predictions_test.csv")
     assert f"| test | {len(results)} | " in card and "0 to\n1." in card
@@ -325,6 +331,9 @@ def test_a_run_or_an_export_is_personalised_without_repeating_its_flags(
     after = after.state_dict()
     moved = {k.split(".")[0] for k, v in before.state_dict().items() if not v.equal(after[k])}
     assert moved == {"film"}
+    if not exported:
+        predict.export(str(train.run_dir(args)), tmp_path / "personal")
+        assert "Only FiLM was trained" in (tmp_path / "personal/README.md").read_text()
 
 
 # --- errors
