@@ -262,8 +262,8 @@ def encode(model: EmotionModel, dataset: vadata.Batches, device: torch.device) -
                 turns[batch["rows"]] = model.encode(batch)
                 done += batch["rows"]
                 bar.update(len(batch["rows"]))
-        except (RuntimeError, MemoryError) as error:  # torch's own on a GPU is a RuntimeError
-            full = re.search("(out of|not enough) memory", str(error))
+        except (RuntimeError, MemoryError) as error:  # on GPU, CPU (other systems, Linux); numpy's
+            full = re.search("(out of|not enough|can't allocate) memory", str(error))
             if isinstance(error, RuntimeError) and not full:
                 raise
             rows = [row for chunk in spec.chunks for row in chunk]
