@@ -2,61 +2,115 @@
 
     python predict.py --checkpoint runs/demo/fold1 a.wav b.flac recordings/ --out out.csv
     python predict.py --checkpoint runs/x/fold1 --checkpoint runs/x/fold2 --data m.csv --out out.csv
+    python predict.py --checkpoint runs/demo/fold1 long.wav --window 8 --hop 2 --plot . --out c.csv
+    ls turns/*.wav | python predict.py --checkpoint runs/dialogues/fold1 --stream --state state
+    python predict.py --checkpoint runs/demo/fold1 --export model
 
 Files, folders of files, or a CSV manifest (utt_id, path, and start, end, dialog, speaker if it has
 them; labels are not needed). Several checkpoints give the mean and, over them, the standard
 deviation. A run that was trained on dialogues (--context above 1) tracks the turns of a manifest's
-dialogue in order; a file alone is a dialogue of one turn. Nothing is cached: audio is decoded into
-a temporary folder. A file that cannot be decoded is named on stderr and left out.
+dialogue in order; a file alone, or a window, is a dialogue of one turn. --stream tracks the files
+it is given, or the paths that come in on stdin, as one dialogue; an empty line begins the next.
 
-Not here: training; streaming turn by turn is EmotionModel.track, which takes and gives the state.
+Nothing is cached: audio is decoded into a temporary folder ($TMPDIR; 115 MB an hour, with --window
+that times window / hop). What cannot be decoded is named on stderr and left out. Exit code: 0 done;
+1 nothing could be decoded; 2 wrong flags or files.
+
+Not here: training and personalisation (train.py --init_from RUN --train_only film).
 """
 
 import argparse
 import csv
+import dataclasses
 import hashlib
+import json
+import os
+import re
+import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import data as vadata
-from model import TARGETS, EmotionModel, ModelConfig, encode_rows, track_dialogues
+from model import TARGETS, EmotionModel, ModelConfig, track_dialogues
+from wavlm import save_wavlm
 
 WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
+# train.py's flags that belong to a model, whatever it is trained on next
+MODEL_FLAGS = {f.name for f in dataclasses.fields(ModelConfig)} | {
+    "prosody", "speaker", "no_film", "wavlm_revision", "wavlm_dropout", "max_seconds", "context",
+}  # fmt: skip
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags, checked; exits with code 2 and one line on those that exclude or need each other."""
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
+        usage="python predict.py --checkpoint RUN [flags] [audio ...], see --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     # fmt: off
     p.add_argument("audio", nargs="*", help="audio files, or folders that are searched for them")
     p.add_argument("--checkpoint", action="append", required=True,
-                   help="run directory or best.pt; may be given several times")
+                   help="run directory, best.pt or exported directory; may be given several times")
     p.add_argument("--data", help="CSV manifest instead of files")
     p.add_argument("--data_dir", help="root of the manifest's paths; default: its folder")
-    p.add_argument("--out", required=True, help="CSV to write")
-    p.add_argument("--features_dir", help="<utt_id>.npy, for a feature Transformer")
+    p.add_argument("--out", help="CSV to write")
+    p.add_argument("--features_dir", help="<utt_id>.npy (of a file: its name without suffix), for "
+                   "a feature Transformer")
     p.add_argument("--speaker", help="as in train.py; default: what the run was trained with")
     p.add_argument("--max_seconds", type=float, help="use the beginning only; default: the run's")
+    p.add_argument("--window", type=float, default=0.0,
+                   help="seconds of each window of a curve over the whole file; 0 = off")
+    p.add_argument("--hop", type=float, default=2.0, help="seconds between two windows' starts")
+    p.add_argument("--plot", metavar="DIR", help="with --window: each curve as DIR/<file>.png")
+    p.add_argument("--stream", action="store_true",
+                   help="one line on stdout per utterance as it comes, state carried along")
+    p.add_argument("--state", metavar="FILE",
+                   help="with --stream: go on from the state in it, and keep it there")
+    p.add_argument("--reset", action="store_true", help="with --state: begin a new dialogue")
+    p.add_argument("--export", metavar="DIR",
+                   help="write the model, its card and WavLM alone, as safetensors")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                    help="auto: cuda if present")
     # fmt: on
     args = p.parse_args(argv)
-    if bool(args.audio) == bool(args.data):
-        p.error("give either audio files and folders, or --data CSV")
+    files = not (args.stream or args.export)
+    hops = f"--window {args.window:g} --hop {args.hop:g}"
+    for wrong, message in (
+        (not files and len(args.checkpoint) > 1, "--stream and --export take one --checkpoint"),
+        (args.export and (args.audio or args.data or args.stream), "--export takes a run alone"),
+        (args.stream and (args.data or args.window), "--stream takes files: no --data, --window"),
+        (args.state and not args.stream, "--state needs --stream"),
+        (args.reset and not args.state, "--reset needs --state"),
+        (files and bool(args.audio) == bool(args.data), "give either audio files or --data CSV"),
+        (files == (args.out is None), "give --out CSV, but not with --stream and --export"),
+        (args.out and not Path(args.out).absolute().parent.is_dir(), "--out: no such folder"),
+        (args.window and args.max_seconds, "--window and --max_seconds exclude each other"),
+        (args.window and args.features_dir, "--window cuts audio, not --features_dir"),
+        (args.window < 0 or 0 < args.window < 0.1, f"{hops}: a window is 0.1 s or more"),
+        (args.window and not 0 < args.hop <= args.window, f"{hops}: need 0 < hop <= window"),
+        (args.plot and not args.window, "--plot shows curves: give --window"),
+    ):
+        if wrong:
+            p.error(message)
     return args
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
 
 
 def sha256(file: BinaryIO, size: int) -> bytes:
@@ -93,22 +147,32 @@ def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Pat
 
 
 def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
-    """(model in eval mode, the checkpoint's dict) of a run directory or a best.pt.
+    """(model in eval mode, the checkpoint's dict) of a run directory, a best.pt or an export.
 
     DataError names `flag` and the file when it is missing or not ours.
     """
     path = Path(path)
-    path = path / "best.pt" if path.is_dir() else path
+    exported = (path / "config.json").is_file()
+    path = path / "best.pt" if path.is_dir() and not exported else path
     try:
-        checkpoint = read_checkpoint(path)
+        if exported:
+            checkpoint = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            checkpoint["model"] = load_file(path / "model.safetensors")
+            checkpoint["args"]["wavlm"] = str(path / "wavlm")
+        else:
+            checkpoint = read_checkpoint(path)
         model = EmotionModel(ModelConfig(**checkpoint["config"]))
         load_weights(model, checkpoint["model"], path.parent)
     except vadata.DataError as error:
         raise vadata.DataError(f"{flag} {error} (give a run directory)") from None
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-        raise vadata.DataError(f"{flag} {path}: not a best.pt of train.py ({reason})") from None
+        raise vadata.DataError(f"{flag} {path}: not a best.pt or an export ({reason})") from None
     return model.eval(), checkpoint
+
+
+# ---------------------------------------------------------------------------------------------
+# What to predict
 
 
 def corpus_of_files(paths: list[str]) -> vadata.Corpus:
@@ -130,100 +194,407 @@ def corpus_of_files(paths: list[str]) -> vadata.Corpus:
     return vadata.Corpus("files", Path("."), (0.0, 1.0), utterances)
 
 
-def predict(
+def cut_windows(corpus: vadata.Corpus, window: float, hop: float) -> vadata.Corpus:
+    """The corpus with each utterance as windows (seconds), the last of which ends where it ends.
+
+    An utterance that is no longer than a window is one; so is a file that cannot be opened, which
+    is decoded in vain later and then named.
+    """
+    cut = []
+    for u in corpus.utterances:
+        try:
+            file_end = soundfile.info(u.path).duration
+        except (soundfile.SoundFileError, TypeError):  # TypeError: a .raw file
+            file_end = 0.0
+        last = min(u.end or file_end, file_end) - window
+        for start in np.arange(u.start, last - 1e-6, hop):
+            cut.append(dataclasses.replace(u, start=float(start), end=float(start) + window))
+        cut.append(dataclasses.replace(u, start=max(u.start, last)))
+    return dataclasses.replace(corpus, utterances=cut)
+
+
+def decode(corpus: vadata.Corpus, cache_dir: str) -> tuple[vadata.Corpus, vadata.AudioPack]:
+    """data.load_audio, however much has to be left out; that is named on stderr."""
+    corpus, pack = vadata.load_audio(corpus, cache_dir, most_bad=1.0)
+    for utt_id, *_, reason in corpus.skipped:
+        print(f"skipped {utt_id}: {reason}", file=sys.stderr)
+    return corpus, pack
+
+
+def build_inputs(
+    corpus: vadata.Corpus,
+    pack: vadata.AudioPack,
+    cache_dir: str,
+    args: argparse.Namespace,
     model: EmotionModel,
-    dataset: vadata.Batches,
-    dialogs: list[str],
-    amp: str,
+    flags: dict,
     device: torch.device,
-) -> Tensor:
-    """preds (N, 2) in [0, 1] of the whole dataset, batched as train.py's evaluation is."""
-    rows = np.arange(len(dialogs))
-    plan = vadata.eval_plan(dataset.lengths, rows, 0, 1, vadata.EVAL_SECONDS * dataset.rate)
+) -> vadata.Batches:
+    """What the model of a run trained with `flags` reads of the corpus."""
+    features = prosody = speaker = None
+    named = corpus  # .npy files of a recording are looked up by its name without suffix
+    if not args.data:
+        stems = [dataclasses.replace(u, utt_id=u.path.stem) for u in corpus.utterances]
+        named = dataclasses.replace(corpus, utterances=stems)
+    if model.config.encoder.endswith("transformer"):
+        if not args.features_dir:
+            raise vadata.DataError("the run reads feature files: give --features_dir DIR")
+        features = vadata.FrameFeatures(named, args.features_dir)
+    if model.config.prosody_dim:
+        prosody = vadata.egemaps(corpus, pack, cache_dir)
+    if model.config.speaker_dim:
+        kind = args.speaker or flags["speaker"]
+        speaker = vadata.speaker_embeddings(named, pack, kind, cache_dir, str(device))
+    return vadata.Batches(
+        labels=np.zeros((len(corpus.utterances), len(TARGETS)), dtype=np.float32),
+        pack=None if features else pack,
+        features=features,
+        prosody=prosody,
+        speaker=speaker,
+        max_seconds=args.window or args.max_seconds or flags["max_seconds"],
+        augment=False,
+        seed=0,
+    )
 
-    def batches() -> Iterator[dict]:
-        for spec in tqdm(plan, unit="batch", disable=not sys.stderr.isatty()):
-            batch = dataset[spec]
-            yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-    model.to(device)
-    with torch.autocast(device.type, AUTOCAST[amp], enabled=amp != "off"):
-        return track_dialogues(model, encode_rows(model, batches(), rows.tolist()), dialogs)
+def autocast(flags: dict, device: torch.device) -> torch.autocast:
+    """The precision that the run was evaluated in; fp16 only on a GPU."""
+    amp = flags["amp"] if device.type == "cuda" or flags["amp"] == "bf16" else "off"
+    return torch.autocast(device.type, AUTOCAST[amp], enabled=amp != "off")
 
 
-def main(args: argparse.Namespace) -> None:
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
+@torch.no_grad()
+def encode(model: EmotionModel, dataset: vadata.Batches, device: torch.device) -> Tensor:
+    """Utterance vectors (N, U) of the whole dataset, batched as train.py's evaluation is.
+
+    Out of memory, what is left goes on in batches of half the audio; DataError when it does not
+    suffice for one utterance.
+    """
+    left, budget = np.arange(len(dataset.lengths)), vadata.EVAL_SECONDS * dataset.rate
+    turns = torch.zeros(len(left), model.width, device=device)
+    bar = tqdm(total=len(left), unit="utterance", disable=not sys.stderr.isatty() or len(left) < 2)
+    while len(left):
+        done = []
+        try:
+            for spec in vadata.eval_plan(dataset.lengths, left, 0, 1, budget):
+                batch = dataset[spec]
+                batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                turns[batch["rows"]] = model.encode(batch)
+                done += batch["rows"]
+                bar.update(len(batch["rows"]))
+        except (RuntimeError, MemoryError) as error:  # on GPU, CPU (other systems, Linux); numpy's
+            full = re.search("(out of|not enough|can't allocate) memory", str(error))
+            if isinstance(error, RuntimeError) and not full:
+                raise
+            rows = [row for chunk in spec.chunks for row in chunk]
+            if len(rows) == 1:
+                seconds = dataset.lengths[rows[0]] / dataset.rate
+                fault = f"not enough memory for {seconds:.1f} s of audio at once"
+                raise vadata.DataError(f"{fault}: lower --max_seconds or --window") from None
+            budget = len(rows) * int(dataset.lengths[rows].max()) // 2
+        left = np.setdiff1d(left, done)
+    bar.close()
+    return turns
+
+
+# ---------------------------------------------------------------------------------------------
+# Files, windows and manifests
+
+
+def predict(args: argparse.Namespace, device: torch.device) -> int:
+    """Writes args.out, and the pictures; the exit code."""
     if args.data:
         root = Path(args.data_dir) if args.data_dir else None
         corpus = vadata.read_csv(Path(args.data), root, None, labelled=False)
     else:
         corpus = corpus_of_files(args.audio)
-    preds = []  # per checkpoint (N, 2), in the label's own scale
+    if args.window:
+        corpus = cut_windows(corpus, args.window, args.hop)
+    preds, label_range = [], None  # per checkpoint (N, 2), in the label's own scale
     with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
-        corpus, pack = vadata.load_audio(corpus, cache_dir, most_bad=1.0)
-        for utt_id, _, reason in corpus.skipped:
-            print(f"skipped {utt_id}: {reason}", file=sys.stderr)
+        corpus, pack = decode(corpus, cache_dir)
         if not corpus.utterances:
-            raise vadata.DataError("no audio file could be decoded")
-        ranges = set()
+            print("predict.py: nothing could be decoded", file=sys.stderr)
+            return 1
         for path in args.checkpoint:
             model, checkpoint = load_model(path, "--checkpoint")
-            flags, config = checkpoint["args"], model.config
-            low, high = checkpoint["label_range"]
-            ranges.add((low, high))
-            features = prosody = speaker = None
-            if config.encoder.endswith("transformer"):
-                if not args.features_dir:
-                    raise vadata.DataError(f"{path} reads feature files: give --features_dir DIR")
-                features = vadata.FrameFeatures(corpus, args.features_dir)
-            if config.prosody_dim:
-                prosody = vadata.egemaps(corpus, pack, cache_dir)
-            if config.speaker_dim:
-                kind = args.speaker or flags["speaker"]
-                speaker = vadata.speaker_embeddings(corpus, pack, kind, cache_dir, str(device))
-            dataset = vadata.Batches(
-                labels=np.zeros((len(corpus.utterances), len(TARGETS)), dtype=np.float32),
-                pack=None if features else pack,
-                features=features,
-                prosody=prosody,
-                speaker=speaker,
-                max_seconds=args.max_seconds or flags["max_seconds"],
-                augment=False,
-                seed=0,
-            )
-            dialogs = [u.dialog if flags["context"] > 1 else u.utt_id for u in corpus.utterances]
-            amp = flags["amp"] if cuda or flags["amp"] == "bf16" else "off"
-            scaled = low + predict(model, dataset, dialogs, amp, device) * (high - low)
-            preds.append(scaled)
-        if len(ranges) > 1:
-            raise vadata.DataError(
-                f"--checkpoint: the runs differ in label range: {sorted(ranges)}"
-            )
-    write_csv(Path(args.out), corpus, torch.stack(preds))
-    print(f"{len(corpus.utterances)} utterances, {len(corpus.skipped)} skipped: {args.out}")
+            flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
+            if label_range not in (None, (low, high)):
+                differ = f"{label_range} and {(low, high)}"
+                raise vadata.DataError(f"--checkpoint: the runs differ in label range: {differ}")
+            label_range = low, high
+            dataset = build_inputs(corpus, pack, cache_dir, args, model, flags, device)
+            longer = int((corpus.seconds > dataset.max_seconds + 0.1).sum())
+            if longer:
+                print(
+                    f"note: {longer} longer than {dataset.max_seconds:g} s: the beginning is used, "
+                    "as in training; --window 8 gives a curve over all",
+                    file=sys.stderr,
+                )
+            turns_of_dialogs = flags["context"] > 1 and args.data and not args.window
+            names = [u.dialog if turns_of_dialogs else i for i, u in enumerate(corpus.utterances)]
+            with autocast(flags, device):
+                turns = encode(model.to(device), dataset, device)
+                preds.append(low + (high - low) * track_dialogues(model, turns, names))
+    preds = torch.stack(preds)
+    write_csv(Path(args.out), corpus, preds, bool(args.window))
+    if args.plot:
+        plot_curves(Path(args.plot), corpus, preds, label_range)
+    what = "windows" if args.window else "utterances"
+    scale = f"{' and '.join(TARGETS)} in {low:g}..{high:g}"
+    print(f"{len(preds[0])} {what}, {len(corpus.skipped)} skipped, {scale}: {args.out}")
+    return 0
 
 
-def write_csv(path: Path, corpus: vadata.Corpus, preds: Tensor) -> None:
-    """utt_id, dialog, speaker, seconds and the mean over checkpoints of preds (M, N, 2), with
-    its standard deviation where M > 1."""
-    header = ["utt_id", "dialog", "speaker", "seconds", *(f"pred_{t}" for t in TARGETS)]
-    columns = [preds.mean(0)]
-    if len(preds) > 1:
-        header += [f"std_{t}" for t in TARGETS]
-        columns.append(preds.std(0))
+def write_csv(path: Path, corpus: vadata.Corpus, preds: Tensor, windows: bool) -> None:
+    """utt_id, then dialog, speaker and seconds, or start and end of windows (seconds), then the
+    mean over checkpoints of preds (M, N, 2), with its standard deviation where M > 1."""
+    header = ["utt_id", *(("start", "end") if windows else ("dialog", "speaker", "seconds"))]
+    header += [f"{what}_{t}" for what in ("pred", "std")[: len(preds)] for t in TARGETS]
+    values = torch.cat((preds.mean(0), preds.std(0)), 1) if len(preds) > 1 else preds[0]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        for row, values in enumerate(torch.cat(columns, dim=1).tolist()):
-            u = corpus.utterances[row]
-            about = [u.utt_id, u.dialog, u.speaker, f"{corpus.seconds[row]:.3f}"]
-            writer.writerow([*about, *(f"{value:.6f}" for value in values)])
+        for u, seconds, row in zip(corpus.utterances, corpus.seconds, values.tolist()):
+            about = [u.dialog, u.speaker, f"{seconds:.3f}"]
+            if windows:
+                about = [f"{u.start:.3f}", f"{u.start + seconds:.3f}"]
+            writer.writerow([u.utt_id, *about, *(f"{value:.6f}" for value in row)])
+
+
+def plot_curves(
+    directory: Path, corpus: vadata.Corpus, preds: Tensor, label_range: tuple[float, float]
+) -> None:
+    """<name>.png per file of preds (M, N, 2): mean over checkpoints at the windows' middles, in a
+    band of one standard deviation. A name that is taken gets underscores."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    directory.mkdir(parents=True, exist_ok=True)
+    files: dict[str, list[int]] = {}
+    for row, u in enumerate(corpus.utterances):
+        files.setdefault(u.utt_id, []).append(row)
+    taken = set()
+    for rows in files.values():
+        name = corpus.utterances[rows[0]].path.stem
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        middles = [corpus.utterances[row].start + corpus.seconds[row] / 2 for row in rows]
+        mean, std = preds[:, rows].mean(0), preds[:, rows].std(0, correction=min(1, len(preds) - 1))
+        with style.context("tableau-colorblind10"):
+            figure = Figure(figsize=(9, 3.5), layout="constrained")
+            axis = figure.add_subplot()
+            for i, (target, marker) in enumerate(zip(TARGETS, "os")):
+                size = 3 if len(rows) < 100 else 0  # more of them hide the line
+                axis.plot(middles, mean[:, i], f"{marker}-", ms=size, lw=1.2, label=target)
+                low, high = mean[:, i] - std[:, i], mean[:, i] + std[:, i]
+                axis.fill_between(middles, low, high, alpha=0.25, lw=0)
+            axis.set(xlabel="middle of the window, s", ylim=label_range)
+            axis.set_title(name + f": mean and deviation of {len(preds)}" * (len(preds) > 1))
+            figure.legend(loc="outside lower center", ncols=2)
+            axis.grid(alpha=0.3)
+            figure.savefig(directory / f"{name}.png", dpi=120)
+
+
+# ---------------------------------------------------------------------------------------------
+# A dialogue as it happens
+
+
+def stream(args: argparse.Namespace, device: torch.device) -> int:
+    """Prints a CSV line per utterance as it comes, tracked as part of its dialogue; the exit code.
+
+    The state is saved before the line is printed: who has the line can go on from there.
+    """
+    model, checkpoint = load_model(args.checkpoint[0], "--checkpoint")
+    flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
+    carries, state = flags["context"] > 1, None
+    if not carries:
+        about = "the run was trained on single utterances (--context 1): nothing is carried"
+        if args.state:
+            raise vadata.DataError(f"--state {args.state}: {about}: remove it")
+        print(f"note: {about}", file=sys.stderr)
+    if args.state:
+        key = vadata.digest(vadata.weights_digest(model), dataclasses.asdict(model.config))
+        state = None if args.reset else read_state(Path(args.state), key, device)
+    model.to(device)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["utt_id", "seconds", *(f"pred_{t}" for t in TARGETS)])
+    sys.stdout.flush()
+    microseconds, skipped = [], 0
+    for line in args.audio or sys.stdin:
+        path, lines = line.rstrip("\r\n"), []
+        if path:
+            with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
+                try:
+                    corpus, pack = decode(corpus_of_files([path]), cache_dir)
+                except vadata.DataError as error:  # no such file
+                    print(f"skipped {error}", file=sys.stderr)
+                    corpus = None
+                if not (corpus and corpus.utterances):
+                    skipped += 1
+                    continue
+                dataset = build_inputs(corpus, pack, cache_dir, args, model, flags, device)
+                with torch.no_grad(), autocast(flags, device):
+                    turns = encode(model, dataset, device)  # (K, U), K = 1 unless it is a folder
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    preds, after = model.track(turns.unsqueeze(0 if carries else 1), state)
+                    preds = (low + (high - low) * preds.float().flatten(0, 1)).tolist()
+                    microseconds.append(1e6 * (time.perf_counter() - start) / len(preds))
+            for u, seconds, values in zip(corpus.utterances, corpus.seconds, preds):
+                lines.append([u.utt_id, f"{seconds:.3f}", *(f"{value:.6f}" for value in values)])
+        state = after if path and carries else None
+        if args.state:
+            save_state(Path(args.state), key, state)
+        writer.writerows(lines)
+        sys.stdout.flush()
+    cost = f"{statistics.median(microseconds):.0f}" if microseconds else "-"
+    print(
+        f"{len(microseconds)} given, {skipped} skipped, {' and '.join(TARGETS)} in {low:g}.."
+        f"{high:g} | beyond the encoder {cost} us per utterance (median)",
+        file=sys.stderr,
+    )
+    return 1 if skipped and not microseconds else 0
+
+
+def save_state(path: Path, key: str, state: dict | None) -> None:
+    """What EmotionModel.track returned (None: a dialogue begins), under the checkpoint's key;
+    written aside and renamed, so that it is whole at every moment."""
+    tensors = dict(state or {})
+    for i, pair in enumerate(tensors.pop("mamba", [])):
+        tensors |= {f"mamba.{i}.{name}": value for name, value in zip(("conv", "ssm"), pair)}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, aside, metadata={"checkpoint": key})
+    os.replace(aside, path)
+
+
+def read_state(path: Path, key: str, device: torch.device) -> dict | None:
+    """What save_state wrote; None where there is no file yet, or a dialogue begins.
+
+    DataError when it is not a state, or that of another checkpoint.
+    """
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            written_by = (file.metadata() or {}).get("checkpoint")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        fault = f"--state {path}: not a state of predict.py ({str(error)[:60]})"
+        raise vadata.DataError(f"{fault}: give another file, or --reset") from None
+    if written_by != key:
+        fault = f"--state {path}: of another checkpoint than --checkpoint"
+        raise vadata.DataError(f"{fault}: give that one or another file, or --reset") from None
+    blocks = sum(name.endswith(".ssm") for name in state)
+    if blocks:
+        names = [(f"mamba.{i}.conv", f"mamba.{i}.ssm") for i in range(blocks)]
+        state["mamba"] = [(state.pop(conv), state.pop(ssm)) for conv, ssm in names]
+    return state or None
+
+
+# ---------------------------------------------------------------------------------------------
+# Export
+
+
+def export(path: str, directory: Path) -> None:
+    """Writes config.json and model.safetensors, which load_model reads, README.md (a model card)
+    and, of a WavLM, wavlm/ for transformers' WavLMModel and train.py --wavlm.
+
+    The directory appears when it is whole. DataError when it exists.
+    """
+    model, checkpoint = load_model(path, "--checkpoint")
+    if "name" not in checkpoint["args"]:
+        raise vadata.DataError(f"--checkpoint {path} is an export already: give a run directory")
+    if directory.exists():
+        raise vadata.DataError(f"--export {directory} exists: delete it, or give another")
+    aside = directory.with_name(f".{directory.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+    content = {"targets": TARGETS, "config": dataclasses.asdict(model.config)}
+    flags = {k: v for k, v in checkpoint["args"].items() if k in MODEL_FLAGS | {"amp"}}
+    content |= {"label_range": checkpoint["label_range"], "args": flags}
+    (aside / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if model.config.encoder == "wavlm":
+        save_wavlm(model.encoder.wavlm, aside / "wavlm")
+    run = Path(path) if Path(path).is_dir() else Path(path).parent
+    (aside / "README.md").write_text(model_card(run, checkpoint), encoding="utf-8")
+    os.rename(aside, directory)
+
+
+CARD = """\
+# {name}
+
+Valence and arousal (in this order) of an utterance of speech, on the labels' scale {low:g} to
+{high:g}. Trained with vatune (commit {commit}) on {data}, encoder {encoder}, prosody {prosody}.
+{origin}
+
+{scores}
+
+`python predict.py --checkpoint THIS_DIRECTORY a.wav --out out.csv`, or in Python
+`model, checkpoint = predict.load_model(THIS_DIRECTORY, "--checkpoint")`. If there is a `wavlm/`, it
+is the encoder alone: `transformers.WavLMModel.from_pretrained`, `train.py --wavlm`. A run whose
+--layers leave out the top one has trained its `hidden_states[-1]`, not `last_hidden_state`.
+
+## Intended use and limits
+
+Research on speech like that of the corpus above. Other languages, microphones, ages and ways of
+speaking are untested. The labels say how the corpus' own raters or designers placed an utterance,
+not what a person felt. The first {max_seconds:g} s of an utterance are read. eGeMAPS, where used,
+comes from opensmile, which is free for research only. Not for decisions about people.
+"""
+
+
+def model_card(run: Path, checkpoint: dict) -> str:
+    """README.md of an export: figures from the run's result.json, or that there is none."""
+    flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
+    commit, scores = "unknown", "There is no result.json: the run was not evaluated to its end."
+    if (run / "result.json").is_file():
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        commit = result["git_commit"]
+        scores = "| split | utterances | CCC valence | CCC arousal |\n|---|---|---|---|\n"
+        for split, count in result["splits"].items():
+            ccc = [f"{result[split][f'ccc_{t}']:.3f}" if split in result else "" for t in TARGETS]
+            scores += f"| {split} | {count} | {' | '.join(ccc)} |\n"
+        scores += (
+            f"\nFold {result['fold']} of {result['num_folds']}, seed {result['seed']}, epoch "
+            f"{result['best_epoch']} of {result['epochs_run']}. No known speaker is in two splits. "
+            "Dev chose the\nepoch, so its figures flatter; test was read once. One fold and seed "
+            "say little about other\nspeakers. Versions: "
+            + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        )
+    about = {"data": Path(flags["data"]).name, "commit": commit, "scores": scores, "origin": ""}
+    if flags["init_from"]:
+        start = "/".join(Path(flags["init_from"]).parts[-2:])
+        about["origin"] = f"\nIt went on from {start}, whose training data are not in this table.\n"
+    if flags["train_only"]:
+        about["origin"] += "Only FiLM was trained: if on one speaker, for that speaker alone.\n"
+    return CARD.format(**(flags | about | {"low": low, "high": high}))
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def main(args: argparse.Namespace) -> int:
+    """Predicts, streams or exports; the exit code. DataError carries a message for the user."""
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise vadata.DataError("--device cuda: torch sees no GPU")
+    device = torch.device("cuda" if cuda else "cpu")
+    if args.export:
+        export(args.checkpoint[0], Path(args.export))
+        return 0
+    return stream(args, device) if args.stream else predict(args, device)
 
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        sys.exit(main(parse_args()))
     except vadata.DataError as error:
         print(f"predict.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"predict.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
+    sys.exit(2)

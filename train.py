@@ -69,7 +69,15 @@ from model import (
     moment_sums,
     track_dialogues,
 )
-from predict import AUTOCAST, WAVLM, load_model, load_weights, read_checkpoint, sha256
+from predict import (
+    AUTOCAST,
+    MODEL_FLAGS,
+    WAVLM,
+    load_model,
+    load_weights,
+    read_checkpoint,
+    sha256,
+)
 from report import RunFiles
 from wavlm import ATTENTIONS, SIZES, WavLM, load_wavlm, read_config
 
@@ -229,7 +237,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--preset", choices=sorted(PRESETS), help="sets flags; a flag given by hand wins")
     add("--resume", action="store_true", help="continue from last.pt; start where there is none")
     add("--overwrite", action="store_true", help="delete the run directory first")
-    add("--init_from", help="run directory or best.pt whose weights and shape to start from")
+    add("--init_from", help="run directory, best.pt or export to start from, with its model flags")
     add("--train_only", choices=("film",), help="freeze everything else (personalisation)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
     add("--timeout", type=float, default=300.0,
@@ -244,6 +252,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if given.preset == "large_batch" and given.encoder.endswith("transformer"):
             flags["batch_size"] = 128
         p.set_defaults(**flags)
+    if given.init_from:
+        _, start = load_model(given.init_from, "--init_from")
+        p.set_defaults(**{k: v for k, v in start["args"].items() if k in MODEL_FLAGS})
+        p.set_defaults(label_range=start["label_range"])
     args = p.parse_args(argv)
     check_flags(p, args)
     fill_batch_sizes(p, args)

@@ -1,6 +1,7 @@
-"""predict.py: the numbers of the run's own test split, files and manifests, ensembles, errors."""
+"""predict.py: the numbers of the run's own test split, windows, dialogues, exports, errors."""
 
 import csv
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -8,20 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import predict
 import train
 from data import DataError
+from model import EmotionModel
+from wavlm import load_wavlm
 
 ROOT = Path(__file__).parent.parent
+DIALOGUES = ("--context", "4")
+COLUMNS = ("pred_valence", "pred_arousal")
+
+
+def run(flags, *extra):
+    """Run directory of one epoch with these flags."""
+    args = train.parse_args([*flags, "--epochs", "1", *extra])
+    assert train.main(args) == 0
+    return train.run_dir(args)
 
 
 @pytest.fixture
 def trained(flags):
-    """Run directory of a quick run, and its flags."""
-    args = train.parse_args([*flags, "--epochs", "1", "--prosody", "egemaps"])
-    assert train.main(args) == 0
-    return train.run_dir(args)
+    return run(flags, "--prosody", "egemaps")
 
 
 def rows(path):
@@ -29,9 +39,35 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+def values(table):
+    return np.array([[float(row[column]) for column in COLUMNS] for row in table])
+
+
 def predicted(argv, out):
-    predict.main(predict.parse_args([*map(str, argv), "--out", str(out)]))
+    assert predict.main(predict.parse_args([*map(str, argv), "--out", str(out)])) == 0
     return rows(out)
+
+
+def streamed(argv, capsys, monkeypatch, stdin=""):
+    """(rows printed, stderr) of --stream."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    capsys.readouterr()
+    assert predict.main(predict.parse_args([*map(str, argv), "--stream"])) == 0
+    said = capsys.readouterr()
+    return list(csv.DictReader(io.StringIO(said.out))), said.err
+
+
+def manifest_of(table, corpus, path):
+    """CSV without labels of the utterances of a predictions table, in the corpus' order."""
+    names = {row["utt_id"] for row in table}
+    with open(corpus.parent / path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["utt_id", "path", "dialog"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row for row in rows(corpus) if row["utt_id"] in names)
+    return corpus.parent / path
+
+
+# --- the same numbers as in training
 
 
 def test_files_get_the_predictions_that_training_wrote_for_its_test_split(
@@ -41,60 +77,280 @@ def test_files_get_the_predictions_that_training_wrote_for_its_test_split(
     files = [corpus.parent / f"{row['utt_id']}.wav" for row in expected]
     got = predicted(["--checkpoint", trained, *files], tmp_path / "out.csv")
     assert [Path(row["utt_id"]).stem for row in got] == [row["utt_id"] for row in expected]
-    for one, two in zip(got, expected):
-        for column in ("pred_valence", "pred_arousal"):
-            assert float(one[column]) == pytest.approx(float(two[column]), abs=1e-4)
+    np.testing.assert_allclose(values(got), values(expected), atol=1.1e-6)  # six decimals each
 
 
-def test_a_manifest_without_labels_tracks_the_turns_of_its_dialogues(flags, corpus, tmp_path):
-    args = train.parse_args([*flags, "--epochs", "1", "--context", "4", "--feedback"])
-    assert train.main(args) == 0
-    expected = {r["utt_id"]: r for r in rows(train.run_dir(args) / "predictions_test.csv")}
-    manifest = corpus.parent / "unlabelled.csv"
-    with open(manifest, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["utt_id", "path", "dialog"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(r for r in rows(corpus) if r["utt_id"] in expected)
-    checkpoint = ["--checkpoint", train.run_dir(args), "--data", manifest]
-    got = predicted(checkpoint, tmp_path / "out.csv")
-    assert len(got) == len(expected) == 24
-    for row in got:
-        assert float(row["pred_arousal"]) == pytest.approx(
-            float(expected[row["utt_id"]]["pred_arousal"]), abs=1e-4
-        )
+@pytest.mark.parametrize("feedback", [(), ("--feedback",)], ids=["plain", "feedback"])
+def test_a_manifest_without_labels_tracks_the_turns_of_its_dialogues(
+    flags, corpus, tmp_path, feedback
+):
+    directory = run(flags, *DIALOGUES, *feedback)
+    expected = rows(directory / "predictions_test.csv")
+    manifest = manifest_of(expected, corpus, "unlabelled.csv")
+    got = predicted(["--checkpoint", directory, "--data", manifest], tmp_path / "out.csv")
+    assert [row["utt_id"] for row in got] == [row["utt_id"] for row in expected]
+    np.testing.assert_allclose(values(got), values(expected), atol=1.1e-6)
 
 
 def test_two_checkpoints_give_their_mean_and_spread(flags, corpus, tmp_path):
-    runs = []
-    for seed in ("1", "2"):
-        args = train.parse_args([*flags, "--epochs", "1", "--seed", seed, "--name", seed])
-        assert train.main(args) == 0
-        runs.append(train.run_dir(args))
+    runs = [run(flags, "--seed", seed, "--name", seed) for seed in ("1", "2")]
     clip = corpus.parent / "s1d0t0.wav"
-    single = [predicted(["--checkpoint", run, clip], tmp_path / "1.csv")[0] for run in runs]
-    each = [flag for run in runs for flag in ("--checkpoint", run)]
-    both = predicted([*each, clip], tmp_path / "2.csv")[0]
-    values = [float(row["pred_valence"]) for row in single]
-    assert float(both["pred_valence"]) == pytest.approx(np.mean(values), abs=2e-6)
-    assert float(both["std_valence"]) == pytest.approx(np.std(values, ddof=1), abs=2e-6)
+    single = values([predicted(["--checkpoint", r, clip], tmp_path / "1.csv")[0] for r in runs])
+    each = [flag for directory in runs for flag in ("--checkpoint", directory)]
+    both = predicted([*each, clip], tmp_path / "2.csv")
+    np.testing.assert_allclose(values(both)[0], single.mean(0), atol=2e-6)
+    assert float(both[0]["std_valence"]) == pytest.approx(single.std(0, ddof=1)[0], abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        None,  # what torch itself raises here
+    ],
+)
+def test_out_of_memory_smaller_batches_give_the_same_numbers(
+    trained, corpus, tmp_path, monkeypatch, error
+):
+    files = sorted(corpus.parent.glob("s1*.wav"))
+    expected = predicted(["--checkpoint", trained, *files], tmp_path / "1.csv")
+    whole, sizes = EmotionModel.encode, []
+
+    def encode(model, batch):
+        sizes.append(len(batch["rows"]))
+        if sizes[-1] > 5 or len(sizes) == 8:  # also once in the middle
+            if error is None:
+                torch.empty(2**58)
+            raise error
+        return whole(model, batch)
+
+    monkeypatch.setattr(EmotionModel, "encode", encode)
+    got = predicted(["--checkpoint", trained, *files], tmp_path / "2.csv")
+    assert sizes[0] == 24 and 6 <= sizes[1] <= 13 and max(sizes[4:]) <= 5
+    assert [row["utt_id"] for row in got] == [row["utt_id"] for row in expected]
+    np.testing.assert_allclose(values(got), values(expected), atol=1.1e-6)
+
+
+def test_too_little_memory_for_one_utterance_and_other_faults_are_not_hidden(
+    trained, corpus, tmp_path, monkeypatch
+):
+    argv = ["--checkpoint", trained, corpus.parent / "s1d0t0.wav"]
+    for message, kind, said in (
+        ("not enough memory", DataError, "lower --max_seconds"),
+        ("an illegal memory access was encountered", RuntimeError, "illegal"),
+    ):
+
+        def fail(model, batch, message=message):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(EmotionModel, "encode", fail)
+        with pytest.raises(kind, match=said):
+            predicted(argv, tmp_path / "out.csv")
+
+
+# --- files and windows
 
 
 def test_folders_are_searched_and_what_cannot_be_decoded_is_named(trained, tmp_path, capsys):
     folder = tmp_path / "in" / "deep"
     folder.mkdir(parents=True)
-    soundfile.write(folder / "a b'c.flac", np.sin(np.arange(44_100)), 44_100)
+    noise = np.random.default_rng(0).normal(0, 0.1, 44_100)
+    soundfile.write(folder / "a b'c.flac", noise, 44_100)
     (folder / "broken.wav").write_bytes(b"RIFF nonsense")
     (folder / "notes.txt").write_text("no audio")
     got = predicted(["--checkpoint", trained, tmp_path / "in"], tmp_path / "out.csv")
     assert [Path(row["utt_id"]).name for row in got] == ["a b'c.flac"]
-    assert "broken.wav" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "broken.wav" in said.err and "1 utterances, 1 skipped" in said.out
+    argv = ["--checkpoint", trained, folder / "broken.wav", "--out", tmp_path / "none.csv"]
+    assert predict.main(predict.parse_args(list(map(str, argv)))) == 1
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_windows_cover_the_file_and_equal_the_same_cuts_of_a_manifest(flags, corpus, tmp_path):
+    directory = run(flags)
+    noise = np.random.default_rng(0).normal(0, 0.1, int(22_050 * 3.3))
+    for folder, seconds in (("one", 3.3), ("two", 0.7)):
+        (tmp_path / folder).mkdir()
+        soundfile.write(tmp_path / folder / "a.wav", noise[: int(22_050 * seconds)], 22_050)
+    argv = ["--checkpoint", directory, "--window", 1.5, "--hop", 0.5, "--plot", tmp_path / "png"]
+    got = predicted([*argv, tmp_path / "one", tmp_path / "two"], tmp_path / "out.csv")
+    cuts = [(float(row["start"]), float(row["end"])) for row in got]
+    long = [(0, 1.5), (0.5, 2), (1, 2.5), (1.5, 3), (1.8, 3.3)]
+    np.testing.assert_allclose(cuts, [*long, (0, 0.7)], atol=1e-3)
+    assert list(got[0]) == ["utt_id", "start", "end", *COLUMNS]
+
+    with open(tmp_path / "cuts.csv", "w") as file:
+        file.write("utt_id,path,start,end\n")
+        file.writelines(f"{i},one/a.wav,{start},{end}\n" for i, (start, end) in enumerate(long))
+    by_hand = ["--checkpoint", directory, "--data", tmp_path / "cuts.csv"]
+    expected = predicted(by_hand, tmp_path / "cuts_out.csv")
+    np.testing.assert_allclose(values(got)[:5], values(expected), atol=1.1e-6)
+
+    for name in ("a.png", "a_.png"):  # two files of one name
+        assert (tmp_path / "png" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+# --- dialogues as they happen
+
+
+@pytest.mark.parametrize("feedback", [(), ("--feedback",)], ids=["plain", "feedback"])
+def test_a_stream_equals_the_batch_and_its_state_survives_the_process(
+    flags, corpus, tmp_path, capsys, monkeypatch, feedback
+):
+    directory = run(flags, *DIALOGUES, *feedback, "--prosody", "egemaps")
+    table = [{"utt_id": f"s1d{d}t{t}"} for d in (0, 1) for t in range(4)]
+    manifest = manifest_of(table, corpus, "two.csv")
+    expected = values(predicted(["--checkpoint", directory, "--data", manifest], tmp_path / "o"))
+    files = [str(corpus.parent / f"{row['utt_id']}.wav") for row in table]
+    run_flags = ["--checkpoint", directory]
+
+    lines = "\n".join([*files[:4], "", "nowhere.wav", *files[4:]])
+    whole, said = streamed(run_flags, capsys, monkeypatch, lines)
+    assert [row["utt_id"] for row in whole] == files
+    np.testing.assert_allclose(values(whole), expected, atol=2e-6)
+    assert "skipped nowhere.wav" in said and "8 given, 1 skipped" in said and " us per" in said
+
+    keep = [*run_flags, "--state", tmp_path / "state"]
+    parts = [streamed([*keep, *part], capsys, monkeypatch)[0] for part in (files[:1], files[1:4])]
+    assert parts[0] + parts[1] == whole[:4]
+    assert streamed([*keep, *files[4:]], capsys, monkeypatch)[0] != whole[4:]
+    assert streamed([*keep, "--reset", *files[4:6]], capsys, monkeypatch)[0] == whole[4:6]
+    assert streamed(keep, capsys, monkeypatch, f"\n{files[0]}\n")[0] == whole[:1]
+    assert streamed(keep, capsys, monkeypatch, "\n")[0] == []
+    assert streamed([*keep, *files[4:]], capsys, monkeypatch)[0] == whole[4:]
+
+
+def test_a_state_of_another_checkpoint_or_of_nobody_is_refused(
+    flags, corpus, tmp_path, capsys, monkeypatch
+):
+    first, second = (run(flags, *DIALOGUES, "--seed", s, "--name", s) for s in ("1", "2"))
+    clip = corpus.parent / "s1d0t0.wav"
+    keep = ["--state", tmp_path / "state", clip]
+    streamed(["--checkpoint", first, *keep], capsys, monkeypatch)
+    with pytest.raises(DataError, match="another checkpoint"):
+        streamed(["--checkpoint", second, *keep], capsys, monkeypatch)
+    (tmp_path / "state").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="not a state"):
+        streamed(["--checkpoint", first, *keep], capsys, monkeypatch)
+
+
+def test_a_run_on_single_utterances_carries_nothing(trained, corpus, tmp_path, capsys, monkeypatch):
+    clip = corpus.parent / "s1d0t0.wav"
+    twice, said = streamed(["--checkpoint", trained, clip, clip], capsys, monkeypatch)
+    assert twice[0] == twice[1] and "nothing is carried" in said
+    with pytest.raises(DataError, match="--state"):
+        streamed(["--checkpoint", trained, clip, "--state", tmp_path / "s"], capsys, monkeypatch)
+
+
+# --- export
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [("--unfreeze", "all"), ("--unfreeze", "none"), ("--layers", "1")],
+    ids=["trained", "in frozen.pt", "without its top layer"],
+)
+def test_an_export_predicts_the_same_and_its_wavlm_loads_in_transformers(
+    flags, corpus, tmp_path, extra
+):
+    from transformers import WavLMModel
+
+    directory = run(flags, *extra)
+    exported = tmp_path / "model"
+    argv = ["--checkpoint", str(directory), "--export", str(exported)]
+    assert predict.main(predict.parse_args(argv)) == 0
+    clips = sorted(corpus.parent.glob("s1*.wav"))
+    first, second = (
+        (predicted(["--checkpoint", source, *clips], tmp_path / "out.csv"))
+        for source in (directory, exported)
+    )
+    assert first == second
+
+    model, _ = predict.load_model(exported, "--checkpoint")
+    theirs, info = WavLMModel.from_pretrained(exported / "wavlm", output_loading_info=True)
+    assert not any(info.values())
+    waveform = torch.randn(2, 9_000, generator=torch.manual_seed(0))
+    mask = torch.arange(9_000) < torch.tensor([[9_000], [6_000]])
+    with torch.no_grad():
+        for attention_mask in (None, mask):
+            states, frame_mask = model.encoder.wavlm(waveform, attention_mask)
+            given = None if attention_mask is None else attention_mask.long()
+            out = theirs.eval()(waveform, attention_mask=given, output_hidden_states=True)
+            out = out.hidden_states[-1] if extra[0] == "--layers" else out.last_hidden_state
+            real = slice(None) if frame_mask is None else frame_mask
+            torch.testing.assert_close(states[max(states)][real], out[real], rtol=0, atol=1e-5)
+    ours = load_wavlm(str(exported / "wavlm")).state_dict()
+    assert all(torch.equal(v, ours[k]) for k, v in model.encoder.wavlm.state_dict().items())
+    again = ["--wavlm", str(exported / "wavlm"), "--layers", "1", "--name", "again"]
+    assert run([*flags, *again]).exists()
+
+    card, results = (exported / "README.md").read_text(), rows(directory / "predictions_test.csv")
+    assert f"| test | {len(results)} | " in card and "0 to\n1." in card
+    with pytest.raises(DataError, match=r"model exists"):
+        predict.main(predict.parse_args(argv))
+    with pytest.raises(DataError, match="is an export already"):
+        predict.export(str(exported), tmp_path / "twice")
+
+
+def test_a_cnn_exports_without_a_wavlm_and_without_a_result_says_so(flags, tmp_path):
+    directory = run(flags, "--encoder", "baseline", "--base_channels", "4", "--num_blocks", "2")
+    (directory / "result.json").unlink()
+    predict.export(str(directory / "best.pt"), tmp_path / "model")
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "README.md", "config.json", "model.safetensors",
+    ]  # fmt: skip
+    assert "not evaluated" in (tmp_path / "model/README.md").read_text()
+
+
+# --- personalisation
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_run_or_an_export_is_personalised_without_repeating_its_flags(
+    flags, corpus, tmp_path, exported
+):
+    vectors = tmp_path / "vectors"
+    vectors.mkdir()
+    for row in rows(corpus):
+        np.save(vectors / f"{row['utt_id']}.npy", np.ones(3, dtype=np.float32))
+    source = run(flags, "--speaker", str(vectors), "--max_seconds", "0.7", "--name", "first")
+    if exported:
+        predict.export(str(source), tmp_path / "model")
+        source = tmp_path / "model"
+    manifest = corpus.parent / f"new{exported}.csv"  # no column speaker: one is in all splits
+    with open(manifest, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["utt_id", "path", "valence", "arousal", "split"])
+        for i, r in enumerate(rows(corpus)[:14]):
+            split = "train" if i < 10 else "dev" if i < 12 else "test"
+            writer.writerow([r["utt_id"], r["path"], r["valence"], r["arousal"], split])
+    argv = ["--init_from", str(source), "--train_only", "film", "--data", str(manifest)]
+    argv += ["--epochs", "5", "--num_workers", "0", "--name", "new", "--device", "cpu"]
+    argv += ["--out", str(tmp_path / "runs"), "--cache_dir", str(corpus.parent / "cache")]
+    args = train.parse_args(argv)
+    assert (args.max_seconds, args.d_hidden, args.speaker) == (0.7, 16, str(vectors))
+    assert train.parse_args([*argv, "--max_seconds", "2"]).max_seconds == 2
+    assert train.main(args) == 0
+    before, _ = predict.load_model(source, "")
+    after, _ = predict.load_model(train.run_dir(args), "")
+    after = after.state_dict()
+    moved = {k.split(".")[0] for k, v in before.state_dict().items() if not v.equal(after[k])}
+    assert moved == {"film"}
+    if not exported:
+        predict.export(str(train.run_dir(args)), tmp_path / "personal")
+        assert "Only FiLM was trained" in (tmp_path / "personal/README.md").read_text()
+
+
+# --- errors
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["--checkpoint", "RUN", "nowhere.wav"], "nowhere.wav"),
-        (["--checkpoint", "nowhere", "CLIP"], "nowhere: no such file"),
+        (["--checkpoint", "nowhere", "CLIP"], "--checkpoint nowhere.*: No such file"),
         (["--checkpoint", "CLIP", "CLIP"], "not a best.pt"),
     ],
 )
@@ -102,6 +358,31 @@ def test_wrong_input_is_named(trained, corpus, tmp_path, argv, said):
     words = {"RUN": str(trained), "CLIP": str(corpus.parent / "s1d0t0.wav")}
     with pytest.raises(DataError, match=said):
         predicted([words.get(word, word) for word in argv], tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("a.wav", "give --out"),
+        ("--out x.csv", "either audio files or --data"),
+        ("a.wav --data b.csv --out x.csv", "either audio files or --data"),
+        ("a.wav --out nowhere/x.csv", "--out: no such folder"),
+        ("a.wav --out x.csv --window 8 --hop 9", "0 < hop <= window"),
+        ("a.wav --out x.csv --window 0.01", "0.1 s or more"),
+        ("a.wav --out x.csv --plot pictures", "give --window"),
+        ("a.wav --out x.csv --state s", "--state needs --stream"),
+        ("--stream --reset", "--reset needs --state"),
+        ("--stream --data b.csv", "--stream takes files"),
+        ("--stream --checkpoint other", "one --checkpoint"),
+        ("--export model a.wav", "--export takes a run alone"),
+    ],
+)
+def test_flags_that_exclude_each_other_are_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        predict.parse_args(["--checkpoint", "run", *words.split()])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 2  # usage, then the error
 
 
 def test_the_command_line_exits_with_2_and_one_line(tmp_path):
