@@ -253,7 +253,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             flags["batch_size"] = 128
         p.set_defaults(**flags)
     if given.init_from:
-        _, start = load_model(given.init_from, "--init_from")
+        try:
+            _, start = load_model(given.init_from, "--init_from")
+        except vadata.DataError as error:
+            p.error(str(error))
         p.set_defaults(**{k: v for k, v in start["args"].items() if k in MODEL_FLAGS})
         p.set_defaults(label_range=start["label_range"])
     args = p.parse_args(argv)
