@@ -387,7 +387,7 @@ def auto_batch(
             steps = args.global_batch_size // (size * world_size)
         trial = {"batch_size": size, "gradient_accumulation_steps": min(2, steps)}
         trial = argparse.Namespace(**vars(args) | trial | {"global_batch_size": size})
-        if smallest(probe(model, trial, widths, seconds, device)):
+        if smallest(int(probe(model, trial, widths, seconds, device))):
             found = (
                 f" | batch {size}, planned as {proposed} and probed at {peak_gib(device):.2f} GiB"
             )
@@ -499,9 +499,10 @@ def comparable(args: argparse.Namespace) -> list[str]:
     top = min(6, depth)
     third = max(1, args.epochs // 3)
     progressive = f"1:none,{third + 1}:top:{top},{2 * third + 1}:all"
-    given = progressive if args.epochs < 3 or ":" not in args.unfreeze else args.unfreeze
-    rows = ["none", f"top:{top}", "all", given, args.unfreeze]
-    return [row for row in dict.fromkeys(rows) if args.epochs >= 3 or "," not in row]
+    rows = ["none", f"top:{top}", "all", args.unfreeze]
+    if args.epochs >= 3 and "," not in args.unfreeze:
+        rows.append(progressive)
+    return list(dict.fromkeys(rows))
 
 
 def switches(args: argparse.Namespace) -> dict[str, dict[str, object]]:
