@@ -645,7 +645,8 @@ def evaluate(
     ]
     loader = make_loader(dataset, plans[rank], args, device)
     polls = max(map(len, plans))  # the same number on every rank
-    batches = (to_device(batch, device) for batch in until_stopped(loader, polls, world_size))
+    batches = until_stopped(patiently(loader, args.timeout), polls, world_size)
+    batches = (to_device(batch, device) for batch in batches)
     model.eval()
     with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "off"):
         turns = encode_rows(model, batches, rows.tolist())
@@ -712,7 +713,7 @@ def frozen_states(
         plan = vadata.eval_plan(dataset.lengths, rows, 0, 1)
         loader = make_loader(dataset, plan, args, device)
         model.eval()
-        for batch in vadata.progress(loader, len(plan), "hidden states"):
+        for batch in vadata.progress(patiently(loader, args.timeout), len(plan), "hidden states"):
             with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "off"):
                 states, mask = model.encoder(to_device(batch, device))
                 hidden = model.pooling.prepare(states, mask).half().cpu().numpy()
@@ -732,7 +733,7 @@ def make_loader(
     workers = {}
     if num_workers:
         workers = {"prefetch_factor": args.prefetch_factor, "persistent_workers": True}
-        workers |= {"timeout": args.timeout, "worker_init_fn": start_worker}
+        workers |= {"worker_init_fn": start_worker}
     return DataLoader(
         dataset,
         sampler=plan,
@@ -743,7 +744,9 @@ def make_loader(
     )
 
 
-def steps_of(loader: DataLoader, accumulation: int, device: torch.device) -> Iterator[list[dict]]:
+def steps_of(
+    loader: Iterator[dict], accumulation: int, device: torch.device
+) -> Iterator[list[dict]]:
     """The micro-batches of one step at a time, on the device."""
     batches = []
     for batch in loader:
@@ -787,9 +790,33 @@ def any_rank(flag: bool, world_size: int) -> bool:
     return all_reduce(torch.tensor(float(flag)), world_size).item() > 0
 
 
-def until_stopped(loader: DataLoader, polls: int, world_size: int) -> Iterator[dict]:
-    """The loader's batches, at most `polls`; Stopped on all ranks when one has got a signal."""
+def patiently(loader: DataLoader, seconds: float) -> Iterator[dict]:
+    """The loader's batches; RuntimeError when one takes longer, or its worker died.
+
+    DataLoader's own time-out does not reach into the passing of a tensor, where a stopped worker
+    blocks, and hides a dead one until it is over.
+    """
+
+    def handler(*_: object) -> None:
+        raise TimeoutError(f"no batch for --timeout {seconds:g} s")
+
+    signal.signal(signal.SIGALRM, handler)
     batches = iter(loader)
+    while True:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            batch = next(batches, None)
+        except (TimeoutError, ConnectionError, EOFError) as error:
+            raise RuntimeError(f"DataLoader: {error}") from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if batch is None:
+            return
+        yield batch
+
+
+def until_stopped(batches: Iterator[dict], polls: int, world_size: int) -> Iterator[dict]:
+    """At most `polls` batches; Stopped on all ranks when one has got a signal."""
     for _ in range(polls):
         if any_rank(bool(stop_signals), world_size):
             raise Stopped
@@ -821,6 +848,18 @@ def set_rank_timeout(limit: datetime.timedelta) -> None:
     set_timeout(limit)
 
 
+def odd_children() -> str:
+    """Pids and states of child processes that are dead, stopped or waiting for a disk, on Linux."""
+    stats = []
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in children]
+    states = [(stat.split()[0], stat.rpartition(")")[2].split()[0]) for stat in stats]
+    names = {"Z": "is dead", "T": "is stopped", "D": "waits for a disk"}
+    odd = [f"worker {pid} {names[state]}" for pid, state in states if state in names]
+    return f" ({', '.join(odd)})" * bool(odd)
+
+
 def machine_fault(error: Exception, args: argparse.Namespace) -> str:
     """One or two lines on a fault that is not the code's, with what to do; "" for any other."""
     text = str(error)
@@ -829,15 +868,9 @@ def machine_fault(error: Exception, args: argparse.Namespace) -> str:
     if memory.is_out_of_memory(error):
         return f"out of memory: {text.splitlines()[0]}"
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
-        return f"{error.filename or run_dir(args)}: {error.strerror}: mend that, then --resume"
+        return f"{error.filename or run_dir(args)}: {error.strerror}: make room, then --resume"
     if "DataLoader" in text:
-        states = []
-        for child in multiprocessing.active_children():
-            with contextlib.suppress(OSError):
-                stat = Path(f"/proc/{child.pid}/stat").read_text()
-                states.append(f"{child.pid} {stat.rpartition(')')[2].split()[0]}")
-        about = f" (workers and states: {', '.join(states)}; T stopped, D waits for a disk)"
-        return text.split(". ")[0] + about * bool(states) + ": continue with --resume"
+        return f"{text.splitlines()[0].strip(' .')}{odd_children()}: continue with --resume"
     if isinstance(error, dist.DistError) or "gloo" in text:
         return (
             f"a rank died, or gave no answer for --timeout {args.timeout:g} s; look for its own "
@@ -1081,6 +1114,7 @@ def start_logging(path: Path | None, console: bool) -> None:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 
+    logging.raiseExceptions = False  # a full disk is told once, by what cannot be saved
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -1429,7 +1463,8 @@ def main(args: argparse.Namespace) -> int:
         left = 0 if interrupted else total_steps - state["step"]  # 0, too: stopped while evaluating
 
         out_of_memory = ""
-        steps = meter.timed(steps_of(loader, args.gradient_accumulation_steps, device))
+        arriving = patiently(loader, args.timeout)
+        steps = meter.timed(steps_of(arriving, args.gradient_accumulation_steps, device))
         for batches in itertools.islice(steps, left):
             factor = state["lr_factor"]
             factor *= lr_at(state["step"], total_steps, args.warmup, args.scheduler)
@@ -1470,7 +1505,7 @@ def main(args: argparse.Namespace) -> int:
         meter.check(scaler, optimizer, corpus)
 
         if out_of_memory:  # the same step again, in smaller pieces
-            batches = steps = loader = ddp_model = None
+            batches = arriving = steps = loader = ddp_model = None
             optimizer.zero_grad(set_to_none=True)
             halve_batch(args, world_size)
             state["batch_size"] = args.batch_size
@@ -1583,6 +1618,7 @@ def run(argv: list[str] | None = None) -> int:
     except (UserError, vadata.DataError) as error:
         code, reason = 2, str(error)
     except Exception as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
         reason = machine_fault(error, args)
         if not reason:
             reason = f"{type(error).__name__}: {error}"
@@ -1592,7 +1628,7 @@ def run(argv: list[str] | None = None) -> int:
     elif code and (rank == 0 or code == 1):
         print(f"train.py: error: {f'rank {rank}: ' * (rank > 0)}{reason}", file=sys.stderr)
     end_status(run_dir(args), code, reason)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise now
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         worker.kill()  # a stopped one would be waited for
     return code

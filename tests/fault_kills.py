@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import os
 import random
-import resource
+import signal
 import subprocess
 import sys
 import time
@@ -25,13 +25,13 @@ SERVER.set_forkserver_preload(["train", "torch.utils.tensorboard"])
 TIMING = {"audio_seconds_per_second", "data_share", "padded_share", "ms_per_step", "peak_gib"}
 
 
-def fork(argv, log, env, limit):
+def fork(argv, log, env):
     """train.py in this process, as from a shell."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # as train.py's first lines do
+        signal.signal(number, lambda *_: sys.exit(75))
     os.environ.update(env)
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -49,8 +49,7 @@ class Run:
         self.log = directory / "console.log"
         directory.mkdir(parents=True, exist_ok=True)
 
-    def start(self, *more, limit=None, **env):
-        """`limit`: bytes that no file of one rank may exceed, as on a full disk."""
+    def start(self, *more, **env):
         argv = [*self.flags, *more]
         env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
         if self.ranks > 1:
@@ -62,7 +61,7 @@ class Run:
                 )
         else:
             os.environ["PYTHONPATH"] = str(ROOT)  # where the server finds train.py
-            self.process = SERVER.Process(target=fork, args=(argv, self.log, env, limit))
+            self.process = SERVER.Process(target=fork, args=(argv, self.log, env))
             self.process.start()
         return self
 
@@ -105,7 +104,8 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def status(self):
-        return json.loads((self.directory / "status.json").read_text())
+        path = self.directory / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def outcome(self):
         """All that must not depend on where a run was interrupted."""
