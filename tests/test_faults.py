@@ -171,7 +171,7 @@ def test_a_full_disk_spares_what_is_there_and_the_run_goes_on_after(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"/{file}: File too large: make room, then --resume" in said
+    assert said.count("\n") == 1 and f"/{file}: File too large: make room or mend" in said
     last = victim.directory / "last.pt"
     assert (read_checkpoint(last)["state"]["step"] if saved else last.exists()) == saved
     assert run([*victim.flags, "--resume"]) == 0
