@@ -309,7 +309,7 @@ def test_ranks_and_workers_die_with_their_torchrun(two_ranks):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("whom", ["agent", 0, 1])
 def test_a_signal_to_the_agent_or_a_rank_saves(two_ranks, number, whom):
-    two_ranks.start(TORCHELASTIC_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGUSR1")
+    two_ranks.start(PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGUSR1")
     ranks = under_way(two_ranks)
     os.kill(two_ranks.process.pid if whom == "agent" else ranks[whom], number)
     assert ended_by(two_ranks.process, 10) < 10
@@ -317,6 +317,27 @@ def test_a_signal_to_the_agent_or_a_rank_saves(two_ranks, number, whom):
     state = read_checkpoint(two_ranks.directory / "last.pt")["state"]
     assert state["step"] == two_ranks.records()[-1]["step"]
     gone(two_ranks.directory.parent.parent, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_signal_to_the_launcher_saves_every_fold(two_ranks, number, code):
+    argv = ["--folds", "1-2", "--nproc_per_fold", "2", "--", *two_ranks.flags]
+    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    with open(two_ranks.log, "ab") as log:
+        two_ranks.process = subprocess.Popen(
+            [ROOT / "launch.sh", *argv], stdout=log, stderr=log, env=env, start_new_session=True
+        )
+    folds = [Run(two_ranks.flags, two_ranks.log.parent) for _ in range(2)]
+    folds[1].directory = folds[1].directory.with_name("fold2")
+    assert two_ranks.until(lambda: all(len(fold.records()) > 2 for fold in folds), 100)
+    two_ranks.process.send_signal(number)
+    assert ended_by(two_ranks.process, 15) < 15 and two_ranks.process.returncode == code
+    for fold in folds:
+        assert fold.status()["exit_code"] == 75, two_ranks.console()
+        step = read_checkpoint(fold.directory / "last.pt")["state"]["step"]
+        assert step == fold.records()[-1]["step"]
+    gone(two_ranks.log.parent, 2)
 
 
 @pytest.mark.slow
@@ -343,7 +364,7 @@ def test_a_hung_rank_is_noticed_within_its_time_out(two_ranks):
     begin = time.monotonic()
     assert two_ranks.until(lambda: "gave no answer for --timeout 5 s" in two_ranks.console(), 30)
     assert time.monotonic() - begin < 5 + 5
-    assert two_ranks.status()["exit_code"] == 1
+    assert two_ranks.until(lambda: two_ranks.status()["exit_code"] == 1, 2)
     two_ranks.process.kill()
     gone(two_ranks.directory.parent.parent, 2)
 
