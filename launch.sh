@@ -139,7 +139,7 @@ fi
 slots=("${slots[@]:0:${#folds[@]}}")
 threads=$(($(nproc) / (${#slots[@]} * nproc)))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # and pass on to ranks
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # torchrun passes them on
 
 start() { # FOLD SLOT
     local fold=$1 visible=${slots[$2]} log=$experiment/fold$1.log last=$experiment/fold$1/last.pt

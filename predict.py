@@ -135,8 +135,13 @@ def read_checkpoint(path: Path) -> dict:
                 raise vadata.DataError(f"{path} is damaged, or not a checkpoint of train.py")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
+    except vadata.DataError:
+        raise
     except OSError as error:
         raise vadata.DataError(f"{path}: {error.strerror}") from None
+    except Exception as error:  # weights_only refuses more than tensors and plain values
+        fault = f"{path}: not a checkpoint of train.py ({type(error).__name__})"
+        raise vadata.DataError(fault) from None
 
 
 def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Path) -> None:

@@ -868,8 +868,9 @@ def machine_fault(error: Exception, args: argparse.Namespace) -> str:
     if memory.is_out_of_memory(error):
         return f"out of memory: {text.splitlines()[0]}"
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
-        return f"{error.filename or run_dir(args)}: {error.strerror}: make room, then --resume"
-    if "DataLoader" in text:
+        where = error.filename or run_dir(args)
+        return f"{where}: {error.strerror}: make room or mend the disk, then --resume"
+    if text.startswith("DataLoader"):
         return f"{text.splitlines()[0].strip(' .')}{odd_children()}: continue with --resume"
     if isinstance(error, dist.DistError) or "gloo" in text:
         return (
@@ -941,12 +942,13 @@ def prepare_run_dir(args: argparse.Namespace) -> TextIO:
     lock = open(path.with_name(f".{path.name}.lock"), "a+")  # noqa: SIM115 the caller keeps it
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit it
-    except OSError:
-        lock.seek(0)
-        raise UserError(
-            f"{path} is in use by another run ({lock.read().strip()}): wait for its end, or give "
-            "another --name"
-        ) from None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # and not: this disk knows no locks
+            lock.seek(0)
+            raise UserError(
+                f"{path} is in use by another run ({lock.read().strip()}): wait for its end, or "
+                "give another --name"
+            ) from None
     lock.truncate(0)
     print(f"pid {os.getpid()} on {platform.node()}", file=lock, flush=True)
     if args.overwrite and path.exists():
@@ -1432,6 +1434,7 @@ def main(args: argparse.Namespace) -> int:
     bar = tqdm(total=total_steps, initial=state["step"], unit="step", disable=not on_terminal)
 
     def save() -> None:
+        """last.pt of this step, by rank 0; meter.check has passed."""
         state["seconds"] = time.perf_counter() - started
         if files:
             state["records"] = files.records

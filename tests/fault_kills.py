@@ -158,26 +158,39 @@ def assert_same_outcome(one, other):
         assert same(one[key], other[key]), key
 
 
-def kill_at_random(run, kills, seconds, rng):
-    """(kills, kills in the middle of a save, starts): `kills` times, within `seconds` of a start.
-
-    Every third kill waits for a save to begin. A run that ends before its kill is left complete.
+def kill_and_compare(flags, directory, ranks, kills, rng):
+    """(kills, of them within a save, starts, runs): of three kills, one comes early in the start,
+    one at any time of the run's own, one as a save begins. A run that gets to its end before its
+    kill is followed by another; each must end like one that was never killed.
     """
-    done = saves = starts = 0
-    aside = run.directory / ".last.pt.aside"
-    while done < kills and not (run.directory / "result.json").exists():
-        run.start("--resume")
-        starts += 1
-        if done % 3 == 2:
-            hit = run.until(aside.exists)
-        else:
-            end = time.monotonic() + rng.uniform(0.1, 1) * seconds
-            hit = run.until(lambda end=end: time.monotonic() > end)
-        if hit and run.poll() is None:
-            run.kill()
-            done += 1
-            saves += aside.exists()
-    return done, saves, starts
+    whole = Run(flags, directory / "whole", ranks)
+    assert whole.start().until(whole.status)
+    begin = time.monotonic()
+    assert whole.wait() == 0, whole.console()
+    seconds = time.monotonic() - begin
+    done = saves = starts = runs = 0
+    while done < kills:
+        runs += 1
+        run = Run(flags, directory / f"killed{runs}", ranks)
+        aside = run.directory / ".last.pt.aside"
+        while done < kills and not (run.directory / "result.json").exists():
+            before = run.status().get("time")
+            run.start("--resume")
+            starts += 1
+            if done % 3 == 0:
+                time.sleep(rng.uniform(0, 1))
+            elif done % 3 == 1:
+                run.until(lambda before=before: run.status().get("time") != before)  # noqa: B023
+                time.sleep(rng.uniform(0, seconds))
+            else:
+                run.until(aside.exists)
+            if run.poll() is None:
+                run.kill()
+                done += 1
+                saves += aside.exists()
+        assert run.start("--resume").wait() == 0, run.console()
+        assert_same_outcome(whole, run)
+    return done, saves, starts, runs
 
 
 EVERYTHING = ("--context", "4", "--feedback", "--augment", "--ema_alpha", "learned")
@@ -203,17 +216,6 @@ SETTINGS = {  # ranks, kills, flags
 def test_a_killed_run_ends_like_one_that_was_never_killed(flags, tmp_path, setting):
     ranks, kills, more = SETTINGS[setting]
     flags = [*flags, "--epochs", "4", *more]
-    whole = Run(flags, tmp_path / "whole", ranks)
-    begin = time.monotonic()
-    assert whole.start().wait() == 0, whole.console()
-    seconds = time.monotonic() - begin
     rng = random.Random(setting)
-    done = saves = starts = round_ = 0
-    while done < kills:  # a run that got to its end is followed by another one
-        round_ += 1
-        killed = Run(flags, tmp_path / f"killed{round_}", ranks)
-        counts = kill_at_random(killed, kills - done, seconds, rng)
-        done, saves, starts = done + counts[0], saves + counts[1], starts + counts[2]
-        assert killed.start("--resume").wait() == 0, killed.console()
-        assert_same_outcome(whole, killed)
-    print(f"{setting}: {done} kills, {saves} within a save, {starts} starts, {round_} runs")
+    done, saves, starts, runs = kill_and_compare(flags, tmp_path, ranks, kills, rng)
+    print(f"{setting}: {done} kills, {saves} within a save, {starts} starts, {runs} runs")
