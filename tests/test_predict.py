@@ -351,7 +351,7 @@ def test_a_run_or_an_export_is_personalised_without_repeating_its_flags(
     [
         (["--checkpoint", "RUN", "nowhere.wav"], "nowhere.wav"),
         (["--checkpoint", "nowhere", "CLIP"], "--checkpoint nowhere.*: No such file"),
-        (["--checkpoint", "CLIP", "CLIP"], "not a best.pt"),
+        (["--checkpoint", "CLIP", "CLIP"], "not a checkpoint"),
     ],
 )
 def test_wrong_input_is_named(trained, corpus, tmp_path, argv, said):

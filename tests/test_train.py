@@ -300,10 +300,10 @@ def test_a_progressive_run_leaves_the_cache_when_the_encoder_trains(flags, monke
     fed = []
     step = train.train_step
 
-    def seen(model, ddp_model, batches, *rest):
+    def seen(model, ddp_model, batches, *rest, **kwargs):
         if not batches[0]["labels"].is_meta:  # the memory plan takes steps, too
             fed.append("hidden" in batches[0])
-        return step(model, ddp_model, batches, *rest)
+        return step(model, ddp_model, batches, *rest, **kwargs)
 
     monkeypatch.setattr(train, "train_step", seen)
     args = parse_args([*flags, "--unfreeze", "1:none,2:top:1,3:none", "--epochs", "3"])
@@ -557,6 +557,7 @@ def test_batch_sizes_are_derived_from_each_other(monkeypatch):
         (["--batch_seconds", "5"], "does not hold --context 1 utterances of --max_seconds 12"),
         (["--batch_seconds", "60", "--global_batch_size", "8"], "remove --global_batch_size"),
         (["--feature_cache", "on", "--augment"], "remove one of the two"),
+        (["--init_from", "/nowhere"], "--init_from /nowhere"),
         (["--feature_cache", "on", "--encoder", "convnext"], "not for --encoder convnext"),
     ],
 )
@@ -577,7 +578,6 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(wrong, said, capsys):
         (["--layers", "5"], "--layers"),
         (["--batch_size", "64"], "--batch_size"),
         (["--encoder", "transformer", "--features_dir", "/nowhere"], "--features_dir"),
-        (["--init_from", "/nowhere"], "/nowhere"),
     ],
 )
 def test_a_wrong_input_is_one_line_and_exit_code_2(flags, wrong, said, capsys):
