@@ -132,13 +132,14 @@ def read_checkpoint(path: Path) -> dict:
         with open(path, "rb") as file:
             size = path.stat().st_size - 32  # the hash, see train.save_checkpoint
             if size <= 0 or sha256(file, size) != file.read(32):
-                raise vadata.DataError(f"{path} is damaged, or not a checkpoint of train.py")
+                fault = f"{path}: damaged, or not a best.pt, last.pt or frozen.pt of train.py"
+                raise vadata.DataError(fault)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except vadata.DataError:
         raise
     except OSError as error:
-        raise vadata.DataError(f"{path}: {error.strerror}") from None
+        raise vadata.DataError(f"{path}: {error.strerror.lower()}") from None
     except Exception as error:  # weights_only refuses more than tensors and plain values
         fault = f"{path}: not a checkpoint of train.py ({type(error).__name__})"
         raise vadata.DataError(fault) from None
