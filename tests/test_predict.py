@@ -350,8 +350,8 @@ def test_a_run_or_an_export_is_personalised_without_repeating_its_flags(
     ("argv", "said"),
     [
         (["--checkpoint", "RUN", "nowhere.wav"], "nowhere.wav"),
-        (["--checkpoint", "nowhere", "CLIP"], "--checkpoint nowhere.*: No such file"),
-        (["--checkpoint", "CLIP", "CLIP"], "not a checkpoint"),
+        (["--checkpoint", "nowhere", "CLIP"], "--checkpoint nowhere.*: no such file"),
+        (["--checkpoint", "CLIP", "CLIP"], "not a best.pt"),
     ],
 )
 def test_wrong_input_is_named(trained, corpus, tmp_path, argv, said):
