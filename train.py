@@ -801,10 +801,12 @@ def patiently(loader: DataLoader, seconds: float) -> Iterator[dict]:
         raise TimeoutError(f"no batch for --timeout {seconds:g} s")
 
     signal.signal(signal.SIGALRM, handler)
-    batches = iter(loader)
+    batches = None
     while True:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
+            if batches is None:
+                batches = iter(loader)  # waits for an answer of persistent workers
             batch = next(batches, None)
         except (TimeoutError, ConnectionError, EOFError) as error:
             raise RuntimeError(f"DataLoader: {error}") from None

@@ -17,6 +17,7 @@ from fault_kills import EVERYTHING, ROOT, Run, assert_same_outcome, kill_and_com
 
 import report
 import train
+from data import BatchSpec
 from predict import read_checkpoint
 from train import main, parse_args, run
 
@@ -382,6 +383,22 @@ def test_a_dead_or_stalled_worker_is_one_line_that_names_it(flags, tmp_path, num
     assert "Traceback" not in victim.console() and len(said.strip().splitlines()) == 1
     assert victim.status()["exit_code"] == 1
     gone(tmp_path, 2)
+
+
+def test_a_worker_that_stopped_between_two_epochs_is_noticed(flags):
+    args = parse_args([*flags, "--num_workers", "1"])
+    _, _, dataset, _ = train.load_data(args)
+    before = workers_of(os.getpid())
+    loader = train.make_loader(dataset, [BatchSpec(((0,),))] * 3, args, torch.device("cpu"))
+    assert len(list(train.patiently(loader, 20))) == 3
+    (worker,) = set(workers_of(os.getpid())) - set(before)
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        with pytest.raises(RuntimeError, match="no batch for --timeout 1 s"):
+            list(train.patiently(loader, 1))
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises
+        os.kill(worker, signal.SIGKILL)
 
 
 # --- what is not finite
