@@ -111,6 +111,10 @@ Averaged = torch.futures.Future[torch.Tensor]
 LEAST_STEPS = 20  # in an epoch, when --batch_size auto may choose
 
 
+class StepTooLarge(torch.OutOfMemoryError):
+    """A step found no memory, on all ranks together and before anything was updated."""
+
+
 class UserError(Exception):
     """A mistake in flags or files; the message is complete and main exits with code 2."""
 
@@ -543,7 +547,7 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """(moment sums of the global batch (6, 2), gradient norm) of one update (all ranks call it).
 
-    OutOfMemoryError, on all ranks together and before anything is updated, when one runs out.
+    StepTooLarge, on all ranks together and before anything is updated, when one runs out.
 
     The loss is that of the whole global batch: each micro-batch replaces its own share of the
     batch's moment sums by one that carries its gradient. The sums come from a first forward of
@@ -616,9 +620,9 @@ def train_step(
 
 
 def agree_on_memory(faults: list[str], world_size: int) -> None:
-    """OutOfMemoryError on every rank when it is on one (all ranks participate)."""
+    """StepTooLarge on every rank when one is out of memory (all ranks participate)."""
     if any_rank(bool(faults), world_size):
-        raise torch.OutOfMemoryError(faults[0] if faults else "another rank is out of memory")
+        raise StepTooLarge(faults[0] if faults else "another rank is out of memory")
 
 
 @torch.no_grad()
@@ -1481,7 +1485,7 @@ def main(args: argparse.Namespace) -> int:
                     model, ddp_model, batches, optimizer, scaler, args,
                     state["step"], rank, world_size, teacher_forcing,
                 )  # fmt: skip
-            except torch.OutOfMemoryError as error:  # on all ranks together
+            except StepTooLarge as error:
                 out_of_memory = str(error).splitlines()[0]
                 break
             state["step"] += 1
