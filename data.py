@@ -1,4 +1,4 @@
-"""Where the data comes from: corpora, folds, caches, batches. Nothing here knows the model.
+"""Where a batch comes from: audio, its caches, features, batches. Nothing here knows the model.
 
     python data.py --data demo                                    # synthesise, inspect (seconds)
     python data.py --data my.csv --label_range 1 7                # your own manifest
@@ -6,44 +6,51 @@
     python data.py --data msp_podcast --data_dir MSP-PODCAST
     python data.py extract-faces --face_dir F --features_224_dir OUT [--data my.csv]
 
-The way of the data: read_corpus -> load_audio -> make_splits -> Batches + TrainPlan / eval_plan.
-Caches live in --cache_dir, each under a key of what it was made from, so none is ever stale; a
-directory that starts with a dot there is left over from a killed process and may be deleted.
-What happens to each kind of odd input is one table: tests/test_input_faults.py.
+The way of the data: corpora.read_corpus -> load_audio -> corpora.make_splits -> Batches + TrainPlan
+/ eval_plan. Caches live in --cache_dir, each under a key of what it was made from, so none is ever
+stale. What happens to each kind of odd input is one table: tests/test_input_faults.py.
 Not done here: face detection, voice activity detection, downloading of corpora.
 
-References: IEMOCAP (Busso et al. 2008), MSP-Podcast (Lotfian & Busso 2019), eGeMAPS (Eyben et al.
-2016), vowel formants of the demo voices (Peterson & Barney 1952).
+Reference: eGeMAPS (Eyben et al. 2016).
 """
 
 import argparse
-import contextlib
-import csv
 import dataclasses
-import fcntl
-import hashlib
-import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
-import shutil
 import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import soxr
 import torch
-from tqdm import tqdm
+
+from corpora import (
+    MOST_SKIPPED,
+    Corpus,
+    Skipped,
+    Utterance,
+    check_skipped,
+    describe_splits,
+    known_speaker,
+    make_splits,
+    natural,
+    num_folds,
+    read_corpus,
+    skipped_by_kind,
+    write_skipped,
+)
+from files import UserError, build_cache, cached_array, digest, progress, weights_digest
 
 SAMPLE_RATE = 16_000
 FRAME_RATE = 50  # frames per second of frozen features, as far as seconds are derived from them
@@ -51,517 +58,12 @@ MIN_SAMPLES = 400  # WavLM's CNN needs this many; shorter clips are zero-padded 
 MAX_CLIP_SECONDS = 600  # longer is taken for a forgotten start/end, not for an utterance [guess]
 RATES = (4_000, 384_000)  # Hz; a header that says anything else is taken for a damaged one [guess]
 MOST_MISSING = 0.1  # of a clip's samples; with more lost, its label may belong to the rest [guess]
-MOST_SKIPPED = 0.05  # of a corpus' utterances; with more left out, it is not the corpus [guess]
-SEALED_BYTES = 2**26  # cached files up to this size are hashed when opened, larger ones measured
 EVAL_SECONDS = 64  # padded seconds per evaluation batch; fixed, so that results do not move
-SPLITS = ("train", "dev", "test")
 CORES = len(os.sched_getaffinity(0))
 
 
-class DataError(ValueError):
-    """A user's mistake; the message is complete (file, row, value, what is allowed, the fix)."""
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One row of the corpus. Labels are in the corpus' own scale."""
-
-    utt_id: str
-    path: Path
-    valence: float
-    arousal: float
-    start: float = 0.0  # seconds inside `path`
-    end: float | None = None  # None = to the end of the file
-    session: str = ""
-    dialog: str = ""
-    speaker: str = ""
-    gender: str = ""
-    emotion: str = ""
-    split: str = ""
-    onset: float = 0.0  # place of the turn in its dialogue; only sorts
-
-
-class Skipped(NamedTuple):
-    """One utterance that was left out."""
-
-    utt_id: str
-    file: str
-    reason: str
-
-
-@dataclass
-class Corpus:
-    """All utterances, sorted by (dialog, onset, utt_id): a dialogue's rows are its turns."""
-
-    name: str
-    root: Path
-    label_range: tuple[float, float]
-    utterances: list[Utterance]
-    skipped: list[Skipped] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what was changed or ignored, with counts
-    seconds: np.ndarray | None = None  # (N,) durations, known after load_audio
-
-    def labels(self, targets: Sequence[str]) -> np.ndarray:
-        """(N, len(targets)) float32 in [0, 1], columns in the order of `targets`."""
-        lo, hi = self.label_range
-        values = [[getattr(u, target) for target in targets] for u in self.utterances]
-        return ((np.array(values, dtype=np.float64) - lo) / (hi - lo)).astype(np.float32)
-
-
-# ---------------------------------------------------------------- caches: aside, then renamed
-
-
-def build_dir(target: Path, fill: Callable[[Path], object]) -> Path:
-    """`target`, filled by `fill(directory)` if it did not exist; never visible half-written.
-
-    The lock only avoids double work (flock does nothing on some network disks); what keeps the
-    cache whole is the rename. Where two processes build, the first rename wins. DataError when
-    the disk is full or cannot be written.
-    """
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        if target.exists():
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target.with_name(f".{target.name}.lock"), "w") as lock:
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if target.exists():
-                return target
-            aside.mkdir()
-            fill(aside)
-            for path in [*aside.rglob("*"), aside]:
-                handle = os.open(path, os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
-            os.rename(aside, target)
-    except OSError as error:
-        if not os.path.isdir(target):
-            raise DataError(
-                f"--cache_dir {target.parent}: {target.name} cannot be written "
-                f"({error.strerror or error}): make room there, or set another --cache_dir"
-            ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return target
-
-
-def seal(path: Path) -> list:
-    """[bytes, hash] of a file; the hash only up to SEALED_BYTES, more would take long to read."""
-    size = path.stat().st_size
-    return [size, hashlib.sha256(path.read_bytes()).hexdigest() if size <= SEALED_BYTES else ""]
-
-
-def build_cache(target: Path, fill: Callable[[Path], object]) -> Path:
-    """build_dir with a seal on each file. DataError when one was damaged since it was written."""
-
-    def fill_and_seal(aside: Path) -> None:
-        fill(aside)
-        seals = {path.name: seal(path) for path in aside.iterdir()}
-        (aside / "seals.json").write_text(json.dumps(seals))
-
-    build_dir(target, fill_and_seal)
-    try:
-        seals = json.loads((target / "seals.json").read_text())
-        whole = seals == {name: seal(target / name) for name in seals}
-    except (OSError, ValueError, TypeError):
-        whole = False
-    if not whole:
-        raise DataError(f"{target} is damaged: delete it, it is built again")
-    return target
-
-
-def cached_array(target: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array that `build` returns, from the cache if it is there."""
-
-    def fill(aside: Path) -> None:
-        content = io.BytesIO()  # np.save into a file does not see every failed write
-        np.save(content, build())
-        (aside / "values.npy").write_bytes(content.getvalue())
-
-    build_cache(target, fill)
-    return np.load(target / "values.npy", allow_pickle=False)
-
-
-def digest(*parts: object) -> str:
-    """16 hex digits over the JSON of `parts`."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def progress(iterable: object, total: int, what: str) -> tqdm:
-    return tqdm(iterable, total=total, desc=what, disable=None, leave=False)  # None: terminal only
-
-
-# ---------------------------------------------------------------- corpora
-
-
-def read_corpus(
-    data: str,
-    data_dir: str | None,
-    label_range: tuple[float, float] | None,
-    cache_dir: str | Path = "cache",
-) -> Corpus:
-    """The corpus named by --data: demo, iemocap, msp_podcast, or the path of a .csv.
-
-    `data_dir` is required for iemocap and msp_podcast, and is the root of relative audio paths
-    for a CSV (default: the CSV's folder). Raises DataError.
-    """
-    if label_range is not None and not label_range[0] < label_range[1]:
-        raise DataError(f"--label_range {label_range[0]:g} {label_range[1]:g}: LO must be below HI")
-    if data in ("iemocap", "msp_podcast") and not data_dir:
-        raise DataError(f"--data {data} needs --data_dir, the folder of your licensed copy")
-    if data_dir and not Path(data_dir).is_dir():
-        raise DataError(f"--data_dir {data_dir} is not a directory")
-    try:
-        if data == "demo":
-            corpus = read_iemocap(demo_corpus(Path(cache_dir)), label_range or (1.0, 5.0), "demo")
-        elif data == "iemocap":
-            corpus = read_iemocap(Path(data_dir), label_range or (1.0, 5.0))
-        elif data == "msp_podcast":
-            corpus = read_msp_podcast(Path(data_dir), label_range or (1.0, 7.0))
-        elif data.endswith(".csv"):
-            corpus = read_csv(Path(data), Path(data_dir) if data_dir else None, label_range)
-        else:
-            raise DataError(f"--data {data}: not one of demo, iemocap, msp_podcast, or a .csv file")
-    except OSError as error:
-        raise DataError(f"{error.filename or data}: cannot be read ({error.strerror})") from None
-    if not corpus.utterances:
-        reasons = "; ".join(f"{s.utt_id}: {s.reason}" for s in corpus.skipped[:3])
-        raise DataError(f"{corpus.root}: no usable utterance ({reasons or 'nothing found'})")
-    unknown = sum(not known_speaker(u) for u in corpus.utterances)
-    if unknown:
-        note = f"speaker unknown: {unknown} utterances, whose place in one split cannot be checked"
-        corpus.notes.append(note)
-    corpus.utterances.sort(key=lambda u: (u.dialog, u.onset, u.utt_id))
-    return corpus
-
-
-def known_speaker(u: Utterance) -> bool:
-    return u.speaker.lower() not in ("", "unknown")
-
-
-def to_float(text: str) -> float:
-    """The number, or NaN where it is none; unlike float() without 1_5, inf and other alphabets."""
-    number = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text)
-    return float(text) if number else math.nan
-
-
-def clip_labels(corpus: Corpus) -> None:
-    """Clip published labels that leave the nominal range, and note each value with its count.
-
-    IEMOCAP has 5.5 and 0.5. Further out than a quarter of the range is no rating but a damaged
-    number: the utterance is skipped.
-    """
-    lo, hi = corpus.label_range
-    margin, outside, kept = (hi - lo) / 4, Counter[float](), []
-    for u in corpus.utterances:
-        wrong = [x for x in (u.valence, u.arousal) if not lo <= x <= hi]
-        if any(not lo - margin <= x <= hi + margin for x in wrong):
-            reason = f"label far outside {lo:g}..{hi:g} ({wrong[0]:g})"
-            corpus.skipped.append(Skipped(u.utt_id, str(u.path), reason))
-            continue
-        outside.update(wrong)
-        valence, arousal = np.clip([u.valence, u.arousal], lo, hi).tolist()
-        kept.append(dataclasses.replace(u, valence=valence, arousal=arousal) if wrong else u)
-    corpus.utterances = kept
-    corpus.notes += [
-        f"label {value:g} outside {lo:g}..{hi:g} clipped: {n} utterances"
-        for value, n in sorted(outside.items())
-    ]
-
-
-def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemocap") -> Corpus:
-    """IEMOCAP as released. Emotion `xxx` (no majority) is kept: its dimensions are as good."""
-    if (root / "IEMOCAP_full_release").is_dir():
-        root = root / "IEMOCAP_full_release"
-    corpus = Corpus(name, root, label_range, [])
-    # *.txt of this folder only: its subfolders repeat every turn once per evaluator
-    files = [
-        path
-        for path in sorted(root.glob("Session*/dialog/EmoEvaluation/*.txt"))
-        if not path.name.startswith("._")  # resource forks of the machine that packed the release
-    ]
-    if not files:
-        raise DataError(f"{root}: no Session*/dialog/EmoEvaluation/*.txt (set --data_dir)")
-    turn_line = re.compile(r"\[([\d.]+) - ([\d.]+)\]\t([\w.-]+)\t(\w+)\t\[(.+), (.+), (.+)\]\s*")
-    turn_name = re.compile(r"_([FM])\d{3}")
-    seen = set()
-    for path in files:
-        session, dialog = path.parents[2].name, path.stem
-        for row, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
-            # neither a turn nor a damaged one: header, blank, or an evaluator's C-/A- line
-            if not line.startswith("[") and not turn_name.search(line):
-                continue
-            match = turn_line.fullmatch(line)
-            letters = turn_name.findall(match[3]) if match else []
-            if not letters:
-                where = f"{path.name} row {row}"
-                corpus.skipped.append(Skipped(where, str(path), "annotation not understood"))
-                continue
-            utt_id, gender = match[3], letters[-1]  # not the letter of the prefix
-            wav = root / session / "sentences" / "wav" / dialog / f"{utt_id}.wav"
-            onset, end, valence, arousal = map(to_float, (match[1], match[2], match[5], match[6]))
-            reason = ""
-            if utt_id in seen:
-                reason = "annotated twice, first one kept"
-            elif not math.isfinite(onset + end + valence + arousal):
-                reason = "label or time is not a number"
-            elif not wav.is_file():
-                reason = "audio file missing"
-            seen.add(utt_id)
-            if reason:
-                corpus.skipped.append(Skipped(utt_id, str(wav), reason))
-                continue
-            u = Utterance(utt_id, wav, valence, arousal, session=session, dialog=dialog)
-            speaker = f"Ses{re.sub('[^0-9]', '', session).zfill(2)}{gender}"
-            who = {"speaker": speaker, "gender": gender, "emotion": match[4], "onset": onset}
-            corpus.utterances.append(dataclasses.replace(u, **who))
-    for wav in sorted(root.glob("Session*/sentences/wav/*/*.wav")):
-        if wav.stem not in seen and not wav.name.startswith("._"):
-            corpus.skipped.append(Skipped(wav.stem, str(wav), "no annotation"))
-    clip_labels(corpus)
-    return corpus
-
-
-def read_table(path: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(row, cells by column) per line of a CSV; row is the line number in the file, header = 1.
-
-    Strict, because a stray quote or a cut-off file would otherwise swallow rows in silence.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
-            columns = reader.fieldnames = [c.strip() for c in reader.fieldnames or []]
-            twice = [column for column, n in Counter(columns).items() if n > 1 and column]
-            missing = [column for column in required if column not in columns]
-            for column in twice + missing:
-                fault = "occurs twice" if column in twice else "is missing"
-                found = ", ".join(columns) or "none"
-                raise DataError(f"{path.name}: column {column} {fault} (found: {found})")
-            for cells in reader:
-                row = f"{path.name} row {reader.line_num}"
-                if None in cells:
-                    fault = f"more cells than columns ({len(columns)}); quote cells with a comma"
-                    raise DataError(f"{row}: {fault}")
-                if None in cells.values():
-                    raise DataError(f"{row}: fewer cells than columns ({len(columns)})")
-                for column, text in cells.items():
-                    if re.search(r"[\x00-\x1f\x7f]", text):
-                        fault = "holds a line break or control character (a stray quote?)"
-                        raise DataError(f"{row}: column {column} {fault}")
-                yield reader.line_num, {column: text.strip() for column, text in cells.items()}
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path.name}: not a UTF-8 CSV file ({error})") from None
-
-
-def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
-    """MSP-Podcast with its own splits. Test2 is read but lies in no split; Test3 has no labels."""
-    names = ("labels_consensus.csv", "labels_concensus.csv")  # the second is an old release's
-    tables = [p for d in (root, root / "Labels") for p in (d / n for n in names) if p.is_file()]
-    folders = [root / d for d in ("Audio", "Audios") if (root / d).is_dir()]
-    if not tables or not folders:
-        what = "Audio or Audios folder" if tables else "labels_consensus.csv (or Labels/ with it)"
-        raise DataError(f"{root}: no {what} (set --data_dir)")
-    corpus = Corpus("msp_podcast", root, label_range, [])
-    audio = {name for name in os.listdir(folders[0]) if name[0] != "."}
-    unused, test3 = set(audio), 0
-    seen = set()
-    splits = {"train": "train", "development": "dev", "validation": "dev", "test1": "test"}
-    splits |= {"test2": "test2", "test3": "test3"}
-    for row, cells in read_table(tables[0], ("FileName", "EmoAct", "EmoVal", "Split_Set")):
-        name, split = cells["FileName"], splits.get(cells["Split_Set"].lower())
-        utt_id = Path(name).stem or f"row {row}"
-        if split is None:
-            fault = f"Split_Set {cells['Split_Set']!r} is none of {', '.join(splits)}"
-            raise DataError(f"{tables[0].name} row {row}: {fault}")
-        arousal, valence = to_float(cells["EmoAct"]), to_float(cells["EmoVal"])
-        unused.discard(name)
-        if split == "test3":
-            test3 += 1
-            continue
-        reason = ""
-        if name in seen:
-            reason = "in the table twice, first one kept"
-        elif not math.isfinite(valence + arousal):
-            reason = "label is not a number"
-        elif name not in audio:
-            reason = "audio file missing"
-        seen.add(name)
-        if reason:
-            corpus.skipped.append(Skipped(utt_id, str(folders[0] / name), reason))
-            continue
-        podcast = re.match(r"MSP-PODCAST_\d+", name)  # its parts are in time order
-        u = Utterance(utt_id, folders[0] / name, valence, arousal, split=split)
-        who = {"speaker": cells.get("SpkrID", ""), "gender": cells.get("Gender", "")}
-        who |= {"dialog": podcast[0] if podcast else utt_id}
-        who |= {"emotion": cells.get("EmoClass", "")}
-        corpus.utterances.append(dataclasses.replace(u, **who))
-    test2 = sum(u.split == "test2" for u in corpus.utterances)
-    for count, note in (
-        (test2, "Test2: {} utterances are read but belong to no split"),
-        (test3, "Test3: {} utterances have no labels"),
-        (len(unused), f"{{}} audio files have no row in {tables[0].name}"),
-    ):
-        corpus.notes += [note.format(count)] if count else []
-    clip_labels(corpus)
-    return corpus
-
-
-def read_csv(
-    path: Path,
-    root: Path | None,
-    label_range: tuple[float, float] | None,
-    labelled: bool = True,
-) -> Corpus:
-    """Any manifest: utt_id, path, valence, arousal[, start, end, session, dialog, ...].
-
-    Without `labelled` (prediction) the two label columns may lack, and labels are NaN.
-
-    Unlike a published corpus it is the user's own to repair, so nothing is skipped: the first
-    fault raises DataError with its row. Audio must lie below the root, links followed: a
-    manifest from elsewhere cannot make us open other files.
-    """
-    root = (root or path.parent).resolve()
-    lo, hi = label_range or (0.0, 1.0)
-    corpus = Corpus(path.stem, root, (lo, hi), [])
-    words = {"train": "train", "dev": "dev", "test": "test"}
-    words |= dict.fromkeys(("development", "validation", "valid"), "dev")
-    rows: dict[str, int] = {}  # utt_id -> row
-    homes: dict[str, str] = {}  # dialog -> session
-    targets = ("valence", "arousal") if labelled else ()
-    known = {"", "utt_id", "path", "valence", "arousal", "start", "end", "split"}
-    known |= {"session", "dialog", "speaker", "gender", "emotion"}
-    ignored: set[str] = set()  # columns
-    for row, cells in read_table(path, ("utt_id", "path", *targets)):
-
-        def refuse(fault: str, row: int = row) -> None:
-            raise DataError(f"{path.name} row {row}: {fault}")
-
-        utt_id, split = cells["utt_id"], cells.get("split", "").lower()
-        numbers = {"valence": math.nan, "arousal": math.nan, "start": 0.0, "end": math.inf}
-        for column in (*targets, "start", "end"):
-            if cells.get(column) or column in targets:
-                numbers[column] = to_float(cells[column])
-                if not math.isfinite(numbers[column]):
-                    refuse(f"{column} {cells[column]!r} is not a number")
-        valence, arousal, start, end = numbers.values()
-        if not re.fullmatch(r"[^./\\][^/\\]*", utt_id) or len(utt_id.encode()) > 200:
-            fault = "must name a file: no slash, no leading dot, 1 to 200 bytes"
-            refuse(f"utt_id {utt_id!r} {fault}")
-        if rows.setdefault(utt_id, row) != row:
-            refuse(f"utt_id {utt_id} is already used in row {rows[utt_id]}")
-        try:
-            audio = (root / cells["path"]).resolve()
-            exists, is_file = audio.exists(), audio.is_file()
-        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, to 3.12
-            refuse(f"path {cells['path']} cannot be followed ({error})")
-        if not audio.is_relative_to(root):
-            fault = f"leaves the data root {root} for {audio}"
-            refuse(f"path {cells['path']} {fault} (set --data_dir?)")
-        if not is_file:
-            fault = "is not a file" if exists else "does not exist (set --data_dir?)"
-            refuse(f"audio file {audio} {fault}")
-        if "split" in cells and split not in words:
-            refuse(f"split {cells['split']!r} is not one of train, dev, test")
-        if "session" in cells and not cells["session"]:
-            refuse("session is empty")
-        ignored |= cells.keys() - known
-        if not 0 <= start < min(end, 1e6) or 1e6 < end < math.inf:
-            refuse(f"start {start:g} and end {end:g} must satisfy 0 <= start < end, in s")
-        u = Utterance(utt_id, audio, valence, arousal, start, None if end == math.inf else end)
-        names = {c: cells[c] for c in ("session", "speaker", "gender", "emotion") if c in cells}
-        names.setdefault("session", cells.get("speaker", ""))  # none: a session per speaker
-        dialog = cells.get("dialog") or utt_id
-        if homes.setdefault(dialog, names["session"]) != names["session"]:
-            dialog = f"{names['session']}_{dialog}"  # dialogues numbered anew in each session
-        names |= {"dialog": dialog, "split": words.get(split, "")}
-        onset = start if "start" in cells else row  # without times: the order of the file
-        corpus.utterances.append(dataclasses.replace(u, **names, onset=onset))
-    if ignored:
-        corpus.notes.append(f"columns not used: {', '.join(sorted(ignored))}")
-    values = [getattr(u, target) for u in corpus.utterances for target in targets] or [0]
-    least, most = min(lo if label_range else 1, *values), max(hi, *values)
-    better = f"--label_range {math.floor(least)} {math.ceil(most)}"
-    for u in corpus.utterances:
-        for target, x in ((target, getattr(u, target)) for target in targets):
-            if not lo <= x <= hi:
-                where = f"{path.name} row {rows[u.utt_id]}: {target} {x:g}"
-                raise DataError(f"{where} is outside {lo:g}..{hi:g} (set {better}?)")
-    return corpus
-
-
-# ---------------------------------------------------------------- splits
-
-
-def natural(text: str) -> list[tuple[int, str]]:
-    """Sort key under which Session10 comes after Session2."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
-
-
-def sessions(corpus: Corpus) -> list[str]:
-    return sorted({u.session for u in corpus.utterances}, key=natural)
-
-
-def num_folds(corpus: Corpus) -> int:
-    """The number of sessions, or 1 where the corpus brings its own splits."""
-    return 1 if corpus.utterances[0].split else len(sessions(corpus))
-
-
-def make_splits(corpus: Corpus, fold: int) -> dict[str, np.ndarray]:
-    """{"train", "dev", "test"} -> sorted int64 rows of corpus.utterances.
-
-    The corpus' own splits where it has them; else test = the fold-th session, dev = the next one
-    (cyclic), train = the others. Raises DataError when that is impossible, a split is empty, or
-    a known speaker is in two splits.
-    """
-    folds, names = num_folds(corpus), sessions(corpus)
-    if corpus.utterances[0].split:
-        of_row = [u.split for u in corpus.utterances]
-    elif folds < 3:
-        fault = f"{corpus.name}: {folds} session(s), but train, dev and test need at least 3"
-        raise DataError(f"{fault}: add a column split, session, or speaker (each a session)")
-    else:
-        role = {names[(fold - 1) % folds]: "test", names[fold % folds]: "dev"}
-        of_row = [role.get(u.session, "train") for u in corpus.utterances]
-    if not 1 <= fold <= folds:
-        raise DataError(f"--fold {fold}: {corpus.name} has folds 1..{folds}")
-    splits = {s: np.flatnonzero(np.array(of_row) == s).astype(np.int64) for s in SPLITS}
-    home: dict[str, str] = {}  # speaker -> split
-    for split, rows in splits.items():
-        if not len(rows):
-            raise DataError(f"{corpus.name} fold {fold}: the {split} split is empty")
-        for u in (corpus.utterances[row] for row in rows):
-            if known_speaker(u) and home.setdefault(u.speaker, split) != split:
-                both = f"{home[u.speaker]} and {split} (there {u.utt_id})"
-                raise DataError(f"{corpus.name} fold {fold}: speaker {u.speaker} is in both {both}")
-    return splits
-
-
-def describe_splits(corpus: Corpus, splits: dict[str, np.ndarray]) -> str:
-    """One table: split, utterances, hours (known after load_audio), genders, sessions, speakers."""
-    table = [("split", "utterances", "hours", "genders", "sessions", "speakers")]
-    for split, rows in splits.items():
-        chosen = [corpus.utterances[row] for row in rows]
-        hours = "-" if corpus.seconds is None else f"{corpus.seconds[rows].sum() / 3600:.2f}"
-        genders = sorted(Counter(u.gender or "?" for u in chosen).items())
-        names = (shorten({u.session for u in chosen}), shorten({u.speaker for u in chosen}))
-        table.append(
-            (split, str(len(rows)), hours, " ".join(f"{g} {n}" for g, n in genders), *names)
-        )
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths)) for line in table]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def shorten(names: set[str], most: int = 10) -> str:
-    ordered = [name or "-" for name in sorted(names, key=natural)]
-    return " ".join(ordered[:most]) + (f" ... ({len(ordered)})" if len(ordered) > most else "")
-
-
-# ---------------------------------------------------------------- audio pack
-
+# ---------------------------------------------------------------------------------------------
+# Decoding, audio pack
 
 PACK_VERSION = 2  # raise it with every change of decode: it is part of the cache key
 
@@ -723,7 +225,7 @@ def load_audio(
 ) -> tuple[Corpus, AudioPack]:
     """(corpus without the rows that have no usable audio, pack with the same rows).
 
-    Rows lost are named in corpus.skipped; DataError when these, with those that the reader of the
+    Rows lost are named in corpus.skipped; UserError when these, with those that the reader of the
     corpus named before, are a larger share than `most_bad`.
     """
     pack = AudioPack(corpus, cache_dir)
@@ -741,37 +243,8 @@ def load_audio(
     return corpus, pack
 
 
-def check_skipped(corpus: Corpus, most_bad: float = MOST_SKIPPED) -> None:
-    """DataError when more than this share of all utterances was left out."""
-    total = len(corpus.utterances) + len(corpus.skipped)
-    if len(corpus.skipped) > most_bad * total:
-        first = "; ".join(f"{s.utt_id}: {s.reason}" for s in corpus.skipped[:3])
-        raise DataError(
-            f"{corpus.name}: {len(corpus.skipped)} of {total} utterances cannot be used, more than "
-            f"{100 * most_bad:g} % ({first}): repair or remove them; python data.py --data ... "
-            "--skipped skipped.csv lists all"
-        )
-
-
-def skipped_by_kind(corpus: Corpus) -> dict[str, list[Skipped]]:
-    """corpus.skipped under its reasons, each without the particulars in brackets at its end."""
-    kinds: dict[str, list[Skipped]] = {}
-    for skipped in corpus.skipped:
-        kinds.setdefault(skipped.reason.split(" (")[0], []).append(skipped)
-    return kinds
-
-
-def write_skipped(path: Path, corpus: Corpus) -> None:
-    """CSV of corpus.skipped: utt_id, file, reason. Written aside and renamed."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with open(aside, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        csv.writer(file).writerows([Skipped._fields, *corpus.skipped])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-# ---------------------------------------------------------------- eGeMAPS and speaker embeddings
+# ---------------------------------------------------------------------------------------------
+# eGeMAPS and speaker embeddings
 
 
 def egemaps_of(pack: AudioPack) -> np.ndarray:
@@ -789,7 +262,7 @@ def egemaps(corpus: Corpus, pack: AudioPack, cache_dir: str | Path) -> np.ndarra
     try:
         import opensmile
     except ImportError:
-        raise DataError(
+        raise UserError(
             "--prosody egemaps needs opensmile; install it, or --prosody none"
         ) from None
 
@@ -807,14 +280,6 @@ def egemaps(corpus: Corpus, pack: AudioPack, cache_dir: str | Path) -> np.ndarra
     return cached_array(Path(cache_dir) / f"egemaps-{key}", build)
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """Hash of every weight: a cache made with other weights is another cache."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-
 def speaker_embeddings(
     corpus: Corpus, pack: AudioPack, kind: str, cache_dir: str | Path, device: str = "cpu"
 ) -> np.ndarray:
@@ -824,7 +289,7 @@ def speaker_embeddings(
     """
     folder = Path(kind)
     if kind not in ("ecapa", "xvector") and not folder.is_dir():
-        raise DataError(f"--speaker {kind}: not ecapa, xvector, none or a directory")
+        raise UserError(f"--speaker {kind}: not ecapa, xvector, none or a directory")
     if folder.is_dir() and not (folder / "config.json").exists():
         paths = npy_files(corpus, folder, "--speaker")
         size = open_npy(paths[0], 1, None).shape[0]
@@ -846,7 +311,7 @@ def speaker_embeddings(
     if len(broken):
         fault = f"{len(broken)} embeddings are zero or not finite"
         utt_id = corpus.utterances[broken[0]].utt_id
-        raise DataError(f"--speaker {kind}: {fault}, the first is that of {utt_id}")
+        raise UserError(f"--speaker {kind}: {fault}, the first is that of {utt_id}")
     return vectors / norms
 
 
@@ -860,7 +325,7 @@ def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor
         extractor = AutoFeatureExtractor.from_pretrained(source, **options)
         model = AutoModelForAudioXVector.from_pretrained(source, **options).to(device).eval()
     except (OSError, ValueError) as error:
-        raise DataError(f"--speaker {kind}: cannot load {source} ({error})") from None
+        raise UserError(f"--speaker {kind}: cannot load {source} ({error})") from None
 
     def embed(clip: np.ndarray) -> torch.Tensor:
         inputs = extractor(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt")
@@ -875,7 +340,7 @@ def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], to
         from speechbrain.inference.speaker import EncoderClassifier
     except ImportError as error:
         fault = f"--speaker ecapa needs speechbrain ({error})"
-        raise DataError(f"{fault}: install it, or use --speaker xvector") from None
+        raise UserError(f"{fault}: install it, or use --speaker xvector") from None
     model = EncoderClassifier.from_hparams(
         "speechbrain/spkrec-ecapa-voxceleb",
         savedir=str(Path(cache_dir) / "ecapa"),
@@ -888,16 +353,17 @@ def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], to
     return embed, weights_digest(model)
 
 
-# ---------------------------------------------------------------- frozen frame features
+# ---------------------------------------------------------------------------------------------
+# Frozen frame features
 
 
 def npy_files(corpus: Corpus, directory: str | Path, flag: str) -> list[Path]:
-    """<directory>/<utt_id>.npy of every row; DataError names how many are missing."""
+    """<directory>/<utt_id>.npy of every row; UserError names how many are missing."""
     paths = [Path(directory) / f"{u.utt_id}.npy" for u in corpus.utterances]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         first = ", ".join(missing[:3])
-        raise DataError(f"{flag} {directory}: {len(missing)} of {len(paths)} missing ({first})")
+        raise UserError(f"{flag} {directory}: {len(missing)} of {len(paths)} missing ({first})")
     return paths
 
 
@@ -906,14 +372,14 @@ def open_npy(path: Path, ndim: int, width: int | None) -> np.ndarray:
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # np.load would open an .npz, too
     except Exception as error:  # whatever tokenize, ast and mmap raise on a damaged header
-        raise DataError(f"{path}: not a plain .npy array ({error})") from None
+        raise UserError(f"{path}: not a plain .npy array ({error})") from None
     if array.ndim != ndim or array.dtype.kind not in "fiu" or 0 in array.shape:
         wanted = "(T, D)" if ndim == 2 else "(S,)"
-        raise DataError(
+        raise UserError(
             f"{path}: {array.dtype} {array.shape}, expected numbers {wanted}, not empty"
         )
     if width not in (None, array.shape[-1]):
-        raise DataError(f"{path}: width {array.shape[-1]}, but the first file has {width}")
+        raise UserError(f"{path}: width {array.shape[-1]}, but the first file has {width}")
     return array
 
 
@@ -923,22 +389,23 @@ class FrameFeatures:
     def __init__(self, corpus: Corpus, features_dir: str | Path) -> None:
         try:
             self.paths = npy_files(corpus, features_dir, "--features_dir")
-        except DataError as error:
-            raise DataError(f"{error}; to make them: python data.py extract-faces") from None
+        except UserError as error:
+            raise UserError(f"{error}; to make them: python data.py extract-faces") from None
         self.dim = open_npy(self.paths[0], 2, None).shape[1]
         lengths = [len(open_npy(path, 2, self.dim)) for path in self.paths]
         self.lengths = np.array(lengths, dtype=np.int64)
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """(T, D) float32. DataError if a value is not finite (found only here: needs all bytes)."""
+        """(T, D) float32. UserError if a value is not finite (found only here: needs all bytes)."""
         with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused
             frames = np.array(open_npy(self.paths[row], 2, self.dim)[start:stop], np.float32)
         if not np.isfinite(frames).all():
-            raise DataError(f"{self.paths[row]}: holds NaN or infinite values")
+            raise UserError(f"{self.paths[row]}: holds NaN or infinite values")
         return frames
 
 
-# ---------------------------------------------------------------- hidden states of a frozen encoder
+# ---------------------------------------------------------------------------------------------
+# Hidden states of a frozen encoder
 
 HIDDEN_VERSION = 1  # raise it with every change of what the model prepares: part of the cache key
 
@@ -992,7 +459,8 @@ class HiddenStates:
         return np.array(self._values[offset : offset + int(self.counts[row])])
 
 
-# ---------------------------------------------------------------- augmentation and batches
+# ---------------------------------------------------------------------------------------------
+# Augmentation and batches
 
 
 def augment_waveform(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -1049,7 +517,7 @@ class Batches(torch.utils.data.Dataset):
         seed: int,
     ) -> None:
         if augment and pack is None:
-            raise DataError("--augment works on waveforms, but this encoder reads --features_dir")
+            raise UserError("--augment works on waveforms, but this encoder reads --features_dir")
         self.labels, self.pack, self.features = labels, pack, features
         self.prosody, self.speaker = prosody, speaker
         self.max_seconds, self.augment, self.seed = max_seconds, augment, seed
@@ -1178,7 +646,7 @@ class TrainPlan:
         self.dialogues = list(turns.values())
         self._counts: dict[int, int] = {}
         if not self.steps_in(0):
-            raise DataError(
+            raise UserError(
                 f"the train split holds {len(rows)} utterances in chunks of up to "
                 f"{context}, fewer than one global batch of {batch_size} x "
                 f"{gradient_accumulation_steps} x {world_size} (batch x accumulation x ranks): "
@@ -1286,163 +754,8 @@ def eval_plan(
     return mine
 
 
-# ---------------------------------------------------------------- demo corpus
-
-DEMO_VERSION = 4  # raise it with every change below: it is the cache key
-# formants 1-3 in Hz of men's /a i u e o/ [Peterson & Barney 1952]
-VOWELS = np.array(
-    [730, 1090, 2440, 270, 2290, 3010, 300, 870, 2240, 530, 1840, 2480, 570, 840, 2410]
-)
-VOWELS = VOWELS.reshape(5, 3).astype(np.float64)
-
-
-def synthesise(
-    voice: dict[str, float],
-    valence: float,
-    arousal: float,
-    seconds: float,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """(L,) float32 speech-like babble; valence and arousal in about [-1, 1].
-
-    Arousal moves pitch level, loudness, tempo and spectral tilt; valence moves the pitch contour
-    (rising or falling, wide or flat), the formants (a smile shortens the tract) and jitter.
-    Every cue carries noise of its own.
-    """
-
-    def cue(x: float) -> float:
-        return x + 0.2 * float(rng.standard_normal())
-
-    hop, fft = 128, 512
-    length = int(seconds * SAMPLE_RATE)
-    t = np.arange(0, length, hop) / SAMPLE_RATE  # (T,) frame times
-    # syllables and pauses
-    tempo = voice["tempo"] * 2 ** (0.45 * cue(arousal))
-    count = max(2, round(seconds * tempo * 0.9))
-    durations = np.exp(0.25 * rng.standard_normal(count))
-    durations[-1] *= 1.5  # final lengthening
-    pauses = np.where(rng.random(count) < 0.12, rng.uniform(0.4, 1.2, count), 0.0)
-    ends = np.cumsum(durations + pauses)
-    starts, voiced_ends, scale = ends - durations - pauses, ends - pauses, seconds / ends[-1]
-    syllable = np.searchsorted(ends * scale, t, side="right").clip(0, count - 1)
-    phase = (t / scale - starts[syllable]) / (voiced_ends - starts)[syllable]  # above 1 = pause
-    vowel = (
-        np.sin(np.pi * phase.clip(0, 1)) ** 0.7 * np.exp(0.2 * rng.standard_normal(count))[syllable]
-    )
-    fricative = ((phase < 0.2) * (rng.random(count) < 0.5)[syllable]).astype(np.float64)
-    # pitch in semitones, then pulses with jitter and shimmer
-    smile = cue(valence)
-    accents = np.interp(t, (starts + 0.4 * durations) * scale, rng.standard_normal(count))
-    semitones = (
-        5.0 * cue(arousal)
-        + 4.0 * cue(valence) * (2 * t / seconds - 1)
-        + 2.0 * cue(valence) * (phase.clip(0, 1) - 0.5)
-        + 1.6 * 2 ** (1.0 * cue(valence)) * accents
-    )
-    f0 = np.interp(np.arange(length) / SAMPLE_RATE, t, voice["f0"] * 2 ** (semitones / 12))
-    cycles = np.cumsum(f0.clip(60, 600)) / SAMPLE_RATE
-    pulses = np.interp(np.arange(1, int(cycles[-1])), cycles, np.arange(length))
-    jitter = 0.012 * 2 ** (-2.0 * cue(valence))
-    pulses += jitter * rng.standard_normal(len(pulses)) * SAMPLE_RATE / voice["f0"]
-    pulses = pulses.clip(0, length - 2)
-    heights = 1 + 3 * jitter * rng.standard_normal(len(pulses))
-    whole = pulses.astype(np.int64)
-    source = np.bincount(whole, heights * (1 - pulses + whole), length)
-    source += np.bincount(whole + 1, heights * (pulses - whole), length)
-    # vocal tract: resonances per frame, applied to the short-time spectrum
-    f = np.fft.rfftfreq(fft, 1 / SAMPLE_RATE)[None] + 1  # (1, F)
-    tilt = voice["tilt"] - 0.65 * cue(arousal)
-    response = np.tile((1 + f / 300) ** -tilt, (len(t), 1))  # (T, F)
-    targets = VOWELS[rng.integers(0, len(VOWELS), count)]
-    middles = (starts + 0.5 * durations) * scale
-    for k, bandwidth in enumerate((70, 90, 130, 200)):
-        track = np.interp(t, middles, targets[:, k]) if k < 3 else np.full(len(t), 3500.0)
-        formant = (track * voice["tract"] * (1 + 0.1 * smile))[:, None]
-        response *= formant**2 / np.hypot(formant**2 - f**2, f * bandwidth)
-    breath = 0.02 * rng.standard_normal(length)
-    speech = filter_frames(source + breath, response * vowel[:, None], hop, fft)
-    hiss = filter_frames(
-        rng.standard_normal(length), fricative[:, None] * (f / 8000) ** 2, hop, fft
-    )
-    speech = speech / np.sqrt(np.mean(speech**2)) + 0.3 * hiss
-    gain = 10 ** ((voice["level"] + 5 * cue(arousal) - 28) / 20)
-    room = 10 ** (-62 / 20) * rng.standard_normal(length)
-    return np.tanh(gain * speech + room).astype(np.float32)
-
-
-def filter_frames(audio: np.ndarray, response: np.ndarray, hop: int, fft: int) -> np.ndarray:
-    """(L,) filtered by a spectrum per frame, response (T, fft / 2 + 1); windowed overlap-add."""
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(fft) / fft)
-    padded = np.pad(audio, (fft // 2, fft + hop))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, fft)[::hop][: len(response)]
-    frames = np.fft.irfft(np.fft.rfft(frames * window) * response, fft)  # (T, fft)
-    out = np.zeros((len(response) + fft // hop) * hop)
-    for k in range(fft // hop):
-        out[k * hop : (k + len(response)) * hop] += frames[:, k * hop : (k + 1) * hop].ravel()
-    return out[fft // 2 : fft // 2 + len(audio)]
-
-
-def demo_corpus(cache_dir: Path) -> Path:
-    """The folder of the demo corpus, in IEMOCAP's layout; synthesised on first use."""
-    return build_dir(cache_dir / f"demo-v{DEMO_VERSION}", write_demo)
-
-
-def write_demo(root: Path) -> None:
-    """5 sessions, each with a woman and a man and 10 dialogues of 10-14 turns."""
-    dialogues = [(session, i) for session in range(1, 6) for i in range(10)]
-    for session, i in progress(dialogues, len(dialogues), "demo corpus"):
-        rng = np.random.default_rng((DEMO_VERSION, session, i))
-        dialog = f"Ses{session:02d}{'FM'[i % 2]}_impro{i // 2 + 1:02d}"
-        wavs = root / f"Session{session}" / "sentences" / "wav" / dialog
-        wavs.mkdir(parents=True)
-        table = root / f"Session{session}" / "dialog" / "EmoEvaluation" / f"{dialog}.txt"
-        table.parent.mkdir(parents=True, exist_ok=True)
-        entries, clock, numbers = [], 5.0, Counter[str]()
-        mood = rng.uniform(-0.9, 0.9, 2)  # valence, arousal
-        for turn in range(rng.integers(10, 15)):
-            letter = "FM"[(turn + i) % 2]
-            mood = (0.9 * mood + 0.3 * rng.standard_normal(2)).clip(-1, 1)
-            valence, arousal = (mood + 0.3 * rng.standard_normal(2)).clip(-1, 1)
-            seconds = float(np.exp(0.8 + 0.45 * rng.standard_normal()).clip(1, 6))
-            utt_id = f"{dialog}_{letter}{numbers[letter]:03d}"
-            numbers[letter] += 1
-            audio = synthesise(demo_voice(session, letter), valence, arousal, seconds, rng)
-            wav = io.BytesIO()  # soundfile's own writing does not say that a disk is full
-            soundfile.write(wav, audio, SAMPLE_RATE, format="WAV", subtype="PCM_16")
-            (wavs / f"{utt_id}.wav").write_bytes(wav.getvalue())
-            raters = rng.choice([2, 3], p=[0.7, 0.3])
-            truth = 3 + 1.8 * np.array([valence, arousal, 0.6 * arousal + 0.2 * valence])
-            votes = np.round(truth + 0.5 * rng.standard_normal((raters, 3))).clip(1, 5)
-            word = ("ang" if valence < 0 else "hap") if arousal > 0 else "sad"
-            word = "neu" if abs(valence) + abs(arousal) < 0.6 else word
-            word = "xxx" if rng.random() < 0.25 else word  # raters without a majority
-            means = ", ".join(f"{x:.4f}" for x in votes.mean(axis=0))
-            lines = [f"[{clock:.4f} - {clock + seconds:.4f}]\t{utt_id}\t{word}\t[{means}]"]
-            lines += [f"C-E{k}:\t{word};\t()" for k in range(2, 5)]
-            lines += [
-                f"A-E{k}:\tval {v:.0f}; act {a:.0f}; dom  {d:.0f};\t()"
-                for k, (v, a, d) in enumerate(votes, 1)
-            ]
-            entries.append((utt_id, "\n".join(lines)))
-            clock += seconds + rng.uniform(-0.3, 0.8)  # turns may overlap
-        header = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
-        table.write_text(header + "\n\n".join(text for _, text in sorted(entries)) + "\n")
-
-
-def demo_voice(session: int, letter: str) -> dict[str, float]:
-    """The same voice in every dialogue of the session."""
-    rng = np.random.default_rng((DEMO_VERSION, session, ord(letter)))
-    woman = letter == "F"
-    return {
-        "f0": (205 if woman else 115) * rng.uniform(0.93, 1.07),  # Hz at rest
-        "tract": (1.15 if woman else 1.0) * rng.uniform(0.96, 1.04),  # on all formants
-        "tempo": 4.2 * rng.uniform(0.9, 1.1),  # syllables per second
-        "level": rng.uniform(-2, 2),  # dB
-        "tilt": 1.5 + rng.uniform(-0.06, 0.06),  # spectrum falls with this power of frequency
-    }
-
-
-# ---------------------------------------------------------------- python data.py
+# ---------------------------------------------------------------------------------------------
+# python data.py
 
 
 def bars(values: np.ndarray, lo: float, hi: float) -> list[str]:
@@ -1454,7 +767,7 @@ def bars(values: np.ndarray, lo: float, hi: float) -> list[str]:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Print what a careful person wants to know before training. DataError: do not train."""
+    """Print what a careful person wants to know before training. UserError: do not train."""
     corpus = read_corpus(args.data, args.data_dir, args.label_range, args.cache_dir)
     corpus, pack = load_audio(corpus, args.cache_dir, most_bad=1.0)
     if args.skipped:
@@ -1490,7 +803,7 @@ def inspect(args: argparse.Namespace) -> None:
     for name, values in zip(("valence", "arousal"), labels.T):
         print(f"{name} mean {values.mean():.2f}, standard deviation {values.std():.2f}")
         if values.std() == 0:
-            raise DataError(f"{corpus.name}: {name} is {values[0]:g} everywhere, nothing to learn")
+            raise UserError(f"{corpus.name}: {name} is {values[0]:g} everywhere, nothing to learn")
     print(f"correlation of valence and arousal {np.corrcoef(labels.T)[0, 1]:+.2f}")
     if args.features_dir:
         features = FrameFeatures(corpus, args.features_dir)
@@ -1513,7 +826,7 @@ def extract_faces(args: argparse.Namespace) -> None:
     folders: dict[str, Path] = {}
     for base in filter(None, (args.video_dir, args.face_dir)):  # the later one wins
         if not Path(base).is_dir():
-            raise DataError(f"{base} is not a directory (--video_dir, --face_dir)")
+            raise UserError(f"{base} is not a directory (--video_dir, --face_dir)")
         folders |= {p.name: p for p in Path(base).iterdir() if p.is_dir()}
     wanted = sorted(folders)
     if args.data:
@@ -1523,7 +836,7 @@ def extract_faces(args: argparse.Namespace) -> None:
     empty = [utt_id for utt_id, files in images.items() if not files]
     if empty or not images:
         fault = f"{len(empty)} of {len(images)} utterances have no .jpg or .png in a folder of"
-        raise DataError(
+        raise UserError(
             f"{fault} their name below --video_dir or --face_dir ({', '.join(empty[:3])})"
         )
     try:
@@ -1531,13 +844,13 @@ def extract_faces(args: argparse.Namespace) -> None:
         processor = AutoImageProcessor.from_pretrained(args.vision_model, **options)
         model = AutoModel.from_pretrained(args.vision_model, **options).to(args.device).eval()
     except (OSError, ValueError) as error:
-        raise DataError(f"--vision_model {args.vision_model}: cannot be loaded ({error})") from None
+        raise UserError(f"--vision_model {args.vision_model}: cannot be loaded ({error})") from None
     out = Path(args.features_dir)
     out.mkdir(parents=True, exist_ok=True)
     made_by = json.dumps([weights_digest(model), processor.to_json_string()])
     stamp = out / "extract.json"
     if stamp.exists() and stamp.read_text() != made_by:
-        raise DataError(f"{out} holds features of another model: choose another --features_224_dir")
+        raise UserError(f"{out} holds features of another model: choose another --features_224_dir")
     stamp.write_text(made_by)
 
     def embed(files: list[Path], whole: bool) -> torch.Tensor:
@@ -1604,6 +917,6 @@ if __name__ == "__main__":
     args = parse_args()
     try:
         args.command(args)
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         sys.exit(2)

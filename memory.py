@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 import data as vadata
+from model import AUTOCAST
 from timing import GPUS, Clock, calibrate, clips, device_name, machine
 from tracing import KINDS, Trace, blend, meta_batch, on_cuda, real_step, trace
 
@@ -337,7 +338,7 @@ def probe(
         size = max(1, int(vadata.EVAL_SECONDS / seconds))
         audio = meta_batch(args, widths, size, seconds)
         batch = {key: torch.ones_like(value, device=device) for key, value in audio.items()}
-        dtype = train.AUTOCAST[args.amp]
+        dtype = AUTOCAST[args.amp]
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=args.amp != "off"):
             model.eval().encode(batch)
         return True

@@ -34,6 +34,7 @@ except ImportError:
     selective_scan_fn = None
 
 TARGETS = ("valence", "arousal")  # column order of preds and labels, everywhere
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 ENCODERS = ("wavlm", "convnext", "baseline", "transformer", "lightweight_transformer")
 
 

@@ -22,7 +22,6 @@ Not here: training and personalisation (train.py --init_from RUN --train_only fi
 import argparse
 import csv
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -31,26 +30,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import data as vadata
-from model import TARGETS, EmotionModel, ModelConfig, track_dialogues
+from corpora import Corpus, Utterance, read_csv
+from files import UserError, digest, weights_digest
+from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
+from pictures import plot_windows
+from runs import MODEL_FLAGS, load_model
 from wavlm import save_wavlm
-
-WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
-# train.py's flags that belong to a model, whatever it is trained on next
-MODEL_FLAGS = {f.name for f in dataclasses.fields(ModelConfig)} | {
-    "prosody", "speaker", "no_film", "wavlm_revision", "wavlm_dropout", "max_seconds", "context",
-}  # fmt: skip
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -110,78 +105,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def sha256(file: BinaryIO, size: int) -> bytes:
-    """32 bytes over the first `size` of the file, which is then at `size`."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while size > 0 and (block := file.read(min(size, 1 << 20))):
-        digest.update(block)
-        size -= len(block)
-    return digest.digest()
-
-
-def read_checkpoint(path: Path) -> dict:
-    """What train.py saved, unpickled (tensors and plain values) after its hash was verified.
-
-    DataError names a file that is missing, damaged or not of train.py.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size - 32  # the hash, see train.save_checkpoint
-            if size <= 0 or sha256(file, size) != file.read(32):
-                fault = f"{path}: damaged, or not a best.pt, last.pt or frozen.pt of train.py"
-                raise vadata.DataError(fault)
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except vadata.DataError:
-        raise
-    except OSError as error:
-        raise vadata.DataError(f"{path}: {error.strerror.lower()}") from None
-    except Exception as error:  # weights_only refuses more than tensors and plain values
-        fault = f"{path}: not a checkpoint of train.py ({type(error).__name__})"
-        raise vadata.DataError(fault) from None
-
-
-def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Path) -> None:
-    """Fills the model; a WavLM that did not train is in the directory's frozen.pt."""
-    if model.config.encoder == "wavlm" and not any(name.startswith(WAVLM) for name in weights):
-        weights = weights | read_checkpoint(directory / "frozen.pt")["model"]
-    model.load_state_dict(weights)
-
-
-def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
-    """(model in eval mode, the checkpoint's dict) of a run directory, a best.pt or an export.
-
-    DataError names `flag` and the file when it is missing or not ours.
-    """
-    path = Path(path)
-    exported = (path / "config.json").is_file()
-    path = path / "best.pt" if path.is_dir() and not exported else path
-    try:
-        if exported:
-            checkpoint = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            checkpoint["model"] = load_file(path / "model.safetensors")
-            checkpoint["args"]["wavlm"] = str(path / "wavlm")
-        else:
-            checkpoint = read_checkpoint(path)
-        model = EmotionModel(ModelConfig(**checkpoint["config"]))
-        load_weights(model, checkpoint["model"], path.parent)
-    except vadata.DataError as error:
-        raise vadata.DataError(f"{flag} {error} (give a run directory)") from None
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-        raise vadata.DataError(f"{flag} {path}: not a best.pt or an export ({reason})") from None
-    return model.eval(), checkpoint
-
-
-# ---------------------------------------------------------------------------------------------
 # What to predict
 
 
-def corpus_of_files(paths: list[str]) -> vadata.Corpus:
+def corpus_of_files(paths: list[str]) -> Corpus:
     """An unlabelled corpus of audio files; folders are searched for what soundfile reads."""
     suffixes = {f".{name.lower()}" for name in soundfile.available_formats()}
     files = []
@@ -192,15 +119,15 @@ def corpus_of_files(paths: list[str]) -> vadata.Corpus:
         elif path.is_file():
             files.append(path)
         else:
-            raise vadata.DataError(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
     if not files:
-        raise vadata.DataError(f"no audio files in {' '.join(paths)}")
+        raise UserError(f"no audio files in {' '.join(paths)}")
     nan = float("nan")
-    utterances = [vadata.Utterance(str(p), p, nan, nan, dialog=str(p)) for p in files]
-    return vadata.Corpus("files", Path("."), (0.0, 1.0), utterances)
+    utterances = [Utterance(str(p), p, nan, nan, dialog=str(p)) for p in files]
+    return Corpus("files", Path("."), (0.0, 1.0), utterances)
 
 
-def cut_windows(corpus: vadata.Corpus, window: float, hop: float) -> vadata.Corpus:
+def cut_windows(corpus: Corpus, window: float, hop: float) -> Corpus:
     """The corpus with each utterance as windows (seconds), the last of which ends where it ends.
 
     An utterance that is no longer than a window is one; so is a file that cannot be opened, which
@@ -219,7 +146,7 @@ def cut_windows(corpus: vadata.Corpus, window: float, hop: float) -> vadata.Corp
     return dataclasses.replace(corpus, utterances=cut)
 
 
-def decode(corpus: vadata.Corpus, cache_dir: str) -> tuple[vadata.Corpus, vadata.AudioPack]:
+def decode(corpus: Corpus, cache_dir: str) -> tuple[Corpus, vadata.AudioPack]:
     """data.load_audio, however much has to be left out; that is named on stderr."""
     corpus, pack = vadata.load_audio(corpus, cache_dir, most_bad=1.0)
     for utt_id, *_, reason in corpus.skipped:
@@ -228,7 +155,7 @@ def decode(corpus: vadata.Corpus, cache_dir: str) -> tuple[vadata.Corpus, vadata
 
 
 def build_inputs(
-    corpus: vadata.Corpus,
+    corpus: Corpus,
     pack: vadata.AudioPack,
     cache_dir: str,
     args: argparse.Namespace,
@@ -244,7 +171,7 @@ def build_inputs(
         named = dataclasses.replace(corpus, utterances=stems)
     if model.config.encoder.endswith("transformer"):
         if not args.features_dir:
-            raise vadata.DataError("the run reads feature files: give --features_dir DIR")
+            raise UserError("the run reads feature files: give --features_dir DIR")
         features = vadata.FrameFeatures(named, args.features_dir)
     if model.config.prosody_dim:
         prosody = vadata.egemaps(corpus, pack, cache_dir)
@@ -273,7 +200,7 @@ def autocast(flags: dict, device: torch.device) -> torch.autocast:
 def encode(model: EmotionModel, dataset: vadata.Batches, device: torch.device) -> Tensor:
     """Utterance vectors (N, U) of the whole dataset, batched as train.py's evaluation is.
 
-    Out of memory, what is left goes on in batches of half the audio; DataError when it does not
+    Out of memory, what is left goes on in batches of half the audio; UserError when it does not
     suffice for one utterance.
     """
     left, budget = np.arange(len(dataset.lengths)), vadata.EVAL_SECONDS * dataset.rate
@@ -296,7 +223,7 @@ def encode(model: EmotionModel, dataset: vadata.Batches, device: torch.device) -
             if len(rows) == 1:
                 seconds = dataset.lengths[rows[0]] / dataset.rate
                 fault = f"not enough memory for {seconds:.1f} s of audio at once"
-                raise vadata.DataError(f"{fault}: lower --max_seconds or --window") from None
+                raise UserError(f"{fault}: lower --max_seconds or --window") from None
             budget = len(rows) * int(dataset.lengths[rows].max()) // 2
         left = np.setdiff1d(left, done)
     bar.close()
@@ -311,7 +238,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
     """Writes args.out, and the pictures; the exit code."""
     if args.data:
         root = Path(args.data_dir) if args.data_dir else None
-        corpus = vadata.read_csv(Path(args.data), root, None, labelled=False)
+        corpus = read_csv(Path(args.data), root, None, labelled=False)
     else:
         corpus = corpus_of_files(args.audio)
     if args.window:
@@ -327,7 +254,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
             flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
             if label_range not in (None, (low, high)):
                 differ = f"{label_range} and {(low, high)}"
-                raise vadata.DataError(f"--checkpoint: the runs differ in label range: {differ}")
+                raise UserError(f"--checkpoint: the runs differ in label range: {differ}")
             label_range = low, high
             dataset = build_inputs(corpus, pack, cache_dir, args, model, flags, device)
             longer = int((corpus.seconds > dataset.max_seconds + 0.1).sum())
@@ -345,14 +272,14 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
     preds = torch.stack(preds)
     write_csv(Path(args.out), corpus, preds, bool(args.window))
     if args.plot:
-        plot_curves(Path(args.plot), corpus, preds, label_range)
+        plot_windows(Path(args.plot), corpus, preds, label_range)
     what = "windows" if args.window else "utterances"
     scale = f"{' and '.join(TARGETS)} in {low:g}..{high:g}"
     print(f"{len(preds[0])} {what}, {len(corpus.skipped)} skipped, {scale}: {args.out}")
     return 0
 
 
-def write_csv(path: Path, corpus: vadata.Corpus, preds: Tensor, windows: bool) -> None:
+def write_csv(path: Path, corpus: Corpus, preds: Tensor, windows: bool) -> None:
     """utt_id, then dialog, speaker and seconds, or start and end of windows (seconds), then the
     mean over checkpoints of preds (M, N, 2), with its standard deviation where M > 1."""
     header = ["utt_id", *(("start", "end") if windows else ("dialog", "speaker", "seconds"))]
@@ -366,41 +293,6 @@ def write_csv(path: Path, corpus: vadata.Corpus, preds: Tensor, windows: bool) -
             if windows:
                 about = [f"{u.start:.3f}", f"{u.start + seconds:.3f}"]
             writer.writerow([u.utt_id, *about, *(f"{value:.6f}" for value in row)])
-
-
-def plot_curves(
-    directory: Path, corpus: vadata.Corpus, preds: Tensor, label_range: tuple[float, float]
-) -> None:
-    """<name>.png per file of preds (M, N, 2): mean over checkpoints at the windows' middles, in a
-    band of one standard deviation. A name that is taken gets underscores."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    directory.mkdir(parents=True, exist_ok=True)
-    files: dict[str, list[int]] = {}
-    for row, u in enumerate(corpus.utterances):
-        files.setdefault(u.utt_id, []).append(row)
-    taken = set()
-    for rows in files.values():
-        name = corpus.utterances[rows[0]].path.stem
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        middles = [corpus.utterances[row].start + corpus.seconds[row] / 2 for row in rows]
-        mean, std = preds[:, rows].mean(0), preds[:, rows].std(0, correction=min(1, len(preds) - 1))
-        with style.context("tableau-colorblind10"):
-            figure = Figure(figsize=(9, 3.5), layout="constrained")
-            axis = figure.add_subplot()
-            for i, (target, marker) in enumerate(zip(TARGETS, "os")):
-                size = 3 if len(rows) < 100 else 0  # more of them hide the line
-                axis.plot(middles, mean[:, i], f"{marker}-", ms=size, lw=1.2, label=target)
-                low, high = mean[:, i] - std[:, i], mean[:, i] + std[:, i]
-                axis.fill_between(middles, low, high, alpha=0.25, lw=0)
-            axis.set(xlabel="middle of the window, s", ylim=label_range)
-            axis.set_title(name + f": mean and deviation of {len(preds)}" * (len(preds) > 1))
-            figure.legend(loc="outside lower center", ncols=2)
-            axis.grid(alpha=0.3)
-            figure.savefig(directory / f"{name}.png", dpi=120)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -418,10 +310,10 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
     if not carries:
         about = "the run was trained on single utterances (--context 1): nothing is carried"
         if args.state:
-            raise vadata.DataError(f"--state {args.state}: {about}: remove it")
+            raise UserError(f"--state {args.state}: {about}: remove it")
         print(f"note: {about}", file=sys.stderr)
     if args.state:
-        key = vadata.digest(vadata.weights_digest(model), dataclasses.asdict(model.config))
+        key = digest(weights_digest(model), dataclasses.asdict(model.config))
         state = None if args.reset else read_state(Path(args.state), key, device)
     model.to(device)
     writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -434,7 +326,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
             with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
                 try:
                     corpus, pack = decode(corpus_of_files([path]), cache_dir)
-                except vadata.DataError as error:  # no such file
+                except UserError as error:  # no such file
                     print(f"skipped {error}", file=sys.stderr)
                     corpus = None
                 if not (corpus and corpus.utterances):
@@ -480,7 +372,7 @@ def save_state(path: Path, key: str, state: dict | None) -> None:
 def read_state(path: Path, key: str, device: torch.device) -> dict | None:
     """What save_state wrote; None where there is no file yet, or a dialogue begins.
 
-    DataError when it is not a state, or that of another checkpoint.
+    UserError when it is not a state, or that of another checkpoint.
     """
     try:
         with safe_open(path, "pt", device=str(device)) as file:
@@ -490,10 +382,10 @@ def read_state(path: Path, key: str, device: torch.device) -> dict | None:
         return None
     except Exception as error:
         fault = f"--state {path}: not a state of predict.py ({str(error)[:60]})"
-        raise vadata.DataError(f"{fault}: give another file, or --reset") from None
+        raise UserError(f"{fault}: give another file, or --reset") from None
     if written_by != key:
         fault = f"--state {path}: of another checkpoint than --checkpoint"
-        raise vadata.DataError(f"{fault}: give that one or another file, or --reset") from None
+        raise UserError(f"{fault}: give that one or another file, or --reset") from None
     blocks = sum(name.endswith(".ssm") for name in state)
     if blocks:
         names = [(f"mamba.{i}.conv", f"mamba.{i}.ssm") for i in range(blocks)]
@@ -509,13 +401,13 @@ def export(path: str, directory: Path) -> None:
     """Writes config.json and model.safetensors, which load_model reads, README.md (a model card)
     and, of a WavLM, wavlm/ for transformers' WavLMModel and train.py --wavlm.
 
-    The directory appears when it is whole. DataError when it exists.
+    The directory appears when it is whole. UserError when it exists.
     """
     model, checkpoint = load_model(path, "--checkpoint")
     if "name" not in checkpoint["args"]:
-        raise vadata.DataError(f"--checkpoint {path} is an export already: give a run directory")
+        raise UserError(f"--checkpoint {path} is an export already: give a run directory")
     if directory.exists():
-        raise vadata.DataError(f"--export {directory} exists: delete it, or give another")
+        raise UserError(f"--export {directory} exists: delete it, or give another")
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
     aside.mkdir(parents=True)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -585,10 +477,10 @@ def model_card(run: Path, checkpoint: dict) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Predicts, streams or exports; the exit code. DataError carries a message for the user."""
+    """Predicts, streams or exports; the exit code. UserError carries a message for the user."""
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
-        raise vadata.DataError("--device cuda: torch sees no GPU")
+        raise UserError("--device cuda: torch sees no GPU")
     device = torch.device("cuda" if cuda else "cpu")
     if args.export:
         export(args.checkpoint[0], Path(args.export))
@@ -599,7 +491,7 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(parse_args()))
-    except vadata.DataError as error:
+    except UserError as error:
         print(f"predict.py: error: {error}", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"predict.py: error: {error.filename}: {error.strerror}", file=sys.stderr)

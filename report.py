@@ -19,32 +19,35 @@ Also here: what a run writes, and how well its embeddings separate. Not here: tr
 import argparse
 import base64
 import contextlib
-import csv
 import datetime
 import html
 import io
 import json
 import math
-import os
-import platform
 import re
 import socket
 import statistics
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from data import Corpus
+from files import UserError
 from model import TARGETS, concordance, metrics, moment_sums
+from pictures import plot_all
+from runs import (
+    Columns,
+    pooled_rows,
+    read_json,
+    read_predictions,
+    read_records,
+    read_vectors,
+    tensors,
+)
 
 RESAMPLES = 2000
 SEED = 0
@@ -66,19 +69,12 @@ COLUMNS = {
     "peak_gib": "peak GiB",
 }
 FIGURES = (*COLUMNS, "parameters_trainable", "num_folds")
-TEXTS = ("utt_id", "dialog", "speaker", "emotion")  # columns of predictions_<split>.csv
-NUMBERS = ("seconds", *TARGETS, *(f"pred_{target}" for target in TARGETS))
 STATUS = [
     "fold", "state", "epoch", "step", "best dev CCC", "audio-s/s", "peak GiB", "time left",
     "last record",
 ]  # fmt: skip
 
-Columns = dict[str, np.ndarray]  # of a predictions CSV: TEXTS as text, NUMBERS as float64, (N,)
 Block = tuple[str, object]  # of a report: "heading", "text", "list", "table" or "picture"
-
-
-class ReportError(ValueError):
-    """Files that cannot be read; the message is complete and main exits with code 2."""
 
 
 @dataclass
@@ -100,93 +96,13 @@ class Experiment:
 
 
 # ---------------------------------------------------------------------------------------------
-# Writing, while a run goes on
-
-
-def replace_text(path: Path, text: str) -> None:
-    """The whole text or what was there: written aside, synced, renamed. OSError names the file."""
-    aside = path.with_name(f".{path.name}.aside")
-    try:
-        with open(aside, "w", newline="", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-class RunFiles:
-    """What a run writes: metrics.jsonl, TensorBoard, JSON and CSV files. For rank 0 alone.
-
-    `lock` is the claim on the directory; it is held as long as this object lives.
-    """
-
-    def __init__(self, directory: Path, lock: TextIO) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second to import
-
-        self.directory, self.lock = directory, lock
-        self.metrics = directory / "metrics.jsonl"
-        self.records = 0  # in metrics.jsonl
-        self.board = SummaryWriter(directory / "tb")
-
-    def rewind(self, count: int) -> int:
-        """Keeps the first `count` records; the resumed run writes the later ones again. Returns
-        how many there are."""
-        lines = self.metrics.read_bytes().splitlines(True) if self.metrics.exists() else []
-        kept = [line for line in lines[:count] if line.endswith(b"\n")]
-        replace_text(self.metrics, b"".join(kept).decode(errors="replace"))
-        self.records = len(kept)
-        return self.records
-
-    def record(self, event: str, step: int, values: dict[str, float]) -> None:
-        try:
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.metrics)) from None
-        self.records += 1
-        for key, value in values.items():
-            self.board.add_scalar(key if "/" in key else f"{event}/{key}", value, step)
-
-    def write_json(self, name: str, content: dict) -> None:
-        replace_text(self.directory / name, json.dumps(content, indent=1) + "\n")
-
-    def write_status(self, step: int) -> None:
-        """status.json of a run that goes on and has saved `step`; train.py's run completes it."""
-        about = {"time": time.time(), "host": platform.node(), "pid": os.getpid()}
-        status = {"exit_code": None, "reason": "running", "step": step, **about}
-        self.write_json("status.json", status)
-
-    def write_predictions(
-        self, split: str, corpus: Corpus, rows: np.ndarray, preds: Tensor
-    ) -> None:
-        """predictions_<split>.csv of preds (n, 2) in the label's own scale, and the labels."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        header = ["utt_id", "dialog", "speaker", "emotion", "seconds", *TARGETS]
-        writer.writerow([*header, *(f"pred_{target}" for target in TARGETS)])
-        for row, pred in zip(rows.tolist(), preds.tolist()):
-            utt = corpus.utterances[row]
-            about = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
-            labels = [getattr(utt, target) for target in TARGETS]
-            texts = [f"{value:.6f}" for value in pred]
-            writer.writerow([*about, f"{corpus.seconds[row]:.3f}", *labels, *texts])
-        replace_text(self.directory / f"predictions_{split}.csv", text.getvalue())
-
-    def close(self) -> None:
-        self.board.close()
-
-
-# ---------------------------------------------------------------------------------------------
 # Reading
 
 
 def read_experiment(
     directory: Path, asked: list[int] | None = None, failed: list[int] | None = None
 ) -> Experiment:
-    """The experiment with all its folds, or those of `asked`; ReportError where it has none.
+    """The experiment with all its folds, or those of `asked`; UserError where it has none.
 
     All its folds are 1..K: K is num_folds of any result.json, or the highest fold that left a
     directory or a log. A fold in `failed` is missing whatever is on disk: an older run's.
@@ -195,7 +111,7 @@ def read_experiment(
     for fold in found_folds(directory):
         try:
             read[fold] = read_fold(directory / f"fold{fold}")
-        except ReportError as error:
+        except UserError as error:
             problems[fold] = str(error)
     said = {figures["num_folds"] for figures, _ in read.values()}
     num_folds = int(max({*read, *problems} | said))
@@ -220,15 +136,15 @@ def read_experiment(
 
 
 def found_folds(directory: Path) -> list[int]:
-    """Folds that left a directory or a log; ReportError where there is none."""
+    """Folds that left a directory or a log; UserError where there is none."""
     if not directory.is_dir():
-        raise ReportError(f"{directory}: no such directory")
+        raise UserError(f"{directory}: no such directory")
     names = [re.fullmatch(r"fold([1-9]\d*)(\.log)?", path.name) for path in directory.iterdir()]
     found = sorted({int(match[1]) for match in names if match})
     if not found and (directory / "args.json").exists():
-        raise ReportError(f"{directory} is one fold: give the directory above it")
+        raise UserError(f"{directory} is one fold: give the directory above it")
     if not found:
-        raise ReportError(f"{directory}: no folds (fold1, fold2, ...) in it")
+        raise UserError(f"{directory}: no folds (fold1, fold2, ...) in it")
     return found
 
 
@@ -236,7 +152,7 @@ def read_fold(directory: Path) -> tuple[dict[str, float], Columns]:
     """(FIGURES, test rows) of a fold that is done."""
     path = directory / "result.json"
     if not path.exists():
-        raise ReportError(f"{path}: not there, the run is not done")
+        raise UserError(f"{path}: not there, the run is not done")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         flat = {f"{s}/{key}": result[s][key] for s in ("dev", "test") for key in result[s]}
@@ -245,100 +161,17 @@ def read_fold(directory: Path) -> tuple[dict[str, float], Columns]:
         flat["parameters_trainable"] = result["parameters_trainable"]
         figures = {key: float(flat[key]) for key in FIGURES}
     except KeyError as error:
-        raise ReportError(f"{path}: has no {error}") from error
+        raise UserError(f"{path}: has no {error}") from error
     except (OSError, TypeError, ValueError) as error:
-        raise ReportError(f"{path}: cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot be read ({error})") from error
     for key, value in figures.items():
         if not math.isfinite(value):
-            raise ReportError(f"{path}: {key} {value} is not a finite number")
+            raise UserError(f"{path}: {key} {value} is not a finite number")
     return figures, read_predictions(directory / "predictions_test.csv")
-
-
-def read_predictions(path: Path) -> Columns:
-    """Columns of a predictions CSV with one row at least; ReportError names the row."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise ReportError(f"{path}: cannot be read ({error})") from error
-    if not rows:
-        raise ReportError(f"{path}: no rows")
-    absent = [name for name in (*TEXTS, *NUMBERS) if name not in rows[0]]
-    if absent:
-        raise ReportError(f"{path}: column {', '.join(absent)} is missing")
-    columns = {name: np.array([row[name] or "" for row in rows]) for name in TEXTS}
-    for name in NUMBERS:
-        values = [to_number(row[name]) for row in rows]
-        for number, (value, row) in enumerate(zip(values, rows), start=2):
-            if not math.isfinite(value):
-                raise ReportError(f"{path} row {number}: {name} {row[name]} is not a finite number")
-        columns[name] = np.array(values)
-    return columns
-
-
-def to_number(text: str | None) -> float:
-    """nan for what is not a number."""
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return math.nan
-
-
-def read_vectors(directory: Path, count: int) -> np.ndarray:
-    """Utterance vectors (count, U) of the test split, in the row order of its predictions."""
-    path = directory / "embedding_test.npy"
-    try:
-        vectors = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: cannot be read ({error})") from error
-    if vectors.ndim != 2 or len(vectors) != count or not is_finite(vectors):
-        raise ReportError(f"{path}: {vectors.dtype} {vectors.shape}, not {count} finite rows")
-    return vectors
-
-
-def is_finite(values: np.ndarray) -> bool:
-    return values.dtype.kind == "f" and bool(np.isfinite(values).all())
-
-
-def read_json(path: Path) -> dict:
-    """Empty where the file is absent or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def read_records(directory: Path) -> list[dict]:
-    """Records of metrics.jsonl; without lines that are torn or not of ours."""
-    path = directory / "metrics.jsonl"
-    records = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # the run is writing it, or was killed while it did
-        if isinstance(record, dict) and {"event", "step"} <= record.keys():
-            numbers = (value for key, value in record.items() if key != "event")
-            if all(isinstance(value, (int, float)) for value in numbers):
-                records.append(record)
-    return records
 
 
 # ---------------------------------------------------------------------------------------------
 # Figures over folds
-
-
-def pooled_rows(parts: Iterable[Columns]) -> Columns:
-    """Test rows of several folds in one table."""
-    parts = list(parts)
-    return {name: np.concatenate([part[name] for part in parts]) for name in (*TEXTS, *NUMBERS)}
-
-
-def tensors(rows: Columns) -> tuple[Tensor, Tensor]:
-    """preds, labels (N, 2)."""
-    columns = ([f"pred_{target}" for target in TARGETS], TARGETS)
-    return tuple(torch.from_numpy(np.stack([rows[n] for n in names], axis=1)) for names in columns)
 
 
 def test_set(experiment: Experiment) -> set[str]:
@@ -539,7 +372,7 @@ def mean_separation(experiment: Experiment) -> dict[str, float] | None:
     for fold, rows in experiment.parts.items():
         try:
             vectors = read_vectors(Path(experiment.name) / f"fold{fold}", len(rows["utt_id"]))
-        except ReportError as error:
+        except UserError as error:
             experiment.notes.append(f"separation: not given, {error}")
             return None
         figures.append(separation(vectors, tensors(rows)[1], rows["speaker"]))
@@ -726,172 +559,17 @@ h2 {{ margin-top: 2.5rem }} img {{ max-width: 100% }} figure {{ margin: 1.5rem 0
 """
 
 
-# ---------------------------------------------------------------------------------------------
-# Pictures. Colours of Okabe and Ito, which the colour-blind tell apart, and cividis
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "o^sDv<>"
-
-
-def plot_run(directory: Path, split: str, vectors: Tensor) -> None:
-    """The pictures of a run; vectors (n, U) in the row order of predictions_<split>.csv."""
-    parts = {directory.name: read_predictions(directory / f"predictions_{split}.csv")}
-    records = {directory.name: read_records(directory)}
-    for name, figure in plot_all(records, parts, {directory.name: vectors.numpy()}).items():
-        figure.savefig(directory / f"{name}.png")
-
-
 def picture_blocks(e: Experiment) -> list[Block]:
     """The pictures of one experiment, of the folds that are there."""
     runs = {f"fold {fold}": Path(e.name) / f"fold{fold}" for fold in e.parts}
     parts, vectors = dict(zip(runs, e.parts.values())), {}
     for name, run in runs.items():
-        with contextlib.suppress(ReportError):  # named in the notes
+        with contextlib.suppress(UserError):  # named in the notes
             vectors[name] = read_vectors(run, len(parts[name]["utt_id"]))
     records = {name: read_records(run) for name, run in runs.items()}
     figures = plot_all(records, parts, vectors) if parts else {}
     scope = f"{e.name}, {', '.join(runs)}"
     return [("picture", (f"{name}: {scope}", figure)) for name, figure in figures.items()]
-
-
-def plot_all(
-    records: dict[str, list[dict]], parts: dict[str, Columns], vectors: dict[str, np.ndarray]
-) -> dict[str, Figure]:
-    """Name -> picture, of runs by name; vectors (n, U) may be absent for some."""
-    rows = pooled_rows(parts.values())
-    figures = {"curves": plot_curves(records), "scatter": plot_scatter(rows)}
-    figures |= {"circumplex": plot_circumplex(rows), "duration": plot_duration(rows)}
-    if vectors:
-        figures["embedding"] = plot_embedding({k: (v, parts[k]) for k, v in vectors.items()})
-    return figures
-
-
-def new_figure(columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.4 * columns, 3.6 * rows), dpi=110, layout="constrained")
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def plot_dots(axis: Axes, x: np.ndarray, y: np.ndarray, colour: str) -> None:
-    """Fainter the more there are."""
-    alpha = float(np.clip(8 / math.sqrt(len(x)), 0.05, 0.6))
-    axis.plot(x, y, ".", ms=5, mew=0, alpha=alpha, color=colour)
-
-
-def plot_curves(runs: dict[str, list[dict]]) -> Figure:
-    """Training loss and dev CCCs over epochs, a line per run; from read_records."""
-    figure, axes = new_figure(3)
-    panels = ("loss", *(f"dev/ccc_{target}" for target in TARGETS))
-    for i, (name, records) in enumerate(runs.items()):
-        dev_or_train = [r for r in records if r["event"] != "test"]
-        for axis, key in zip(axes, panels):
-            points = [(r["epoch"], r[key]) for r in dev_or_train if {"epoch", key} <= r.keys()]
-            points = np.array(points).reshape(-1, 2).T
-            style = ("o-", "^--", "s:")[i // len(COLOURS) % 3]
-            axis.plot(*points, style, ms=3, lw=1.2, color=COLOURS[i % len(COLOURS)], label=name)
-    for axis, label in zip(axes, ("training loss", *(f"dev CCC {target}" for target in TARGETS))):
-        axis.set(xlabel="epoch", ylabel=label)
-    if len(runs) > 1:
-        handles = axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside right upper", frameon=False)
-    return figure
-
-
-def plot_scatter(rows: Columns) -> Figure:
-    """Predicted against true in the label's scale, with the identity line."""
-    figure, axes = new_figure(len(TARGETS))
-    scores = metrics(*tensors(rows))
-    for axis, target, colour in zip(axes, TARGETS, COLOURS):
-        true, pred = rows[target], rows[f"pred_{target}"]
-        limits = [min(true.min(), pred.min()), max(true.max(), pred.max())]
-        axis.plot(limits, limits, color="black", lw=1, zorder=3)
-        plot_dots(axis, true, pred, colour)
-        title = f"CCC {scores[f'ccc_{target}']:.3f}, {len(true)} utterances"
-        axis.set(xlabel=f"true {target}", ylabel=f"predicted {target}", aspect="equal", title=title)
-    return figure
-
-
-def plot_circumplex(rows: Columns) -> Figure:
-    """Where utterances lie and where they are put (means of cells), and the cloud of the errors."""
-    figure, (left, right) = new_figure(2)
-    preds, labels = (values.numpy() for values in tensors(rows))
-    edges = [np.linspace(*np.quantile(labels[:, i], (0, 1)), 8) for i in (0, 1)]
-    cells = [np.searchsorted(edges[i][1:-1], labels[:, i], side="right") for i in (0, 1)]
-    cells = cells[0] * 7 + cells[1]
-    plot_dots(left, *labels.T, "black")
-    shown = [cell for cell in np.unique(cells) if (cells == cell).sum() >= 3]
-    start, end = (np.array([x[cells == c].mean(0) for c in shown]) for x in (labels, preds))
-    if shown:
-        left.quiver(
-            *start.T, *(end - start).T, angles="xy", scale_units="xy", scale=1, width=0.006,
-            color=COLOURS[0],
-        )  # fmt: skip
-    left.set(xlabel="valence", ylabel="arousal", title="true (dots) to predicted (cell means)")
-    errors = preds - labels
-    most = np.abs(errors).max() or 1.0
-    bins = right.hexbin(*errors.T, gridsize=25, cmap="cividis", mincnt=1, extent=(-most, most) * 2)
-    figure.colorbar(bins, ax=right, label="utterances")
-    right.axhline(0, color="grey", lw=0.8)
-    right.axvline(0, color="grey", lw=0.8)
-    right.plot(*errors.mean(0), "X", ms=9, color=COLOURS[1], mec="white")
-    title = "errors; X: mean {:+.2f}, {:+.2f}".format(*errors.mean(0))
-    right.set(xlabel="predicted - true valence", ylabel="predicted - true arousal", title=title)
-    right.set_aspect("equal")
-    return figure
-
-
-def plot_duration(rows: Columns) -> Figure:
-    """Predicted minus true over seconds: utterances, and median and quartiles of equal shares."""
-    figure, axes = new_figure(len(TARGETS))
-    order = np.argsort(rows["seconds"], kind="stable")
-    shares = np.array_split(order, int(np.clip(len(order) // 10, 1, 10)))
-    middles = [np.median(rows["seconds"][share]) for share in shares]
-    for axis, target, colour in zip(axes, TARGETS, COLOURS):
-        errors = rows[f"pred_{target}"] - rows[target]
-        plot_dots(axis, rows["seconds"], errors, colour)
-        low, median, high = zip(*(np.quantile(errors[s], (0.25, 0.5, 0.75)) for s in shares))
-        axis.axhline(0, color="grey", lw=0.8)
-        axis.fill_between(middles, low, high, alpha=0.25, color="black", lw=0, label="quartiles")
-        axis.plot(middles, median, "o-", ms=3, color="black", label="median")
-        axis.set(xlabel="seconds", ylabel=f"predicted - true {target}")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right upper", frameon=False)
-    return figure
-
-
-def plot_embedding(maps: dict[str, tuple[np.ndarray, Columns]], most: int = 1000) -> Figure:
-    """First two principal components, a row per run, coloured by each target and by speaker.
-
-    Runs have embedding spaces of their own; of each at most `most` evenly spaced rows are shown.
-    """
-    figure, axes = new_figure(3, len(maps))
-    for row, (name, (vectors, columns)) in enumerate(maps.items()):
-        keep = np.linspace(0, len(vectors) - 1, min(most, len(vectors))).astype(int)
-        centred = vectors[keep].astype(np.float64)
-        centred -= centred.mean(0)
-        _, values, components = np.linalg.svd(centred, full_matrices=False)
-        share = np.append(values**2, 0) / max((values**2).sum(), 1e-12)
-        points = np.pad(centred @ components[:2].T, ((0, 0), (0, 1)))[:, :2]  # (n, 2), n = 1 too
-        *pair, last = axes[3 * row : 3 * row + 3]
-        for axis, target in zip(pair, TARGETS):
-            dots = axis.scatter(*points.T, c=columns[target][keep], s=10, cmap="cividis")
-            figure.colorbar(dots, ax=axis)
-        speakers = columns["speaker"][keep]
-        names, counts = np.unique(speakers, return_counts=True)
-        shown = sorted(names[np.argsort(-counts, kind="stable")[: len(COLOURS)]])
-        others = points[~np.isin(speakers, shown)]
-        last.scatter(*others.T, s=6, color="lightgrey", label="others" if len(others) else None)
-        for speaker, colour, marker in zip(shown, COLOURS, MARKERS):
-            label = (speaker or "unknown")[:24]
-            dots = points[speakers == speaker].T
-            last.scatter(*dots, s=10, color=colour, marker=marker, label=label)
-        last.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        for axis, what in zip((*pair, last), (*TARGETS, "speaker")):
-            axis.set(xlabel=f"PC 1 ({share[0]:.0%})", ylabel=f"PC 2 ({share[1]:.0%})")
-            axis.set_title(f"{name}: {what}")
-    return figure
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1009,6 +687,6 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(parse_args()))
-    except (ReportError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         sys.exit(2)

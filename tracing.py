@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from torch.utils.flop_counter import flop_registry
 
 import data as vadata
+from model import AUTOCAST
 from wavlm import BlockAttention
 
 CUBLAS_BYTES = 2 * 8_519_680  # one workspace for forward's thread, one for backward's; Ampere, Ada
@@ -460,7 +461,7 @@ def trace(
     on_gpu = on_cuda(args)
     args = argparse.Namespace(**vars(args) | {"batch_size": size})
     args.amp = args.amp or ("fp16" if on_gpu else "off")
-    dtype = train.AUTOCAST[args.amp] if args.amp != "off" else None
+    dtype = AUTOCAST[args.amp] if args.amp != "off" else None
     tracker = Tracker(on_gpu)
     rules = CudaRules(tracker, dtype)
     kinds: dict[int, str] = {}
@@ -522,7 +523,8 @@ def trace(
         torch.random.fork_rng(devices=[]),
         rules.in_recomputation() if emulated else contextlib.nullcontext(),
         mock.patch("torch.autocast", rules.autocast),
-        mock.patch.object(train, "all_reduce", lambda tensor, _: tensor),
+        mock.patch("train.all_reduce", lambda tensor, _: tensor),
+        mock.patch("processes.all_reduce", lambda tensor, _: tensor),
         mock.patch("torch.nn.utils.clip_grad_norm_", lambda *_: torch.zeros(())),  # few bytes, slow
         contextlib.nullcontext() if on_gpu else mock.patch("wavlm.KernelAttention", BlockAttention),
         rules if emulated else contextlib.nullcontext(),

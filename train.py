@@ -27,38 +27,31 @@ if __name__ == "__main__":  # before the imports, which take seconds
 import argparse
 import contextlib
 import datetime
-import errno
-import fcntl
 import itertools
-import json
 import logging
 import math
 import multiprocessing
-import platform
 import re
-import shutil
-import statistics
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data as vadata
 import memory
 import report
+from corpora import Corpus, make_splits, num_folds, read_corpus, write_skipped
+from files import UserError, digest, progress, weights_digest
 from model import (
+    AUTOCAST,
     ENCODERS,
     TARGETS,
     EmotionModel,
@@ -69,16 +62,51 @@ from model import (
     moment_sums,
     track_dialogues,
 )
-from predict import (
-    AUTOCAST,
+from pictures import plot_run
+from processes import (
+    RETRY_EXIT_CODE,
+    START_SECONDS,
+    StepTooLarge,
+    Stopped,
+    agree_on_memory,
+    all_reduce,
+    any_rank,
+    exchange_nothing,
+    handle_signals,
+    machine_fault,
+    patiently,
+    set_rank_timeout,
+    start_ranks,
+    start_worker,
+    stop_signals,
+    until_stopped,
+    wrap_ddp,
+)
+from runs import (
     MODEL_FLAGS,
     WAVLM,
+    RunFiles,
+    check_resumable,
+    end_status,
+    load_last,
     load_model,
     load_weights,
+    prepare_run_dir,
     read_checkpoint,
-    sha256,
+    run_dir,
+    save_checkpoint,
+    wavlm_weights,
 )
-from report import RunFiles
+from watch import (
+    Meter,
+    git_commit,
+    score_line,
+    start_logging,
+    startup_block,
+    step_line,
+    trainable_line,
+    versions,
+)
 from wavlm import ATTENTIONS, SIZES, WavLM, load_wavlm, read_config
 
 log = logging.getLogger("vatune")
@@ -107,16 +135,7 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-Averaged = torch.futures.Future[torch.Tensor]
 LEAST_STEPS = 20  # in an epoch, when --batch_size auto may choose
-
-
-class StepTooLarge(torch.OutOfMemoryError):
-    """A step found no memory, on all ranks together and before anything was updated."""
-
-
-class UserError(Exception):
-    """A mistake in flags or files; the message is complete and main exits with code 2."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -259,7 +278,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if given.init_from:
         try:
             _, start = load_model(given.init_from, "--init_from")
-        except vadata.DataError as error:
+        except UserError as error:
             p.error(str(error))
         p.set_defaults(**{k: v for k, v in start["args"].items() if k in MODEL_FLAGS})
         p.set_defaults(label_range=start["label_range"])
@@ -397,10 +416,6 @@ def halve_batch(args: argparse.Namespace, world_size: int) -> None:
     split_batch(args, size, world_size)
 
 
-def run_dir(args: argparse.Namespace) -> Path:
-    return Path(args.out) / args.name / f"fold{args.fold}"
-
-
 # ---------------------------------------------------------------------------------------------
 # Pure helpers
 
@@ -522,13 +537,6 @@ def to_device(batch: dict, device: torch.device) -> dict:
     }
 
 
-def all_reduce(tensor: Tensor, world_size: int) -> Tensor:
-    """Sum over ranks, in place (all ranks participate)."""
-    if world_size > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
 # ---------------------------------------------------------------------------------------------
 # One step, and evaluation
 
@@ -619,12 +627,6 @@ def train_step(
     return all_reduce(seen, world_size), norm
 
 
-def agree_on_memory(faults: list[str], world_size: int) -> None:
-    """StepTooLarge on every rank when one is out of memory (all ranks participate)."""
-    if any_rank(bool(faults), world_size):
-        raise StepTooLarge(faults[0] if faults else "another rank is out of memory")
-
-
 @torch.no_grad()
 def evaluate(
     model: EmotionModel,
@@ -677,10 +679,6 @@ def never_trains(args: argparse.Namespace, schedule: list[tuple[int, str]], epoc
     return all(is_frozen(args, what) for first, what in schedule if first <= epoch + 1)
 
 
-def wavlm_weights(model: EmotionModel) -> dict[str, Tensor]:
-    return {k: v for k, v in model.state_dict().items() if k.startswith(WAVLM)}
-
-
 def weights_to_save(
     model: EmotionModel, args: argparse.Namespace, schedule: list[tuple[int, str]], epoch: int
 ) -> dict[str, Tensor]:
@@ -706,9 +704,9 @@ def frozen_states(
     if not reads_cache(args, stage):
         return None
     wavlm, pooled = model.encoder.wavlm, model.pooling.score is None
-    key = vadata.digest(
+    key = digest(
         vadata.HIDDEN_VERSION, dataset.pack.key, len(dataset.lengths), args.max_seconds, args.amp,
-        vadata.weights_digest(wavlm), wavlm.config.to_dict(), list(model.encoder.layers), pooled,
+        weights_digest(wavlm), wavlm.config.to_dict(), list(model.encoder.layers), pooled,
     )  # fmt: skip
 
     @torch.no_grad()
@@ -717,7 +715,7 @@ def frozen_states(
         plan = vadata.eval_plan(dataset.lengths, rows, 0, 1)
         loader = make_loader(dataset, plan, args, device)
         model.eval()
-        for batch in vadata.progress(patiently(loader, args.timeout), len(plan), "hidden states"):
+        for batch in progress(patiently(loader, args.timeout), len(plan), "hidden states"):
             with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "off"):
                 states, mask = model.encoder(to_device(batch, device))
                 hidden = model.pooling.prepare(states, mask).half().cpu().numpy()
@@ -761,463 +759,17 @@ def steps_of(
 
 
 # ---------------------------------------------------------------------------------------------
-# Signals, ranks and workers
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-RETRY_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal, resume me
-START_SECONDS = 1800  # for the first step, before --timeout holds: compiling, cold disks [guess]
-MAX_SKIPPED = 20  # steps in a row that GradScaler may skip; a start skips about ten [guess]
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}
-stop_signals: list[int] = []  # that came; ranks agree on them after a step and in evaluation
-
-
-class Stopped(BaseException):
-    """A signal ended the run where there is nothing to save; run exits with RETRY_EXIT_CODE."""
-
-
-def handle_signals(at_once: bool) -> None:
-    """Raise Stopped wherever a signal strikes, or only note it for any_rank to find."""
-
-    def handler(number: int, _: object) -> None:
-        stop_signals.append(number)
-        if at_once and len(stop_signals) == 1:  # a second one must not break the clearing up
-            raise Stopped
-
-    for number in SIGNALS:
-        signal.signal(number, handler)
-    if at_once and stop_signals:
-        raise Stopped
-
-
-def any_rank(flag: bool, world_size: int) -> bool:
-    """True on every rank when it is on one (all ranks participate, over CPU: no wait for GPUs)."""
-    return all_reduce(torch.tensor(float(flag)), world_size).item() > 0
-
-
-def patiently(loader: DataLoader, seconds: float) -> Iterator[dict]:
-    """The loader's batches; RuntimeError when one takes longer, or its worker died.
-
-    DataLoader's own time-out does not reach into the passing of a tensor, where a stopped worker
-    blocks, and hides a dead one until it is over.
-    """
-
-    def handler(*_: object) -> None:
-        raise TimeoutError(f"no batch for --timeout {seconds:g} s")
-
-    signal.signal(signal.SIGALRM, handler)
-    batches = None
-    while True:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            if batches is None:
-                batches = iter(loader)  # waits for an answer of persistent workers
-            batch = next(batches, None)
-        except (TimeoutError, ConnectionError, EOFError) as error:
-            raise RuntimeError(f"DataLoader: {error}") from None
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        if batch is None:
-            return
-        yield batch
-
-
-def until_stopped(batches: Iterator[dict], polls: int, world_size: int) -> Iterator[dict]:
-    """At most `polls` batches; Stopped on all ranks when one has got a signal."""
-    for _ in range(polls):
-        if any_rank(bool(stop_signals), world_size):
-            raise Stopped
-        yield from itertools.islice(batches, 1)
-
-
-def start_worker(_: int) -> None:
-    """A loader process dies with its rank and not before: the rank's checkpoint needs it."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if not multiprocessing.parent_process().is_alive():  # it was faster
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def start_ranks(cuda: bool, world_size: int, seconds: float) -> None:
-    """The process group; torchrun has set the addresses. Within one machine it stays on it."""
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size) and sys.platform == "linux":
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, "lo")
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
-
-
-def set_rank_timeout(limit: datetime.timedelta) -> None:
-    """Of every collective from now on; torch below 2.15 has it under another name."""
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-    set_timeout(limit)
-
-
-def odd_children() -> str:
-    """Pids and states of child processes that are dead, stopped or waiting for a disk, on Linux."""
-    stats = []
-    with contextlib.suppress(OSError):
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in children]
-    states = [(stat.split()[0], stat.rpartition(")")[2].split()[0]) for stat in stats]
-    names = {"Z": "is dead", "T": "is stopped", "D": "waits for a disk"}
-    odd = [f"worker {pid} {names[state]}" for pid, state in states if state in names]
-    return f" ({', '.join(odd)})" * bool(odd)
-
-
-def machine_fault(error: Exception, args: argparse.Namespace) -> str:
-    """One or two lines on a fault that is not the code's, with what to do; "" for any other."""
-    text = str(error)
-    if isinstance(error, FloatingPointError):
-        return text
-    if memory.is_out_of_memory(error):
-        return f"out of memory: {text.splitlines()[0]}"
-    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
-        where = error.filename or run_dir(args)
-        return f"{where}: {error.strerror}: make room or mend the disk, then --resume"
-    if text.startswith("DataLoader"):
-        return f"{text.splitlines()[0].strip(' .')}{odd_children()}: continue with --resume"
-    if isinstance(error, dist.DistError) or "gloo" in text:
-        return (
-            f"a rank died, or gave no answer for --timeout {args.timeout:g} s; look for its own "
-            f"message, then continue with --resume ({text.splitlines()[0][:120]})"
-        )
-    return ""
-
-
-# ---------------------------------------------------------------------------------------------
-# Files of a run
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Written aside with its SHA-256 as the last 32 bytes, synced, renamed: always whole.
-
-    A last.pt that is there becomes previous.pt. OSError names the file; what was there stays.
-    """
-    aside = path.with_name(f".{path.name}.aside")
-    try:
-        with open(aside, "w+b") as file:
-            torch.save(content, file)
-            size = file.tell()
-            file.write(sha256(file, size))
-            file.flush()
-            os.fsync(file.fileno())
-        if path.name == "last.pt" and path.exists():
-            os.replace(path, path.with_name("previous.pt"))
-        os.replace(aside, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
-    except (OSError, RuntimeError) as error:  # torch puts its own error over the disk's
-        aside.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
-
-
-def load_last(directory: Path) -> dict | None:
-    """The content of last.pt or, where that is missing or damaged, of previous.pt; None without
-    either. UserError when none of what is there is good."""
-    faults = []
-    for path in (directory / "last.pt", directory / "previous.pt"):
-        try:
-            content = read_checkpoint(path)
-        except vadata.DataError as error:
-            faults.append(str(error))
-        else:
-            if faults:  # the next save must not put the bad one in place of the good one
-                log.warning(f"{faults[0]}: continuing from {path}, the one before")
-                with contextlib.suppress(OSError):  # it is missing, or another rank was first
-                    (directory / "last.pt").rename(directory / "damaged.pt")
-            return content
-    if not any((directory / name).exists() for name in ("last.pt", "previous.pt")):
-        return None
-    raise UserError(f"--resume: {'; '.join(faults)}: start anew with --overwrite")
-
-
-def prepare_run_dir(args: argparse.Namespace) -> TextIO:
-    """Creates the run directory, clears it (--overwrite) or keeps it (--resume). Rank 0 only.
-
-    Returns an open file whose lock is this run's claim on the directory: it ends with the process,
-    however that dies. UserError when another process holds it.
-    """
-    path = run_dir(args)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(path.with_name(f".{path.name}.lock"), "a+")  # noqa: SIM115 the caller keeps it
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit it
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # and not: this disk knows no locks
-            lock.seek(0)
-            raise UserError(
-                f"{path} is in use by another run ({lock.read().strip()}): wait for its end, or "
-                "give another --name"
-            ) from None
-    lock.truncate(0)
-    print(f"pid {os.getpid()} on {platform.node()}", file=lock, flush=True)
-    if args.overwrite and path.exists():
-        if any(path.iterdir()) and not (path / "train.log").exists():
-            raise UserError(f"{path} is not a run directory: --overwrite will not delete it")
-        shutil.rmtree(path)
-    try:
-        path.mkdir(exist_ok=args.resume)
-    except FileExistsError:
-        raise UserError(
-            f"{path} exists: give --resume to continue it, --overwrite to delete it, "
-            "or another --name"
-        ) from None
-    for aside in path.glob(".*.aside"):  # of a run that was killed while it wrote
-        aside.unlink()
-    return lock
-
-
-def end_status(directory: Path, exit_code: int, reason: str) -> None:
-    """Completes status.json where this process wrote it: torchrun turns every exit code into 1."""
-    with contextlib.suppress(OSError, ValueError):  # no such file, or no room for a new one
-        status = json.loads((directory / "status.json").read_text())
-        if (status["host"], status["pid"]) == (platform.node(), os.getpid()):
-            now = {"exit_code": exit_code, "reason": reason, "time": time.time()}
-            report.replace_text(
-                directory / "status.json", json.dumps(status | now, indent=1) + "\n"
-            )
-
-
-def check_resumable(flags: dict, last: dict, directory: Path, frozen: bool) -> None:
-    """UserError when a file of the interrupted run is damaged, missing, older than `last` or of
-    another run, or when a flag that decides the result was another one."""
-    contents = {"--resume": last}
-    for name in ["best.pt"] * bool(last["state"]["best_epoch"]) + ["frozen.pt"] * frozen:
-        try:
-            contents[f"{directory / name}"] = read_checkpoint(directory / name)
-        except vadata.DataError as error:
-            raise UserError(f"--resume: {error}: start anew with --overwrite") from None
-    for what, content in contents.items():
-        for flag, value in flags.items():
-            if flag not in FREE_ON_RESUME and content["args"].get(flag) != value:
-                raise UserError(
-                    f"{what}: --{flag} was {content['args'].get(flag)} in the interrupted run and "
-                    f"is {value} now: give the old value, or start anew with --overwrite"
-                )
-        if content.get("epoch", math.inf) < last["state"]["best_epoch"]:
-            raise UserError(f"{what} is older than last.pt: start anew with --overwrite")
-
-
-class Meter:
-    """What happened since the last log line; read() averages it over steps and ranks.
-
-    Losses stay on the device until then, so that a step never waits for the GPU. The first step
-    after a start or an evaluation warms up and counts neither for speed nor for memory.
-    """
-
-    def __init__(self, device: torch.device, world_size: int) -> None:
-        self.device, self.world_size = device, world_size
-        self.unread: list[tuple[int, Tensor, Tensor, list[int]]] = []  # steps on the device
-        self.losses, self.norms, self.skipped = [], [], 0  # floats, from check(); in a checkpoint
-        self.restart()
-
-    def state(self) -> dict:
-        """What a resumed run needs for its next log line to be that of an uninterrupted one."""
-        return {"losses": self.losses, "norms": self.norms, "skipped": self.skipped}
-
-    def restart(self) -> None:
-        """Start the clock at the end of the next step."""
-        self.steps, self.waited, self.heard, self.padded, self.start = -1, 0.0, 0.0, 0.0, 0.0
-
-    def timed(self, steps: Iterator) -> Iterator:
-        """Passes `steps` on and counts the time spent waiting for them."""
-        while True:
-            before = time.perf_counter()
-            item = next(steps, None)
-            self.waited += time.perf_counter() - before
-            if item is None:
-                return
-            yield item
-
-    def add(self, step: int, loss: Tensor, norm: Tensor, batches: list[dict]) -> float:
-        """Seconds of audio in this rank's micro-batches."""
-        self.unread.append((step, loss, norm, [row for batch in batches for row in batch["rows"]]))
-        heard = sum(batch["audio_seconds"] for batch in batches)
-        self.steps += 1
-        self.heard += heard
-        self.padded += sum(b["audio_seconds"] / (1 - b["padded_share"]) for b in batches)
-        if self.steps == 0:
-            self.restart()
-            self.steps, self.start = 0, time.perf_counter()
-        return heard
-
-    def check(
-        self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, corpus: vadata.Corpus
-    ) -> None:
-        """FloatingPointError on a value that is not finite (all ranks participate).
-
-        It reads the steps since the last check, and the weights and moments: it waits for the
-        device, so it runs before a log line and before anything is saved, not in every step.
-        GradScaler skips steps of infinite gradients, within reason.
-        """
-        tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        tensors += [moment for state in optimizer.state.values() for moment in state.values()]
-        weights = torch.nn.utils.get_total_norm(tensors).item() if self.unread else 0.0
-        for step, loss, norm, rows in self.unread:
-            self.losses.append(loss.item())
-            self.norms.append(norm.item())
-            self.skipped = 0 if math.isfinite(self.norms[-1]) else self.skipped + 1
-            bad = self.skipped >= (MAX_SKIPPED if scaler.is_enabled() else 1)
-            bad |= step == self.unread[-1][0] and not math.isfinite(weights)
-            if bad or not math.isfinite(self.losses[-1]):
-                gathered = [rows] * self.world_size
-                if self.world_size > 1:
-                    dist.all_gather_object(gathered, rows)
-                names = [corpus.utterances[row].utt_id for rows in gathered for row in rows]
-                raise FloatingPointError(
-                    f"step {step}: loss {self.losses[-1]:.4g}, gradient norm {self.norms[-1]:.4g}, "
-                    f"weight norm {weights:.4g}, scale {scaler.get_scale():g} on "
-                    f"{' '.join(names[:32])}: lower --lr and --encoder_lr, or look at these"
-                )
-        self.unread = []
-
-    def read(self, epoch: float, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """The record of a log line (all ranks participate)."""
-        finite = [norm for norm in self.norms if math.isfinite(norm)]  # GradScaler skips the others
-        record = {
-            "epoch": epoch,
-            "loss": statistics.fmean(self.losses),
-            "gradient_norm": statistics.fmean(finite) if finite else math.inf,
-            "skipped_steps": len(self.norms) - len(finite),
-        }
-        record |= {f"lr/{g['name']}": g["lr"] for g in optimizer.param_groups}
-        elapsed = time.perf_counter() - self.start
-        if self.steps > 0:
-            sums = torch.tensor([self.heard, self.padded, self.waited])  # on the CPU: over gloo
-            heard, padded, waited = all_reduce(sums, self.world_size).tolist()
-            record["audio_seconds_per_second"] = heard / elapsed
-            record["padded_share"] = 1 - heard / padded
-            record["data_share"] = waited / elapsed / self.world_size
-            record["ms_per_step"] = 1000 * elapsed / self.steps
-        record["peak_gib"] = memory.peak_gib(self.device)
-        self.losses, self.norms = [], []
-        self.restart()
-        self.steps, self.start = 0, time.perf_counter()
-        return record
-
-
-def git_commit() -> str:
-    try:
-        here = Path(__file__).parent
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-        return run.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def start_logging(path: Path | None, console: bool) -> None:
-    """Log lines go to train.log, and to stdout without breaking a progress bar."""
-
-    class Console(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
-
-    logging.raiseExceptions = False  # a full disk is told once, by what cannot be saved
-    log.handlers.clear()
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    if console:
-        log.addHandler(Console())
-    if path is not None:
-        log.addHandler(logging.FileHandler(path))
-
-
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def startup_block(
-    args: argparse.Namespace,
-    corpus: vadata.Corpus,
-    splits: dict[str, np.ndarray],
-    plan: vadata.TrainPlan,
-    total_steps: int,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-) -> str:
-    """What a person checks before they leave a run alone."""
-    precision = {"fp16": "fp16 autocast with GradScaler", "bf16": "bf16 autocast", "off": "fp32"}
-    ranks = args.global_batch_size // (args.batch_size * args.gradient_accumulation_steps)
-    size, whole = args.batch_size, f"{args.global_batch_size} utterances"
-    if args.batch_seconds:
-        size = f"{args.batch_seconds:g} s of audio"
-        whole = f"{args.batch_seconds * args.gradient_accumulation_steps * ranks:g} s"
-    software = " | ".join(f"{name} {version}" for name, version in versions().items())
-    return "\n".join(
-        (
-            f"vatune {git_commit()} | {software}",
-            f"device {device} x {ranks} | {precision[args.amp]} | seed {args.seed}",
-            vadata.describe_splits(corpus, splits),
-            *(f"note: {note}" for note in corpus.notes),
-            *(f"skipped: {why}: {len(s)}" for why, s in vadata.skipped_by_kind(corpus).items()),
-            f"batch {size} x accumulation {args.gradient_accumulation_steps} x ranks {ranks} = "
-            f"{whole} per step | {plan.steps_in(0)} steps per epoch | {total_steps} steps in all",
-            f"unfreeze {args.unfreeze} | now {trainable_line(optimizer)}",
-            "flags " + json.dumps(vars(args)),
-        )
-    )
-
-
-def trainable_line(optimizer: torch.optim.Optimizer) -> str:
-    """Parameters that train now, per group, with the group's peak learning rate."""
-    parts = []
-    for group in optimizer.param_groups:
-        count = sum(p.numel() for p in group["params"] if p.requires_grad) / 1e6
-        parts.append(f"{group['name']} {count:.3f} M at lr {group['peak_lr']:.1e}")
-    return ", ".join(parts)
-
-
-def step_line(
-    record: dict[str, float], step: int, total_steps: int, scaler: torch.amp.GradScaler
-) -> str:
-    rates = dict.fromkeys(f"{v:.1e}" for k, v in record.items() if k.startswith("lr/"))
-    line = (
-        f"step {step:>5}/{total_steps} | epoch {record['epoch']:.2f} | loss {record['loss']:.4f} | "
-        f"lr {'/'.join(rates)} | gnorm {record['gradient_norm']:.2f}"
-    )
-    if scaler.is_enabled():
-        line += f" | scale {scaler.get_scale():.0f} skipped {record['skipped_steps']}"
-    if "ms_per_step" in record:
-        eta = datetime.timedelta(seconds=round((total_steps - step) * record["ms_per_step"] / 1000))
-        line += (
-            f" | {record['audio_seconds_per_second']:.0f} audio-s/s | "
-            f"{record['ms_per_step']:.0f} ms/step (data {record['data_share']:.0%}, padding "
-            f"{record['padded_share']:.0%}) | eta {eta}"
-        )
-    return line + f" | peak {record['peak_gib']:.2f} GiB"
-
-
-def score_line(what: str, scores: dict[str, float]) -> str:
-    ccc = " ".join(f"{target} {scores[f'ccc_{target}']:.4f}" for target in TARGETS)
-    return f"{what} CCC {ccc} mean {scores['ccc_mean']:.4f}"
-
-
-# ---------------------------------------------------------------------------------------------
 
 
 def load_data(
     args: argparse.Namespace,
-) -> tuple[vadata.Corpus, dict[str, np.ndarray], vadata.Batches, np.ndarray | None]:
+) -> tuple[Corpus, dict[str, np.ndarray], vadata.Batches, np.ndarray | None]:
     """(corpus, splits, dataset, prosody); builds the caches that are missing."""
     cache_dir = Path(args.cache_dir)
     label_range = tuple(args.label_range) if args.label_range else None
-    corpus = vadata.read_corpus(args.data, args.data_dir, label_range, cache_dir)
+    corpus = read_corpus(args.data, args.data_dir, label_range, cache_dir)
     corpus, pack = vadata.load_audio(corpus, cache_dir)
-    splits = vadata.make_splits(corpus, args.fold)
+    splits = make_splits(corpus, args.fold)
     frames = prosody = speaker = None
     if args.features_dir:
         frames = vadata.FrameFeatures(corpus, args.features_dir)
@@ -1242,33 +794,6 @@ def input_widths(dataset: vadata.Batches) -> tuple[int, int]:
     """(speaker_dim, frame_dim) of the batches; 0 = absent."""
     speaker = 0 if dataset.speaker is None else dataset.speaker.shape[1]
     return speaker, 0 if dataset.features is None else dataset.features.dim
-
-
-def wrap_ddp(model: EmotionModel, device: torch.device, world_size: int) -> torch.nn.Module:
-    if world_size == 1:
-        return model
-    ids = [device.index] if device.type == "cuda" else None
-    ddp_model = DistributedDataParallel(
-        model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-    )  # buffers are normalisers, fitted before
-    ddp_model.exchanged = []  # indices of this step's buckets
-    ddp_model.register_comm_hook(ddp_model.exchanged, exchange)
-    return ddp_model
-
-
-def exchange(exchanged: list[int], bucket: dist.GradBucket) -> Averaged:
-    """DDP's own average of a bucket of gradients, noted."""
-    exchanged.append(bucket.index())
-    return allreduce_hook(None, bucket)
-
-
-def exchange_nothing(ddp_model: DistributedDataParallel, device: torch.device) -> None:
-    """Zeros for the buckets of this step that a rank still owes the others: without them these
-    would wait in backward for one that has run out of memory."""
-    logged = ddp_model._get_ddp_logging_data()
-    sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]  # bytes
-    for size in sizes.split(", ")[len(ddp_model.exchanged) :]:
-        dist.all_reduce(torch.zeros(int(size) // 4, device=device))
 
 
 def compile_layers(model: EmotionModel) -> None:
@@ -1303,7 +828,7 @@ def update_state(state: dict, ccc: float, args: argparse.Namespace) -> bool:
 def main(args: argparse.Namespace) -> int:
     """Trains, evaluates and tests one fold; returns 0, or 75 when a signal stopped it.
 
-    UserError, DataError and ValueError carry a message for the user; all ranks raise together.
+    UserError, UserError and ValueError carry a message for the user; all ranks raise together.
     """
     # Distributed: one process per GPU, from torchrun or alone
     rank = int(os.environ.get("RANK", 0))
@@ -1367,7 +892,8 @@ def main(args: argparse.Namespace) -> int:
         if (directory / "result.json").exists():
             log.info(f"{directory} is complete: nothing to resume")
             return 0
-        check_resumable(flags, last, directory, never_trains(args, schedule, 0))
+        decisive = {k: v for k, v in flags.items() if k not in FREE_ON_RESUME}
+        check_resumable(decisive, last, directory, never_trains(args, schedule, 0))
         args.global_batch_size = last["state"]["global_batch_size"]
         args.gradient_accumulation_steps = None
         split_batch(args, last["state"]["batch_size"], world_size)
@@ -1422,7 +948,7 @@ def main(args: argparse.Namespace) -> int:
         files.write_json("args.json", vars(args))
         names = {k: [corpus.utterances[i].utt_id for i in rows] for k, rows in splits.items()}
         files.write_json("splits.json", names)
-        vadata.write_skipped(directory / "skipped.csv", corpus)
+        write_skipped(directory / "skipped.csv", corpus)
         files.write_status(state["step"])
 
     # Compile and DDP. `model` stays the bare module, for checkpoints and evaluation
@@ -1559,7 +1085,7 @@ def main(args: argparse.Namespace) -> int:
                         figures = {f"separation/{k}": v for k, v in figures.items()}
                         files.record("separation", state["step"], figures)
                     if args.plot_every and state["epoch"] % args.plot_every == 0:
-                        report.plot_run(directory, "dev", vectors)
+                        plot_run(directory, "dev", vectors)
                 meter.restart()
         save()
         if interrupted:
@@ -1589,7 +1115,7 @@ def main(args: argparse.Namespace) -> int:
         record = {f"{split}/{k}": v for split in scores for k, v in scores[split].items()}
         files.record("test", state["step"], {"epoch": state["best_epoch"], **record})
         result = {
-            "name": args.name, "fold": args.fold, "num_folds": vadata.num_folds(corpus),
+            "name": args.name, "fold": args.fold, "num_folds": num_folds(corpus),
             "encoder": args.encoder, "data": args.data, "seed": args.seed,
             "best_epoch": state["best_epoch"], "epochs_run": state["epoch"],
             "stopped": state["stopped"] or ("max_steps" if args.max_steps >= 0 else "epochs"),
@@ -1604,7 +1130,7 @@ def main(args: argparse.Namespace) -> int:
             "versions": versions(), "label_range": [low, high],
             "splits": {name: len(rows) for name, rows in splits.items()}, **scores,
         }  # fmt: skip
-        report.plot_run(directory, "test", vectors)
+        plot_run(directory, "test", vectors)
         files.write_json("result.json", result)  # last: a run with it is complete
         files.close()
         log.info(f"done in {state['seconds']:.0f} s: {directory / 'result.json'}")
@@ -1624,7 +1150,7 @@ def run(argv: list[str] | None = None) -> int:
         code = main(args)
     except Stopped:
         code = RETRY_EXIT_CODE
-    except (UserError, vadata.DataError) as error:
+    except UserError as error:
         code, reason = 2, str(error)
     except Exception as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more

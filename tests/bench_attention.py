@@ -26,8 +26,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 import wavlm
-from memory import GIB, meta_batch
-from train import AUTOCAST
+from memory import GIB
+from model import AUTOCAST
+from tracing import meta_batch
 
 
 def synchronise(device: torch.device) -> None:

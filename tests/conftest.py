@@ -55,13 +55,23 @@ def small_wavlm(tmp_path_factory):
     return directory
 
 
-@pytest.fixture
-def flags(corpus, small_wavlm, tmp_path):
-    """Flags of a quick run on that corpus, with its run directory below tmp_path."""
+@pytest.fixture(scope="session")
+def demo_cache(tmp_path_factory):
+    """A --cache_dir in which the demo corpus is synthesised once for all tests."""
+    return tmp_path_factory.mktemp("demo") / "cache"
+
+
+def quick_flags(corpus, small_wavlm, directory):
+    """Flags of a run of seconds on that corpus, with its run directory below `directory`."""
     return [
         "--data", str(corpus), "--wavlm", str(small_wavlm), "--layers", "1", "2",
         "--prosody", "none", "--unfreeze", "all", "--epochs", "2", "--batch_size", "8",
         "--lr", "1e-3", "--encoder_lr", "1e-3", "--d_hidden", "16", "--d_state", "8",
         "--mamba_layers", "1", "--num_workers", "0", "--device", "cpu", "--log_every", "1",
-        "--cache_dir", str(corpus.parent / "cache"), "--out", str(tmp_path / "runs"),
+        "--cache_dir", str(corpus.parent / "cache"), "--out", str(directory / "runs"),
     ]  # fmt: skip
+
+
+@pytest.fixture
+def flags(corpus, small_wavlm, tmp_path):
+    return quick_flags(corpus, small_wavlm, tmp_path)

@@ -109,7 +109,7 @@ class Run:
 
     def outcome(self):
         """All that must not depend on where a run was interrupted."""
-        from predict import read_checkpoint
+        from runs import read_checkpoint
 
         def timeless(values):
             return {key: value for key, value in values.items() if key not in TIMING | {"seconds"}}

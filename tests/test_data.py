@@ -16,8 +16,12 @@ import pytest
 import soundfile
 import torch
 
+import corpora
 import data
-from data import SAMPLE_RATE, AudioPack, Batches, BatchSpec, DataError, FrameFeatures, TrainPlan
+import demo
+import files
+from data import SAMPLE_RATE, AudioPack, Batches, BatchSpec, FrameFeatures, TrainPlan
+from files import UserError
 
 TARGETS = ("valence", "arousal")
 REPO = Path(data.__file__).parent
@@ -51,7 +55,7 @@ def corpus_of(folder, seconds, sessions=3, dialogs=1):
         d = f"d{s}_{i // sessions % dialogs}"
         lines.append(f"u{i:03d},u{i:03d}.wav,{i / len(seconds)},0.5,s{s},{d},p{s}")
     (folder / "c.csv").write_text("\n".join(lines))
-    return data.read_corpus(str(folder / "c.csv"), None, None)
+    return corpora.read_corpus(str(folder / "c.csv"), None, None)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +122,7 @@ def iemocap(tmp_path):
 
 
 def test_iemocap_is_read_with_exact_counts_speakers_and_order(iemocap):
-    corpus = data.read_corpus("iemocap", str(iemocap), None)
+    corpus = corpora.read_corpus("iemocap", str(iemocap), None)
     assert [u.utt_id for u in corpus.utterances[:3]] == [
         "Ses01F_impro01_F000",  # by start time, not as in the file
         "Ses01F_impro01_M001",
@@ -143,7 +147,7 @@ def test_iemocap_is_read_with_exact_counts_speakers_and_order(iemocap):
 
 
 def test_iemocap_labels_are_valence_then_arousal_and_outliers_are_clipped_and_counted(iemocap):
-    corpus = data.read_corpus("iemocap", str(iemocap), None)
+    corpus = corpora.read_corpus("iemocap", str(iemocap), None)
     np.testing.assert_allclose(corpus.labels(TARGETS)[0], [1.0, 0.375])
     np.testing.assert_allclose(corpus.labels(("arousal", "valence"))[2], [0.75, 0.25])
     assert "label 5.5 outside 1..5 clipped: 1 utterances" in corpus.notes
@@ -158,7 +162,7 @@ def test_iemocap_lines_that_cannot_be_used_are_named(iemocap):
         + "[1.0 - 2.0]\tSes01F_impro01_F000\tneu\t[2, 2, 2]\n"
         + "[1.0 - 2.0]\tSes01F_impro01_F003\tneu\t[nan, 2, 2]\n"
     )
-    corpus = data.read_corpus("iemocap", str(iemocap), None)
+    corpus = corpora.read_corpus("iemocap", str(iemocap), None)
     skipped = [(s.utt_id, s.reason) for s in corpus.skipped]
     assert ("Ses01F_impro01.txt row 14", "annotation not understood") in skipped
     assert ("Ses01F_impro01_F000", "annotated twice, first one kept") in skipped
@@ -166,10 +170,10 @@ def test_iemocap_lines_that_cannot_be_used_are_named(iemocap):
 
 
 def test_a_folder_that_is_not_iemocap_is_refused(tmp_path):
-    with pytest.raises(DataError, match="EmoEvaluation"):
-        data.read_corpus("iemocap", str(tmp_path), None)
-    with pytest.raises(DataError, match="needs --data_dir"):
-        data.read_corpus("iemocap", None, None)
+    with pytest.raises(UserError, match="EmoEvaluation"):
+        corpora.read_corpus("iemocap", str(tmp_path), None)
+    with pytest.raises(UserError, match="needs --data_dir"):
+        corpora.read_corpus("iemocap", None, None)
 
 
 # ---------------------------------------------------------------- MSP-Podcast
@@ -199,7 +203,7 @@ def test_msp_podcast_is_read_with_exact_counts_and_its_own_splits(tmp_path, tabl
     (tmp_path / table).write_text(header + "".join(lines))
     for name, *_ in MSP_ROWS[:-1]:
         write_wav(tmp_path / audio / name)
-    corpus = data.read_corpus("msp_podcast", str(tmp_path), None)
+    corpus = corpora.read_corpus("msp_podcast", str(tmp_path), None)
     assert [u.utt_id for u in corpus.utterances[:2]] == [
         "MSP-PODCAST_0001_0001",
         "MSP-PODCAST_0001_0002",
@@ -207,8 +211,8 @@ def test_msp_podcast_is_read_with_exact_counts_and_its_own_splits(tmp_path, tabl
     second = corpus.utterances[1]
     assert (second.arousal, second.valence) == (2.0, 6.0)  # the file says arousal first
     np.testing.assert_allclose(corpus.labels(TARGETS)[1], [5 / 6, 1 / 6], rtol=1e-6)
-    assert data.num_folds(corpus) == 1
-    splits = data.make_splits(corpus, 1)
+    assert corpora.num_folds(corpus) == 1
+    splits = corpora.make_splits(corpus, 1)
     assert {s: len(rows) for s, rows in splits.items()} == {"train": 3, "dev": 2, "test": 2}
     missing = str(tmp_path / audio / "MSP-PODCAST_0009_0001.wav")
     assert corpus.skipped == [("MSP-PODCAST_0009_0001", missing, "audio file missing")]
@@ -226,21 +230,21 @@ HEADER = "utt_id,path,valence,arousal\n"
 def test_a_csv_without_label_range_must_hold_labels_in_0_to_1(tmp_path):
     path = write_csv(tmp_path, HEADER + "a,a.wav,0.2,1\nb,b.wav,4.6,3\n")
     with pytest.raises(
-        DataError, match=r"row 3: valence 4.6 is outside 0..1 .*--label_range 0 5\?"
+        UserError, match=r"row 3: valence 4.6 is outside 0..1 .*--label_range 0 5\?"
     ):
-        data.read_corpus(str(path), None, None)
+        corpora.read_corpus(str(path), None, None)
     path = write_csv(tmp_path, HEADER + "a,a.wav,0.2,1\n")
-    assert data.read_corpus(str(path), None, None).label_range == (0.0, 1.0)
-    with pytest.raises(DataError, match="LO must be below HI"):
-        data.read_corpus(str(path), None, (5.0, 1.0))
+    assert corpora.read_corpus(str(path), None, None).label_range == (0.0, 1.0)
+    with pytest.raises(UserError, match="LO must be below HI"):
+        corpora.read_corpus(str(path), None, (5.0, 1.0))
 
 
 def test_a_csv_with_its_own_splits_accepts_the_common_words(tmp_path):
     text = "utt_id,path,valence,arousal,split\n"
     text += "a,a.wav,3,3,train\nb,b.wav,3,3,Validation\nc,a.wav,3,3,test\n"
-    corpus = data.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
-    assert data.num_folds(corpus) == 1
-    assert {s: r.tolist() for s, r in data.make_splits(corpus, 1).items()} == {
+    corpus = corpora.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
+    assert corpora.num_folds(corpus) == 1
+    assert {s: r.tolist() for s, r in corpora.make_splits(corpus, 1).items()} == {
         "train": [0],
         "dev": [1],
         "test": [2],
@@ -250,19 +254,19 @@ def test_a_csv_with_its_own_splits_accepts_the_common_words(tmp_path):
 def test_without_sessions_each_speaker_is_one_and_without_speakers_it_is_an_error(tmp_path):
     rows = "".join(f"u{i},a.wav,3,3,p{i % 12}\n" for i in range(24))
     path = write_csv(tmp_path, "utt_id,path,valence,arousal,speaker\n" + rows)
-    corpus = data.read_corpus(str(path), None, (1, 5))
-    assert data.num_folds(corpus) == 12
-    test = data.make_splits(corpus, 3)["test"]
+    corpus = corpora.read_corpus(str(path), None, (1, 5))
+    assert corpora.num_folds(corpus) == 12
+    test = corpora.make_splits(corpus, 3)["test"]
     assert {corpus.utterances[row].speaker for row in test} == {"p2"}  # p2 before p10
-    corpus = data.read_corpus(str(write_csv(tmp_path, HEADER + "a,a.wav,3,3\n")), None, (1, 5))
-    with pytest.raises(DataError, match="split, session, or speaker"):
-        data.make_splits(corpus, 1)
+    corpus = corpora.read_corpus(str(write_csv(tmp_path, HEADER + "a,a.wav,3,3\n")), None, (1, 5))
+    with pytest.raises(UserError, match="split, session, or speaker"):
+        corpora.make_splits(corpus, 1)
 
 
 def test_dialogues_numbered_anew_in_each_session_are_kept_apart(tmp_path):
     text = "utt_id,path,valence,arousal,session,dialog\n"
     text += "".join(f"u{i},a.wav,3,3,s{i % 2},1\n" for i in range(4))
-    corpus = data.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
+    corpus = corpora.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
     assert [(u.dialog, u.utt_id) for u in corpus.utterances] == [
         ("1", "u0"),
         ("1", "u2"),
@@ -277,7 +281,7 @@ def test_dialogues_numbered_anew_in_each_session_are_kept_apart(tmp_path):
 def test_test_is_the_folds_session_and_dev_the_next_one_and_no_speaker_is_in_two(small):
     corpus, _, _ = small
     for fold in (1, 2, 3):
-        splits = data.make_splits(corpus, fold)
+        splits = corpora.make_splits(corpus, fold)
         sessions = {
             s: {corpus.utterances[row].session for row in rows} for s, rows in splits.items()
         }
@@ -287,23 +291,23 @@ def test_test_is_the_folds_session_and_dev_the_next_one_and_no_speaker_is_in_two
         speakers = [{corpus.utterances[row].speaker for row in rows} for rows in splits.values()]
         assert sum(map(len, speakers)) == len(set.union(*speakers))
     for fold in (0, 4):
-        with pytest.raises(DataError, match=r"folds 1..3"):
-            data.make_splits(corpus, fold)
+        with pytest.raises(UserError, match=r"folds 1..3"):
+            corpora.make_splits(corpus, fold)
 
 
 def test_a_speaker_in_two_splits_is_refused_by_name(tmp_path):
     text = "utt_id,path,valence,arousal,session,speaker\n"
     text += "".join(f"u{i},a.wav,3,3,s{i},{p}\n" for i, p in enumerate(["anna", "ben", "anna"]))
-    corpus = data.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
-    with pytest.raises(DataError, match="speaker anna is in both"):
-        data.make_splits(corpus, 1)
+    corpus = corpora.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
+    with pytest.raises(UserError, match="speaker anna is in both"):
+        corpora.make_splits(corpus, 1)
 
 
 def test_an_empty_split_is_refused_by_name(tmp_path):
     text = "utt_id,path,valence,arousal,split\na,a.wav,3,3,train\nb,b.wav,3,3,test\n"
-    corpus = data.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
-    with pytest.raises(DataError, match="the dev split is empty"):
-        data.make_splits(corpus, 1)
+    corpus = corpora.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
+    with pytest.raises(UserError, match="the dev split is empty"):
+        corpora.make_splits(corpus, 1)
 
 
 # ---------------------------------------------------------------- audio pack
@@ -326,7 +330,7 @@ def test_every_format_comes_out_as_the_same_mono_16_khz_tone(tmp_path):
         audio = np.repeat(tone(1.5, rate)[:, None], channels, axis=1)
         soundfile.write(tmp_path / name, audio, rate, **options)
     text = HEADER + "".join(f"{n},{n},0.5,0.5\n" for n in FORMATS)
-    corpus = data.read_corpus(str(write_csv(tmp_path, text, clips=())), None, None)
+    corpus = corpora.read_corpus(str(write_csv(tmp_path, text, clips=())), None, None)
     corpus, pack = data.load_audio(corpus, tmp_path / "cache")
     assert len(corpus.utterances) == len(FORMATS)
     for row, u in enumerate(corpus.utterances):
@@ -347,7 +351,7 @@ def test_sixteen_bit_samples_at_16_khz_are_kept_exactly(tmp_path):
     samples = rng.integers(-32768, 32768, 5000).astype(np.int16)
     soundfile.write(tmp_path / "a.wav", samples, SAMPLE_RATE, subtype="PCM_16")
     path = write_csv(tmp_path, HEADER + "a,a.wav,0.5,0.5\n", clips=())
-    _, pack = data.load_audio(data.read_corpus(str(path), None, None), tmp_path / "cache")
+    _, pack = data.load_audio(corpora.read_corpus(str(path), None, None), tmp_path / "cache")
     np.testing.assert_array_equal(pack.read(0), samples.astype(np.float32) / 32768)
     np.testing.assert_array_equal(pack.read(0, 100, 200), pack.read(0)[100:200])
 
@@ -355,7 +359,7 @@ def test_sixteen_bit_samples_at_16_khz_are_kept_exactly(tmp_path):
 def test_a_very_short_clip_is_padded_to_400_samples_and_counted(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(0.01), SAMPLE_RATE)
     path = write_csv(tmp_path, HEADER + "a,a.wav,0.5,0.5\n", clips=())
-    corpus, pack = data.load_audio(data.read_corpus(str(path), None, None), tmp_path / "cache")
+    corpus, pack = data.load_audio(corpora.read_corpus(str(path), None, None), tmp_path / "cache")
     assert pack.lengths.tolist() == [400]
     assert not pack.read(0)[160:].any()
     assert "audio padded to 400 samples: 1 utterances" in corpus.notes
@@ -367,7 +371,7 @@ def test_start_and_end_cut_turns_out_of_one_long_file(tmp_path):
     )
     text = "utt_id,path,valence,arousal,start,end,dialog\n"
     text += "c,d.wav,0.5,0.5,2.0,,d\nb,d.wav,0.5,0.5,1.0,2.0,d\na,d.wav,0.5,0.5,0,1.25,d\n"
-    corpus = data.read_corpus(str(write_csv(tmp_path, text, clips=())), None, None)
+    corpus = corpora.read_corpus(str(write_csv(tmp_path, text, clips=())), None, None)
     corpus, pack = data.load_audio(corpus, tmp_path / "cache")
     assert [u.utt_id for u in corpus.utterances] == ["a", "b", "c"]  # by start
     assert pack.lengths.tolist() == [20000, 16000, 16000]
@@ -379,7 +383,7 @@ def test_the_pack_key_changes_with_the_files_content_and_with_start_and_end(tmp_
     def key(text="a,a.wav,0.5,0.5,0,0.4\n"):
         text = "utt_id,path,valence,arousal,start,end\n" + text
         path = write_csv(tmp_path, text, clips=())
-        return AudioPack(data.read_corpus(str(path), None, None), tmp_path / "cache").key
+        return AudioPack(corpora.read_corpus(str(path), None, None), tmp_path / "cache").key
 
     write_wav(tmp_path / "a.wav")
     first = key()
@@ -430,7 +434,7 @@ def test_more_than_five_percent_unusable_files_are_an_error(tmp_path):
     corpus = corpus_of(tmp_path, [0.2] * 24)
     for u in corpus.utterances[:2]:
         damage(u.path, "text")
-    with pytest.raises(DataError, match=r"2 of 24 utterances cannot be used, more than 5 %"):
+    with pytest.raises(UserError, match=r"2 of 24 utterances cannot be used, more than 5 %"):
         data.load_audio(corpus, tmp_path / "cache")
 
 
@@ -440,7 +444,7 @@ def test_nothing_is_left_of_a_cache_whose_building_failed(tmp_path):
         raise RuntimeError("disk on fire")
 
     with pytest.raises(RuntimeError):
-        data.build_dir(tmp_path / "cache" / "x", fail)
+        files.build_dir(tmp_path / "cache" / "x", fail)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [".x.lock"]
 
 
@@ -507,13 +511,13 @@ def test_speaker_embeddings_come_from_a_directory_of_npy_files(small, tmp_path):
     vectors = data.speaker_embeddings(corpus, pack, str(tmp_path), cache)
     np.testing.assert_allclose(vectors[0], [0.6, 0.8, 0.0], rtol=1e-6)
     (tmp_path / f"{corpus.utterances[3].utt_id}.npy").unlink()
-    with pytest.raises(DataError, match="1 of 24 missing"):
+    with pytest.raises(UserError, match="1 of 24 missing"):
         data.speaker_embeddings(corpus, pack, str(tmp_path), cache)
 
 
 def test_an_unknown_kind_of_speaker_embedding_is_refused(small):
     corpus, pack, cache = small
-    with pytest.raises(DataError, match="--speaker nobody: not ecapa"):
+    with pytest.raises(UserError, match="--speaker nobody: not ecapa"):
         data.speaker_embeddings(corpus, pack, "nobody", cache)
 
 
@@ -538,7 +542,7 @@ def test_frame_features_give_their_width_and_lengths(small, tmp_path):
 
 def test_missing_feature_files_are_counted_and_the_way_out_is_named(small, tmp_path):
     corpus, _, _ = small
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         FrameFeatures(corpus, tmp_path)
     for fragment in ("24 of 24 missing", "u000.npy", "--features_dir", "extract-faces"):
         assert fragment in str(error.value)
@@ -598,7 +602,7 @@ def test_augmented_audio_never_exceeds_max_seconds_nor_falls_below_400_samples(s
         assert length <= 8000
     soundfile.write(tmp_path / "a.wav", tone(0.025), SAMPLE_RATE)
     path = write_csv(tmp_path, HEADER + "a,a.wav,0.5,0.5\n", clips=())
-    corpus, pack = data.load_audio(data.read_corpus(str(path), None, None), tmp_path / "cache")
+    corpus, pack = data.load_audio(corpora.read_corpus(str(path), None, None), tmp_path / "cache")
     dataset = batches_of(corpus, pack, augment=True)
     shapes = {dataset[BatchSpec(((0,),), epoch)]["input_values"].shape[1] for epoch in range(30)}
     assert min(shapes) == 400
@@ -623,7 +627,7 @@ def test_silence_survives_augmentation():
 def test_augment_without_a_waveform_is_refused(small, tmp_path):
     corpus, _, _ = small
     write_features(corpus, tmp_path)
-    with pytest.raises(DataError, match="--augment works on waveforms"):
+    with pytest.raises(UserError, match="--augment works on waveforms"):
         batches_of(corpus, None, features=FrameFeatures(corpus, tmp_path), augment=True)
 
 
@@ -805,7 +809,7 @@ def test_context_must_divide_the_batch_and_a_too_small_split_is_refused(iemocap_
     with pytest.raises(ValueError, match="not divisible"):
         plan(iemocap_like, 8, context=3)
     lengths, rows, dialogs = iemocap_like
-    with pytest.raises(DataError, match=r"holds 30 utterances.*8 x 4 x 1"):
+    with pytest.raises(UserError, match=r"holds 30 utterances.*8 x 4 x 1"):
         plan((lengths, rows[:30], dialogs), 8, 4)
 
 
@@ -834,28 +838,27 @@ def test_an_utterance_longer_than_the_evaluation_budget_is_a_batch_of_its_own():
 
 
 def test_the_synthesiser_is_deterministic_and_its_cues_go_the_right_way():
-    voice = data.demo_voice(1, "F")
+    voice = demo.demo_voice(1, "F")
 
     def level(arousal):
         clips = [
-            data.synthesise(voice, 0.0, arousal, 1.5, np.random.default_rng(i)) for i in range(6)
+            demo.synthesise(voice, 0.0, arousal, 1.5, np.random.default_rng(i)) for i in range(6)
         ]
         return np.mean([np.sqrt(np.mean(clip**2)) for clip in clips])
 
-    a, b = (data.synthesise(voice, 0.3, 0.3, 1.0, np.random.default_rng(7)) for _ in range(2))
+    a, b = (demo.synthesise(voice, 0.3, 0.3, 1.0, np.random.default_rng(7)) for _ in range(2))
     np.testing.assert_array_equal(a, b)
     assert a.shape == (16000,) and np.isfinite(a).all() and np.abs(a).max() < 1
     assert level(0.9) > 1.5 * level(-0.9)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("demo")
-    return data.read_corpus("demo", None, None, cache), cache
+def demo_data(demo_cache):
+    return corpora.read_corpus("demo", None, None, demo_cache), demo_cache
 
 
-def test_the_demo_corpus_has_five_sessions_of_two_speakers_in_iemocap_layout(demo):
-    corpus, cache = demo
+def test_the_demo_corpus_has_five_sessions_of_two_speakers_in_iemocap_layout(demo_data):
+    corpus, cache = demo_data
     assert 550 < len(corpus.utterances) < 680 and not corpus.skipped and not corpus.notes
     speakers = {(u.session, u.speaker) for u in corpus.utterances}
     assert speakers == {(f"Session{s}", f"Ses0{s}{g}") for s in range(1, 6) for g in "FM"}
@@ -871,8 +874,8 @@ def test_the_demo_corpus_has_five_sessions_of_two_speakers_in_iemocap_layout(dem
         assert any(line.startswith(start) for line in table.splitlines())
 
 
-def test_moods_move_slowly_within_a_demo_dialogue(demo):
-    corpus, _ = demo
+def test_moods_move_slowly_within_a_demo_dialogue(demo_data):
+    corpus, _ = demo_data
     labels = corpus.labels(TARGETS)
     pairs = [
         (i, i + 1)
@@ -967,7 +970,7 @@ def test_extract_faces_writes_one_array_per_utterance_and_resumes(tmp_path):
     one.command(one)  # frame 10 after frame 9, whatever the batch size
     np.testing.assert_allclose(np.load(tmp_path / "out" / "a.npy"), a, atol=1e-5)
     tiny_vision_model(tmp_path / "model", seed=1)
-    with pytest.raises(DataError, match="of another model"):
+    with pytest.raises(UserError, match="of another model"):
         args.command(args)
     json.loads((tmp_path / "out" / "extract.json").read_text())
 
@@ -976,5 +979,5 @@ def test_extract_faces_names_utterances_without_images(tmp_path):
     (tmp_path / "v" / "a").mkdir(parents=True)
     argv = ["extract-faces", "--video_dir", str(tmp_path / "v")]
     args = data.parse_args([*argv, "--features_224_dir", str(tmp_path / "out")])
-    with pytest.raises(DataError, match=r"1 of 1 utterances have no .jpg or .png.*\(a\)"):
+    with pytest.raises(UserError, match=r"1 of 1 utterances have no .jpg or .png.*\(a\)"):
         args.command(args)

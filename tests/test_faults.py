@@ -15,10 +15,11 @@ import pytest
 import torch
 from fault_kills import EVERYTHING, ROOT, Run, assert_same_outcome, kill_and_compare, processes_of
 
-import report
+import data
+import files
 import train
 from data import BatchSpec
-from predict import read_checkpoint
+from runs import read_checkpoint
 from train import main, parse_args, run
 
 LONG = ("--epochs", "2000", "--eval_every", "3")  # minutes: it is stopped before
@@ -145,7 +146,7 @@ def test_a_resume_from_the_spare_keeps_the_spare_until_there_is_a_better_one(
         (train, "save_checkpoint", 2, 0, "status.json", 3),
         (train, "update_state", 2, 100_000, "best.pt", 3),
         (train, "update_state", 2, 400_000, "last.pt", 3),
-        (report, "plot_run", 1, 0, "result.json", 6),
+        (train, "plot_run", 1, 0, "result.json", 6),
     ],
 )
 def test_a_full_disk_spares_what_is_there_and_the_run_goes_on_after(
@@ -216,14 +217,15 @@ def test_a_signal_while_a_cache_fills_leaves_no_half_of_it(flags, tmp_path, monk
     flags = [*flags, "--unfreeze", "none", "--cache_dir", str(cache)]
     for what in ("audio", "hidden states"):
         with monkeypatch.context() as patch:
-            real = train.vadata.progress
+            real = files.progress
 
             def stopping(iterable, total, label, what=what, real=real):
                 if label == what:
                     os.kill(os.getpid(), signal.SIGUSR1)
                 return real(iterable, total, label)
 
-            patch.setattr(train.vadata, "progress", stopping)
+            for module in (data, train):
+                patch.setattr(module, "progress", stopping)
             assert run([*flags, "--resume"]) == 75
         assert not [path for path in cache.glob(".*") if path.is_dir()]
         assert not list(cache.glob(f"{what.split()[0]}-*"))

@@ -4,7 +4,7 @@
     python -m pytest tests/test_input_faults.py -m slow     # 2,800 more per format
 
 Outcomes: KEPT (odd, but means what it says), FIXED (counted in corpus.notes), SKIPPED (named in
-corpus.skipped with a reason), REFUSED (DataError with file and row, nothing is read). Audio of a
+corpus.skipped with a reason), REFUSED (UserError with file and row, nothing is read). Audio of a
 manifest is skipped where the file is broken and refused where the manifest is.
 """
 
@@ -32,8 +32,11 @@ import numpy as np
 import pytest
 import soundfile
 
+import corpora
 import data
-from data import SAMPLE_RATE, DataError
+import files
+from data import SAMPLE_RATE
+from files import UserError
 
 KEPT, FIXED, SKIPPED, REFUSED = "kept", "fixed", "skipped", "refused"
 REPO = Path(data.__file__).parent
@@ -613,7 +616,7 @@ def manifest(root, *rows):
 
 
 def load(fault, root):
-    """(corpus, pack or None) of the input with this fault; DataError where it is refused."""
+    """(corpus, pack or None) of the input with this fault; UserError where it is refused."""
     cache = root.parent / "cache"
     if fault.source == "audio":
         sound("good.wav")(root)
@@ -622,24 +625,24 @@ def load(fault, root):
         row = ("0.5", "0.5", "anna")
         rows = [("a", "good.wav", *row, "", ""), ("b", path, *row, start, end)]
         header = ("utt_id", "path", "valence", "arousal", "speaker", "start", "end")
-        corpus = data.read_corpus(manifest(root, header, *rows), None, None)
+        corpus = corpora.read_corpus(manifest(root, header, *rows), None, None)
         return data.load_audio(corpus, cache, most_bad=0.5)
     if fault.source in ("CSV", "IEMOCAP", "MSP-Podcast"):
         if fault.source == "CSV":
             sound("a.wav")(root)
             content = fault.make if isinstance(fault.make, bytes) else fault.make.encode()
             (root / "m.csv").write_bytes(content)
-            corpus = data.read_corpus(str(root / "m.csv"), None, (1, 5))
+            corpus = corpora.read_corpus(str(root / "m.csv"), None, (1, 5))
             corpus.notes = [note for note in corpus.notes if "speaker unknown" not in note]
         else:
             fault.make(root)
             kind = {"IEMOCAP": "iemocap", "MSP-Podcast": "msp_podcast"}[fault.source]
-            corpus = data.read_corpus(kind, str(root), None)
+            corpus = corpora.read_corpus(kind, str(root), None)
         return data.load_audio(corpus, cache, most_bad=0.5)
     sound("a.wav")(root)
     rows = [(f"u00{i}", "a.wav", "0.5", "0.5", "anna") for i in range(4)]
     header = ("utt_id", "path", "valence", "arousal", "speaker")
-    corpus = data.read_corpus(manifest(root, header, *rows), None, None)
+    corpus = corpora.read_corpus(manifest(root, header, *rows), None, None)
     for i in range(3):
         np.save(root / f"u00{i}.npy", np.ones((4, 6) if fault.source == "features" else 6))
     fault.make(root / "u003.npy")
@@ -675,7 +678,7 @@ def test_each_fault_has_the_outcome_that_its_row_states(tmp_path, fault):
     with without_privileges(root) if is_locked else contextlib.nullcontext():
         try:
             corpus, pack = load(fault, root)
-        except DataError as error:
+        except UserError as error:
             outcome, text = REFUSED, str(error)
             assert len(text.splitlines()) == 1 and (
                 "manifest" not in text or re.search("row [34]", text)
@@ -723,7 +726,7 @@ def test_a_name_that_is_not_utf_8_is_skipped_and_can_be_written_to_a_log(tmp_pat
     path = tmp_path / os.fsdecode(b"x\xff.wav")
     sound("x.wav")(tmp_path)
     (tmp_path / "x.wav").rename(path)
-    _, reason, _ = data.decode(data.Utterance("u", path, 0.5, 0.5))
+    _, reason, _ = data.decode(corpora.Utterance("u", path, 0.5, 0.5))
     assert reason.startswith("cannot be decoded") and reason.encode()
 
 
@@ -737,11 +740,11 @@ def test_the_table_is_as_large_as_promised():
 
 def test_skipped_csv_survives_any_name(tmp_path):
     skipped = [
-        data.Skipped("a\nb", 'c"d,e.wav', "samples missing (50 %)"),
-        data.Skipped("\udcff", "语.wav", "not a file"),
+        corpora.Skipped("a\nb", 'c"d,e.wav', "samples missing (50 %)"),
+        corpora.Skipped("\udcff", "语.wav", "not a file"),
     ]
-    corpus = data.Corpus("c", tmp_path, (0, 1), [], skipped)
-    data.write_skipped(tmp_path / "skipped.csv", corpus)
+    corpus = corpora.Corpus("c", tmp_path, (0, 1), [], skipped)
+    corpora.write_skipped(tmp_path / "skipped.csv", corpus)
     with open(tmp_path / "skipped.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [
@@ -750,16 +753,16 @@ def test_skipped_csv_survives_any_name(tmp_path):
         ["\\udcff", "语.wav", "not a file"],
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["skipped.csv"]
-    assert list(data.skipped_by_kind(corpus)) == ["samples missing", "not a file"]
+    assert list(corpora.skipped_by_kind(corpus)) == ["samples missing", "not a file"]
 
 
 def test_too_many_skipped_utterances_are_an_error_wherever_they_were_lost(tmp_path):
     """Annotation lines count like audio files, and the way to see all of them is named."""
     (tmp_path / "tree").mkdir()
     folder = annotation("[2.5000", "[nan")(tmp_path / "tree")
-    corpus = data.read_corpus("iemocap", str(tmp_path / "tree"), None)
+    corpus = corpora.read_corpus("iemocap", str(tmp_path / "tree"), None)
     fault = r"iemocap: 1 of 3 utterances cannot be used, more than 5 % \(.*not a number\)"
-    with pytest.raises(DataError, match=fault):
+    with pytest.raises(UserError, match=fault):
         data.load_audio(corpus, tmp_path / "cache")
     (folder / f"{SECOND}.wav").write_bytes(b"")
     command = [sys.executable, str(REPO / "data.py"), "--data", "iemocap"]
@@ -806,7 +809,7 @@ def fuzz_audio(root, seed, suffix):
     sound(f"whole.{suffix}", samples=tone(seconds=0.5))(root)
     path = root / f"x.{suffix}"
     path.write_bytes(mutated((root / f"whole.{suffix}").read_bytes(), seed))
-    samples, reason, changes = data.decode(data.Utterance("u", path, 0.5, 0.5))
+    samples, reason, changes = data.decode(corpora.Utterance("u", path, 0.5, 0.5))
     if reason:
         assert not len(samples)
         return "skipped"
@@ -851,8 +854,8 @@ def fuzz_csv(root, seed, _):
     content = mutated(FUZZ_CSV.encode(), seed)
     (root / "m.csv").write_bytes(content)
     try:
-        corpus = data.read_corpus(str(root / "m.csv"), None, None)
-    except DataError as error:
+        corpus = corpora.read_corpus(str(root / "m.csv"), None, None)
+    except UserError as error:
         assert re.search(r"m\.csv|no usable utterance", str(error)), error
         return "refused"
     lines = [line for line in re.split("\r\n|\r|\n", content.decode("utf-8-sig")) if line]
@@ -884,8 +887,8 @@ def fuzz_iemocap(root, seed, _):
         text += "C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
     table.write_bytes(mutated(text.encode(), seed))
     try:
-        corpus = data.read_corpus("iemocap", str(root), None)
-    except DataError as error:
+        corpus = corpora.read_corpus("iemocap", str(root), None)
+    except UserError as error:
         assert "no usable utterance" in str(error)
         return "refused"
     lines = table.read_text("utf-8", errors="replace").splitlines()
@@ -904,11 +907,11 @@ def fuzz_npy(root, seed, _):
     content = mutated((root / "whole.npy").read_bytes(), seed)
     (root / "u.npy").write_bytes(content)
     sound("u.wav")(root)
-    corpus = data.Corpus("c", root, (0, 1), [data.Utterance("u", root / "u.wav", 0.5, 0.5)])
+    corpus = corpora.Corpus("c", root, (0, 1), [corpora.Utterance("u", root / "u.wav", 0.5, 0.5)])
     try:
         features = data.FrameFeatures(corpus, root)
         frames = features.read(0)
-    except DataError as error:
+    except UserError as error:
         assert "u.npy" in str(error)
         return "refused"
     size = 10 + struct.unpack("<H", content[8:10])[0]
@@ -973,7 +976,7 @@ def hidden_states(pack, cache):
 
 def all_caches(path, cache):
     """{cache: array of all that is read from it}; fills those that are missing."""
-    corpus, pack = data.load_audio(data.read_corpus(str(path), None, None), cache)
+    corpus, pack = data.load_audio(corpora.read_corpus(str(path), None, None), cache)
     rows = range(len(pack.lengths))
     hidden = hidden_states(pack, cache)
     return {
@@ -985,7 +988,7 @@ def all_caches(path, cache):
 
 def fill_in_child(path, cache, start, unlocked, out):
     if unlocked:  # as on a network disk where locks do nothing
-        data.fcntl.flock = lambda *_: None
+        files.fcntl.flock = lambda *_: None
     start.wait()
     np.savez(out, **all_caches(path, cache))
 
@@ -1043,7 +1046,7 @@ def test_a_cache_that_was_damaged_afterwards_is_refused_whichever_file_and_damag
         for name, damage in DAMAGES.items():
             shutil.copytree(tmp_path / "whole", tmp_path / "copy")
             damage(tmp_path / "copy" / file)
-            with pytest.raises(DataError, match="is damaged: delete it") as error:
+            with pytest.raises(UserError, match="is damaged: delete it") as error:
                 all_caches(clips, tmp_path / "copy")
             assert str(file.parent) in str(error.value), name
             shutil.rmtree(tmp_path / "copy")
@@ -1054,7 +1057,7 @@ import sys, test_input_faults as t
 from pathlib import Path
 try:
     t.all_caches(Path(sys.argv[1]), sys.argv[2])
-except t.DataError as error:
+except t.UserError as error:
     sys.exit(f"error: {error}")
 """
 
@@ -1079,7 +1082,7 @@ def test_a_write_that_fails_in_a_cache_is_one_line_and_leaves_nothing_half_writt
     cache = tmp_path / "cache"
     if size == 3_000:  # the pack is there; eGeMAPS, 4,352 bytes, does not fit
         pytest.importorskip("opensmile")
-        data.load_audio(data.read_corpus(str(clips), None, None), cache)
+        data.load_audio(corpora.read_corpus(str(clips), None, None), cache)
     there = sorted(cache.iterdir()) if cache.exists() else []
     done = full_disk([sys.executable, "-c", CHILD, str(clips), str(cache)], cache, size)
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -7,23 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import quick_flags
 
 ROOT = Path(__file__).parent.parent
-FLAGS = [
-    "--data",
-    "demo",
-    "--wavlm",
-    "tiny",
-    "--device",
-    "cpu",
-    "--prosody",
-    "none",
-    "--amp",
-    "off",
-]
-FLAGS += ["--unfreeze", "all", "--num_workers", "0", "--max_steps", "3", "--log_every", "1"]
-FLAGS += ["--lr", "1e-3", "--encoder_lr", "1e-3", "--max_seconds", "2"]
-
 # Runs train.py with a model that has no memory for more than MOST utterances at a time, on the
 # given ranks: as its forward ends, as backward begins, or in the middle of backward.
 RUNNER = """
@@ -50,7 +36,7 @@ def short_of_memory(self, batch, teacher_forcing=0.0):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     if preds.requires_grad:
-        layer = self.encoder.wavlm.encoder.layers[1].feed_forward.output_dense.weight
+        layer = self.encoder.wavlm.encoder.layers[0].feed_forward.output_dense.weight
         handle = (layer if where == "middle" else preds).register_hook(fail)
     return preds
 
@@ -61,31 +47,24 @@ sys.exit(train.run())
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("oom")
+def base(tmp_path_factory, corpus, small_wavlm):
+    """Flags of all runs."""
+    return [*quick_flags(corpus, small_wavlm, tmp_path_factory.mktemp("oom")), "--max_steps", "3"]
 
 
-def launch(out, name, *flags, world_size=1, short=None):
+def launch(base, name, *flags, world_size=1, short=None):
     """The run's directory; `short`: (where, ranks, most utterances)."""
+    out = Path(base[base.index("--out") + 1])
     command = [sys.executable]
     if world_size > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(world_size)]
     command.append(str(ROOT / "train.py"))
     if short:
-        command[-1] = str(out / "runner.py")
-        (out / "runner.py").write_text(RUNNER.format(root=str(ROOT)))
+        command[-1] = str(out.parent / "runner.py")
+        (out.parent / "runner.py").write_text(RUNNER.format(root=str(ROOT)))
         command += [str(word) for word in short]
-    command += [
-        *FLAGS,
-        "--out",
-        str(out),
-        "--cache_dir",
-        str(out / "cache"),
-        "--name",
-        name,
-        *flags,
-    ]
+    command += [*base, "--name", name, *flags]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240)
     return out / name / "fold1", run
 
@@ -105,18 +84,18 @@ def assert_same_run(one, two):
 
 
 @pytest.fixture(scope="module")
-def configured(out):
+def configured(base):
     """What the others must equal: runs that were given the small micro-batch."""
     found = {}
     for ranks, flags in ((1, ["--batch_size", "4"]), (2, ["--batch_size", "2"])):
         flags += ["--global_batch_size", "16"]
-        found[ranks], run = launch(out, f"configured{ranks}", *flags, world_size=ranks)
+        found[ranks], run = launch(base, f"configured{ranks}", *flags, world_size=ranks)
         assert run.returncode == 0, run.stderr[-2000:]
     return found
 
 
-def test_a_step_that_runs_out_of_memory_is_done_in_smaller_pieces(out, configured):
-    directory, run = launch(out, "one", "--batch_size", "16", short=("forward", "0", 4))
+def test_a_step_that_runs_out_of_memory_is_done_in_smaller_pieces(base, configured):
+    directory, run = launch(base, "one", "--batch_size", "16", short=("forward", "0", 4))
     assert run.returncode == 0, run.stderr[-2000:]
     assert "going on with batch_size 4 x accumulation 4" in run.stdout
     assert_same_run(configured[1], directory)
@@ -125,30 +104,30 @@ def test_a_step_that_runs_out_of_memory_is_done_in_smaller_pieces(out, configure
 @pytest.mark.parametrize(
     ("where", "ranks"), [("forward", "1"), ("backward", "0,1"), ("middle", "0"), ("middle", "1")]
 )
-def test_ranks_agree_on_it_wherever_it_strikes(out, configured, where, ranks):
+def test_ranks_agree_on_it_wherever_it_strikes(base, configured, where, ranks):
     name = f"two-{where}-{ranks.replace(',', '')}"
-    directory, run = launch(out, name, "--batch_size", "8", world_size=2, short=(where, ranks, 2))
+    directory, run = launch(base, name, "--batch_size", "8", world_size=2, short=(where, ranks, 2))
     assert run.returncode == 0, run.stderr[-2000:]
     assert "going on with batch_size 2 x accumulation 4" in run.stdout
     assert_same_run(configured[2], directory)
 
 
-def test_a_run_that_backed_off_is_resumed_with_its_small_pieces(out, configured):
+def test_a_run_that_backed_off_is_resumed_with_its_small_pieces(base, configured):
     flags = ["--batch_size", "16", "--save_every", "1"]
-    directory, run = launch(out, "resumed", *flags, "--max_steps", "3", short=("backward", "0", 4))
+    directory, run = launch(base, "resumed", *flags, "--max_steps", "3", short=("backward", "0", 4))
     assert run.returncode == 0, run.stderr[-2000:]
     last = torch.load(directory / "last.pt", weights_only=True)
     assert last["args"]["batch_size"] == 16 and last["state"]["batch_size"] == 4
     (directory / "result.json").unlink()  # as if it had been killed before the test
-    _, again = launch(out, "resumed", *flags, "--resume")
+    _, again = launch(base, "resumed", *flags, "--resume")
     assert again.returncode == 0 and "batch 4 x accumulation 4" in again.stdout, again.stderr[
         -2000:
     ]
     assert_same_run(configured[1], directory)
 
 
-def test_where_nothing_is_left_to_split_the_message_says_what_to_do(out):
-    directory, run = launch(out, "none", "--batch_size", "2", short=("forward", "0", 0))
+def test_where_nothing_is_left_to_split_the_message_says_what_to_do(base):
+    directory, run = launch(base, "none", "--batch_size", "2", short=("forward", "0", 0))
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert "--gradient_checkpointing" in run.stderr
     assert not (directory / "best.pt").exists()

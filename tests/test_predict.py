@@ -12,8 +12,9 @@ import soundfile
 import torch
 
 import predict
+import runs
 import train
-from data import DataError
+from files import UserError
 from model import EmotionModel
 from wavlm import load_wavlm
 
@@ -137,7 +138,7 @@ def test_too_little_memory_for_one_utterance_and_other_faults_are_not_hidden(
 ):
     argv = ["--checkpoint", trained, corpus.parent / "s1d0t0.wav"]
     for message, kind, said in (
-        ("not enough memory", DataError, "lower --max_seconds"),
+        ("not enough memory", UserError, "lower --max_seconds"),
         ("an illegal memory access was encountered", RuntimeError, "illegal"),
     ):
 
@@ -229,10 +230,10 @@ def test_a_state_of_another_checkpoint_or_of_nobody_is_refused(
     clip = corpus.parent / "s1d0t0.wav"
     keep = ["--state", tmp_path / "state", clip]
     streamed(["--checkpoint", first, *keep], capsys, monkeypatch)
-    with pytest.raises(DataError, match="another checkpoint"):
+    with pytest.raises(UserError, match="another checkpoint"):
         streamed(["--checkpoint", second, *keep], capsys, monkeypatch)
     (tmp_path / "state").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match="not a state"):
+    with pytest.raises(UserError, match="not a state"):
         streamed(["--checkpoint", first, *keep], capsys, monkeypatch)
 
 
@@ -240,7 +241,7 @@ def test_a_run_on_single_utterances_carries_nothing(trained, corpus, tmp_path, c
     clip = corpus.parent / "s1d0t0.wav"
     twice, said = streamed(["--checkpoint", trained, clip, clip], capsys, monkeypatch)
     assert twice[0] == twice[1] and "nothing is carried" in said
-    with pytest.raises(DataError, match="--state"):
+    with pytest.raises(UserError, match="--state"):
         streamed(["--checkpoint", trained, clip, "--state", tmp_path / "s"], capsys, monkeypatch)
 
 
@@ -268,7 +269,7 @@ def test_an_export_predicts_the_same_and_its_wavlm_loads_in_transformers(
     )
     assert first == second
 
-    model, _ = predict.load_model(exported, "--checkpoint")
+    model, _ = runs.load_model(exported, "--checkpoint")
     theirs, info = WavLMModel.from_pretrained(exported / "wavlm", output_loading_info=True)
     assert not any(info.values())
     waveform = torch.randn(2, 9_000, generator=torch.manual_seed(0))
@@ -288,9 +289,9 @@ def test_an_export_predicts_the_same_and_its_wavlm_loads_in_transformers(
 
     card, results = (exported / "README.md").read_text(), rows(directory / "predictions_test.csv")
     assert f"| test | {len(results)} | " in card and "0 to\n1." in card
-    with pytest.raises(DataError, match=r"model exists"):
+    with pytest.raises(UserError, match=r"model exists"):
         predict.main(predict.parse_args(argv))
-    with pytest.raises(DataError, match="is an export already"):
+    with pytest.raises(UserError, match="is an export already"):
         predict.export(str(exported), tmp_path / "twice")
 
 
@@ -333,8 +334,8 @@ def test_a_run_or_an_export_is_personalised_without_repeating_its_flags(
     assert (args.max_seconds, args.d_hidden, args.speaker) == (0.7, 16, str(vectors))
     assert train.parse_args([*argv, "--max_seconds", "2"]).max_seconds == 2
     assert train.main(args) == 0
-    before, _ = predict.load_model(source, "")
-    after, _ = predict.load_model(train.run_dir(args), "")
+    before, _ = runs.load_model(source, "")
+    after, _ = runs.load_model(train.run_dir(args), "")
     after = after.state_dict()
     moved = {k.split(".")[0] for k, v in before.state_dict().items() if not v.equal(after[k])}
     assert moved == {"film"}
@@ -356,7 +357,7 @@ def test_a_run_or_an_export_is_personalised_without_repeating_its_flags(
 )
 def test_wrong_input_is_named(trained, corpus, tmp_path, argv, said):
     words = {"RUN": str(trained), "CLIP": str(corpus.parent / "s1d0t0.wav")}
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(UserError, match=said):
         predicted([words.get(word, word) for word in argv], tmp_path / "out.csv")
 
 

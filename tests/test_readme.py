@@ -50,11 +50,11 @@ def test_every_command_parses(words):
     PARSERS[program](flags)
 
 
-def test_the_first_command_runs(tmp_path):
+def test_the_first_command_runs(tmp_path, demo_cache):
     first = next(commands())
     assert first == ["python", "train.py", "--preset", "demo"]
     short = ["--max_steps", "2", "--prosody", "none", "--out", str(tmp_path / "runs")]
-    short += ["--cache_dir", str(tmp_path / "cache")]
+    short += ["--cache_dir", str(demo_cache)]
     subprocess.run([sys.executable, *first[1:], *short], cwd=ROOT, check=True, timeout=300)
     assert (tmp_path / "runs/demo/fold1/result.json").exists()
 

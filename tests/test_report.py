@@ -20,7 +20,10 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+import files
+import pictures
 import report
+import runs
 from model import TARGETS
 
 
@@ -264,11 +267,11 @@ def test_paired_differences_are_those_of_a_plain_loop_over_the_utterances_of_bot
     shared = sorted(set.union(*(set(rows["utt_id"]) for rows in two.parts.values())))
     tables = []
     for e in (one, two):
-        rows = report.pooled_rows(e.parts.values())
+        rows = runs.pooled_rows(e.parts.values())
         order = [rows["utt_id"].tolist().index(utt_id) for utt_id in shared]
         tables.append({name: values[order] for name, values in rows.items()})
     ids, _ = report.cluster_ids(tables[0])
-    pairs = [report.tensors(rows) for rows in tables]
+    pairs = [runs.tensors(rows) for rows in tables]
     low, high = paired_plainly(*pairs, ids)
     scores = [report.metrics(*pair)["ccc_mean"] for pair in pairs]
     assert paired["ccc_mean"] == pytest.approx((scores[0] - scores[1], low, high), abs=1e-9)
@@ -312,7 +315,7 @@ def test_breakdown_counts_bias_and_error_are_those_computed_by_hand(tmp_path, ca
 
 def test_a_breakdown_shows_the_twenty_speakers_with_most_utterances_and_how_many_more(tmp_path):
     directory = write_fold(tmp_path / "one", 1, (0.5, 0.5), num_folds=1, speakers=23, utterances=43)
-    rows = report.read_predictions(directory / "predictions_test.csv")
+    rows = runs.read_predictions(directory / "predictions_test.csv")
     (_, table), (_, more) = report.breakdown(rows, "speaker")
     assert {row[1] for row in table[1:]} == {"2"} and len(table) == 21
     assert more.startswith("and 3 more")
@@ -408,7 +411,7 @@ def test_damaged_embeddings_are_named_and_only_the_separation_is_left_out(
     ],
 )
 def test_what_is_no_experiment_is_refused(experiment, place, message):
-    with pytest.raises(report.ReportError, match=message):
+    with pytest.raises(files.UserError, match=message):
         run(place(experiment))
 
 
@@ -571,12 +574,12 @@ def test_a_run_draws_its_pictures_and_leaves_what_the_report_and_the_status_read
     assert train.main(train.parse_args(flags)) == 0
     experiment = tmp_path / "runs" / "real"
     names = {path.name for path in (experiment / "fold1").iterdir()}
-    pictures = {f"{n}.png" for n in ("curves", "scatter", "circumplex", "duration", "embedding")}
-    assert names >= pictures | {"embedding_test.npy"}
-    records = report.read_records(experiment / "fold1")
+    drawn = {f"{n}.png" for n in ("curves", "scatter", "circumplex", "duration", "embedding")}
+    assert names >= drawn | {"embedding_test.npy"}
+    records = runs.read_records(experiment / "fold1")
     [total] = {record["total_steps"] for record in records if record["event"] == "train"}
     assert total == max(record["step"] for record in records)
-    curve = report.plot_curves({"real": records}).axes[1].lines[0]
+    curve = pictures.plot_curves({"real": records}).axes[1].lines[0]
     assert list(curve.get_xdata()) == [1, 2]  # not the scores of the best epoch again
     figures = [record for record in records if record["event"] == "separation"]
     assert len(figures) == 2 and figures[0].keys() >= {
@@ -609,7 +612,7 @@ def test_no_two_texts_of_a_picture_overlap(count, speakers, runs):
     vectors = {name: rng.standard_normal((count, 7)) for name in names}
     keys = {"loss": 1.0, "dev/ccc_valence": 0.5, "dev/ccc_arousal": 0.5}
     lines = [{"event": "train", "step": i, "epoch": i, **keys} for i in range(4)]
-    figures = report.plot_all(dict.fromkeys(names, lines), parts, vectors)
+    figures = pictures.plot_all(dict.fromkeys(names, lines), parts, vectors)
     assert list(figures) == ["curves", "scatter", "circumplex", "duration", "embedding"]
     for name, figure in figures.items():
         figure.savefig(BytesIO())
@@ -629,7 +632,7 @@ def test_a_run_without_records_or_with_constant_predictions_still_has_pictures()
     rows = columns_of(30)
     for target in TARGETS:
         rows[target] = rows[f"pred_{target}"] = np.ones(30)
-    for figure in report.plot_all({"a": []}, {"a": rows}, {"a": np.ones((30, 4))}).values():
+    for figure in pictures.plot_all({"a": []}, {"a": rows}, {"a": np.ones((30, 4))}).values():
         figure.savefig(BytesIO())
 
 

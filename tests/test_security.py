@@ -17,8 +17,8 @@ import pytest
 import soundfile
 import torch
 
-import predict
-from data import DataError
+import runs
+from files import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -147,10 +147,10 @@ def test_a_hostile_checkpoint_is_refused_by_each_function_that_loads_one(
     best = tmp_path / "best.pt"
     make(best)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"--checkpoint .*best.pt.* not "):
-            predict.load_model(tmp_path, "--checkpoint")
-        with pytest.raises(DataError, match=r"best.pt"):
-            predict.read_checkpoint(best)
+        with pytest.raises(UserError, match=r"--checkpoint .*best.pt.* not "):
+            runs.load_model(tmp_path, "--checkpoint")
+        with pytest.raises(UserError, match=r"best.pt"):
+            runs.read_checkpoint(best)
         assert not (tmp_path / "pwned").exists()
         best.write_bytes(best.read_bytes() + hashlib.sha256(best.read_bytes()).digest())
 

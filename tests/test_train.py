@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import train
-from data import Batches, BatchSpec, DataError
+from data import Batches, BatchSpec
+from files import UserError
 from model import moment_sums
+from runs import read_checkpoint, run_dir
 from train import (
     build_model,
     build_optimizer,
@@ -24,9 +26,7 @@ from train import (
     main,
     parse_args,
     parse_unfreeze,
-    read_checkpoint,
     run,
-    run_dir,
     set_trainable,
     train_step,
     unfreeze_at,
@@ -338,14 +338,14 @@ def test_a_damaged_cache_is_refused_and_a_full_disk_named(flags, tmp_path, monke
     (cache,) = caches(args)
     with open(cache / "values.f16", "ab") as file:
         file.write(b"xx")
-    with pytest.raises(DataError, match="is damaged: delete it"):
+    with pytest.raises(UserError, match="is damaged: delete it"):
         main(parse_args([*flags, "--overwrite"]))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(train.vadata.HiddenStates, "_write", full)
-    with pytest.raises(DataError, match=r"--cache_dir .*: hidden-.*No space left.*make room"):
+    with pytest.raises(UserError, match=r"--cache_dir .*: hidden-.*No space left.*make room"):
         main(parse_args([*flags, "--overwrite", "--layers", "1"]))
     assert caches(args) == [cache]
 
@@ -619,6 +619,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_utterances(flags):
 
 
 def test_data_errors_reach_the_caller_as_such(flags):
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         main(parse_args([*flags, "--fold", "9"]))
     assert isinstance(prepared(flags)[2], Batches)

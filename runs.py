@@ -1,0 +1,358 @@
+"""A run on disk: its checkpoints, its directory, and what others read there.
+
+train.py writes, predict.py and report.py read. Files are whole at every moment (files.py); a
+checkpoint ends with its SHA-256 and is verified before it is unpickled, tensors and plain values
+only.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import errno
+import fcntl
+import io
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from corpora import Corpus
+from files import UserError, replace_text, replacing, sha256
+from model import TARGETS, EmotionModel, ModelConfig
+
+log = logging.getLogger("vatune")
+
+# train.py's flags that belong to a model, whatever it is trained on next
+MODEL_FLAGS = {f.name for f in dataclasses.fields(ModelConfig)} | {
+    "prosody", "speaker", "no_film", "wavlm_revision", "wavlm_dropout", "max_seconds", "context",
+}  # fmt: skip
+WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
+
+# Columns of predictions_<split>.csv
+TEXTS = ("utt_id", "dialog", "speaker", "emotion")
+NUMBERS = ("seconds", *TARGETS, *(f"pred_{target}" for target in TARGETS))
+Columns = dict[str, np.ndarray]  # TEXTS as text, NUMBERS as float64, (N,)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """The content, with its SHA-256 as the last 32 bytes; a last.pt that is there becomes
+    previous.pt. OSError names the file; what was there stays."""
+    previous = path.with_name("previous.pt") if path.name == "last.pt" else None
+    with replacing(path, previous) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch puts its own error over the disk's
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        file.write(sha256(file, file.tell()))
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What train.py saved, unpickled (tensors and plain values) after its hash was verified.
+
+    UserError names a file that is missing, damaged or not of train.py.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = path.stat().st_size - 32  # the hash, see train.save_checkpoint
+            if size <= 0 or sha256(file, size) != file.read(32):
+                fault = f"{path}: damaged, or not a best.pt, last.pt or frozen.pt of train.py"
+                raise UserError(fault)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
+    except Exception as error:  # weights_only refuses more than tensors and plain values
+        fault = f"{path}: not a checkpoint of train.py ({type(error).__name__})"
+        raise UserError(fault) from None
+
+
+def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Path) -> None:
+    """Fills the model; a WavLM that did not train is in the directory's frozen.pt."""
+    if model.config.encoder == "wavlm" and not any(name.startswith(WAVLM) for name in weights):
+        weights = weights | read_checkpoint(directory / "frozen.pt")["model"]
+    model.load_state_dict(weights)
+
+
+def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
+    """(model in eval mode, the checkpoint's dict) of a run directory, a best.pt or an export.
+
+    UserError names `flag` and the file when it is missing or not ours.
+    """
+    path = Path(path)
+    exported = (path / "config.json").is_file()
+    path = path / "best.pt" if path.is_dir() and not exported else path
+    try:
+        if exported:
+            checkpoint = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            checkpoint["model"] = load_file(path / "model.safetensors")
+            checkpoint["args"]["wavlm"] = str(path / "wavlm")
+        else:
+            checkpoint = read_checkpoint(path)
+        model = EmotionModel(ModelConfig(**checkpoint["config"]))
+        load_weights(model, checkpoint["model"], path.parent)
+    except UserError as error:
+        raise UserError(f"{flag} {error} (give a run directory)") from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        raise UserError(f"{flag} {path}: not a best.pt or an export ({reason})") from None
+    return model.eval(), checkpoint
+
+
+def load_last(directory: Path) -> dict | None:
+    """The content of last.pt or, where that is missing or damaged, of previous.pt; None without
+    either. UserError when none of what is there is good."""
+    faults = []
+    for path in (directory / "last.pt", directory / "previous.pt"):
+        try:
+            content = read_checkpoint(path)
+        except UserError as error:
+            faults.append(str(error))
+        else:
+            if faults:  # the next save must not put the bad one in place of the good one
+                log.warning(f"{faults[0]}: continuing from {path}, the one before")
+                with contextlib.suppress(OSError):  # it is missing, or another rank was first
+                    (directory / "last.pt").rename(directory / "damaged.pt")
+            return content
+    if not any((directory / name).exists() for name in ("last.pt", "previous.pt")):
+        return None
+    raise UserError(f"--resume: {'; '.join(faults)}: start anew with --overwrite")
+
+
+def check_resumable(flags: dict, last: dict, directory: Path, frozen: bool) -> None:
+    """UserError when a file of the interrupted run is damaged, missing, older than `last` or of
+    another run, or when one of `flags`, those that decide the result, was another one."""
+    contents = {"--resume": last}
+    for name in ["best.pt"] * bool(last["state"]["best_epoch"]) + ["frozen.pt"] * frozen:
+        try:
+            contents[f"{directory / name}"] = read_checkpoint(directory / name)
+        except UserError as error:
+            raise UserError(f"--resume: {error}: start anew with --overwrite") from None
+    for what, content in contents.items():
+        for flag, value in flags.items():
+            if content["args"].get(flag) != value:
+                raise UserError(
+                    f"{what}: --{flag} was {content['args'].get(flag)} in the interrupted run and "
+                    f"is {value} now: give the old value, or start anew with --overwrite"
+                )
+        if content.get("epoch", math.inf) < last["state"]["best_epoch"]:
+            raise UserError(f"{what} is older than last.pt: start anew with --overwrite")
+
+
+def wavlm_weights(model: EmotionModel) -> dict[str, Tensor]:
+    return {k: v for k, v in model.state_dict().items() if k.startswith(WAVLM)}
+
+
+# ---------------------------------------------------------------------------------------------
+# The directory of a run
+
+
+def run_dir(args: argparse.Namespace) -> Path:
+    return Path(args.out) / args.name / f"fold{args.fold}"
+
+
+def prepare_run_dir(args: argparse.Namespace) -> TextIO:
+    """Creates the run directory, clears it (--overwrite) or keeps it (--resume). Rank 0 only.
+
+    Returns an open file whose lock is this run's claim on the directory: it ends with the process,
+    however that dies. UserError when another process holds it.
+    """
+    path = run_dir(args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path.with_name(f".{path.name}.lock"), "a+")  # noqa: SIM115 the caller keeps it
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # and not: this disk knows no locks
+            lock.seek(0)
+            raise UserError(
+                f"{path} is in use by another run ({lock.read().strip()}): wait for its end, or "
+                "give another --name"
+            ) from None
+    lock.truncate(0)
+    print(f"pid {os.getpid()} on {platform.node()}", file=lock, flush=True)
+    if args.overwrite and path.exists():
+        if any(path.iterdir()) and not (path / "train.log").exists():
+            raise UserError(f"{path} is not a run directory: --overwrite will not delete it")
+        shutil.rmtree(path)
+    try:
+        path.mkdir(exist_ok=args.resume)
+    except FileExistsError:
+        raise UserError(
+            f"{path} exists: give --resume to continue it, --overwrite to delete it, "
+            "or another --name"
+        ) from None
+    for aside in path.glob(".*.aside"):  # of a run that was killed while it wrote
+        aside.unlink()
+    return lock
+
+
+def end_status(directory: Path, exit_code: int, reason: str) -> None:
+    """Completes status.json where this process wrote it: torchrun turns every exit code into 1."""
+    with contextlib.suppress(OSError, ValueError):  # no such file, or no room for a new one
+        status = json.loads((directory / "status.json").read_text())
+        if (status["host"], status["pid"]) == (platform.node(), os.getpid()):
+            now = {"exit_code": exit_code, "reason": reason, "time": time.time()}
+            replace_text(directory / "status.json", json.dumps(status | now, indent=1) + "\n")
+
+
+class RunFiles:
+    """What a run writes: metrics.jsonl, TensorBoard, JSON and CSV files. For rank 0 alone.
+
+    `lock` is the claim on the directory; it is held as long as this object lives.
+    """
+
+    def __init__(self, directory: Path, lock: TextIO) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+        self.directory, self.lock = directory, lock
+        self.metrics = directory / "metrics.jsonl"
+        self.records = 0  # in metrics.jsonl
+        self.board = SummaryWriter(directory / "tb")
+
+    def rewind(self, count: int) -> int:
+        """Keeps the first `count` records; the resumed run writes the later ones again. Returns
+        how many there are."""
+        lines = self.metrics.read_bytes().splitlines(True) if self.metrics.exists() else []
+        kept = [line for line in lines[:count] if line.endswith(b"\n")]
+        replace_text(self.metrics, b"".join(kept).decode(errors="replace"))
+        self.records = len(kept)
+        return self.records
+
+    def record(self, event: str, step: int, values: dict[str, float]) -> None:
+        try:
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.metrics)) from None
+        self.records += 1
+        for key, value in values.items():
+            self.board.add_scalar(key if "/" in key else f"{event}/{key}", value, step)
+
+    def write_json(self, name: str, content: dict) -> None:
+        replace_text(self.directory / name, json.dumps(content, indent=1) + "\n")
+
+    def write_status(self, step: int) -> None:
+        """status.json of a run that goes on and has saved `step`; train.py's run completes it."""
+        about = {"time": time.time(), "host": platform.node(), "pid": os.getpid()}
+        status = {"exit_code": None, "reason": "running", "step": step, **about}
+        self.write_json("status.json", status)
+
+    def write_predictions(
+        self, split: str, corpus: Corpus, rows: np.ndarray, preds: Tensor
+    ) -> None:
+        """predictions_<split>.csv of preds (n, 2) in the label's own scale, and the labels."""
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        header = ["utt_id", "dialog", "speaker", "emotion", "seconds", *TARGETS]
+        writer.writerow([*header, *(f"pred_{target}" for target in TARGETS)])
+        for row, pred in zip(rows.tolist(), preds.tolist()):
+            utt = corpus.utterances[row]
+            about = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
+            labels = [getattr(utt, target) for target in TARGETS]
+            texts = [f"{value:.6f}" for value in pred]
+            writer.writerow([*about, f"{corpus.seconds[row]:.3f}", *labels, *texts])
+        replace_text(self.directory / f"predictions_{split}.csv", text.getvalue())
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def read_json(path: Path) -> dict:
+    """Empty where the file is absent or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_records(directory: Path) -> list[dict]:
+    """Records of metrics.jsonl; without lines that are torn or not of ours."""
+    path = directory / "metrics.jsonl"
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the run is writing it, or was killed while it did
+        if isinstance(record, dict) and {"event", "step"} <= record.keys():
+            numbers = (value for key, value in record.items() if key != "event")
+            if all(isinstance(value, (int, float)) for value in numbers):
+                records.append(record)
+    return records
+
+
+def read_predictions(path: Path) -> Columns:
+    """Columns of a predictions CSV with one row at least; UserError names the row."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    absent = [name for name in (*TEXTS, *NUMBERS) if name not in rows[0]]
+    if absent:
+        raise UserError(f"{path}: column {', '.join(absent)} is missing")
+    columns = {name: np.array([row[name] or "" for row in rows]) for name in TEXTS}
+    for name in NUMBERS:
+        values = [to_number(row[name]) for row in rows]
+        for number, (value, row) in enumerate(zip(values, rows), start=2):
+            if not math.isfinite(value):
+                raise UserError(f"{path} row {number}: {name} {row[name]} is not a finite number")
+        columns[name] = np.array(values)
+    return columns
+
+
+def read_vectors(directory: Path, count: int) -> np.ndarray:
+    """Utterance vectors (count, U) of the test split, in the row order of its predictions."""
+    path = directory / "embedding_test.npy"
+    try:
+        vectors = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if vectors.ndim != 2 or len(vectors) != count or not is_finite(vectors):
+        raise UserError(f"{path}: {vectors.dtype} {vectors.shape}, not {count} finite rows")
+    return vectors
+
+
+def to_number(text: str | None) -> float:
+    """nan for what is not a number."""
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
+
+
+def is_finite(values: np.ndarray) -> bool:
+    return values.dtype.kind == "f" and bool(np.isfinite(values).all())
+
+
+def tensors(rows: Columns) -> tuple[Tensor, Tensor]:
+    """preds, labels (N, 2)."""
+    columns = ([f"pred_{target}" for target in TARGETS], TARGETS)
+    return tuple(torch.from_numpy(np.stack([rows[n] for n in names], axis=1)) for names in columns)
+
+
+def pooled_rows(parts: Iterable[Columns]) -> Columns:
+    """Test rows of several folds in one table."""
+    parts = list(parts)
+    return {name: np.concatenate([part[name] for part in parts]) for name in (*TEXTS, *NUMBERS)}
