@@ -93,11 +93,13 @@ from runs import (
     load_weights,
     prepare_run_dir,
     read_checkpoint,
+    read_records,
     run_dir,
     save_checkpoint,
     wavlm_weights,
 )
 from watch import (
+    Hints,
     Meter,
     git_commit,
     score_line,
@@ -888,6 +890,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Resume, with the micro-batch that the interrupted run had found
     last, probed = load_last(directory) if args.resume else None, ""
+    most = max(args.context, len(splits["train"]) // (LEAST_STEPS * world_size))  # in a micro-batch
     if last:
         if (directory / "result.json").exists():
             log.info(f"{directory} is complete: nothing to resume")
@@ -898,7 +901,6 @@ def main(args: argparse.Namespace) -> int:
         args.gradient_accumulation_steps = None
         split_batch(args, last["state"]["batch_size"], world_size)
     elif args.batch_size == "auto":
-        most = max(args.context, len(splits["train"]) // (LEAST_STEPS * world_size))
         where = (input_widths(dataset), longest, device, world_size, most)
         try:
             size, probed = memory.auto_batch(model, args, *where)
@@ -950,6 +952,8 @@ def main(args: argparse.Namespace) -> int:
         files.write_json("splits.json", names)
         write_skipped(directory / "skipped.csv", corpus)
         files.write_status(state["step"])
+        where = (input_widths(dataset), longest, world_size, most)
+        hints = Hints(args, device, read_records(directory), where)
 
     # Compile and DDP. `model` stays the bare module, for checkpoints and evaluation
     if args.compile:
@@ -1028,6 +1032,7 @@ def main(args: argparse.Namespace) -> int:
                 log.info(step_line(record, state["step"], total_steps, scaler))
                 if files:
                     files.record("train", state["step"], record)
+                    hints.after_steps(record)
 
             if args.save_every and state["step"] % args.save_every == 0:
                 meter.check(scaler, optimizer, corpus)
@@ -1071,7 +1076,9 @@ def main(args: argparse.Namespace) -> int:
                 log.info(score_line(f"epoch {epoch + 1:>3} | dev", scores) + " | best" * better)
                 if files:
                     record = {f"dev/{k}": v for k, v in scores.items()}
-                    files.record("dev", state["step"], {"epoch": state["epoch"], **record})
+                    record = {"epoch": state["epoch"], **record}
+                    files.record("dev", state["step"], record)
+                    hints.after_evaluation(record)
                     if better:
                         content = {"model": weights_to_save(model, args, schedule, epoch)}
                         content |= {"config": asdict(model.config)}

@@ -29,6 +29,17 @@ log = logging.getLogger("vatune")
 
 MAX_SKIPPED = 20  # steps in a row that GradScaler may skip; a start skips about ten [guess]
 
+# When a hint is given [all guesses]
+WAITING = 0.2  # share of the step time spent waiting for data, in two log lines in a row
+PADDED = 0.35  # share of padding in the batches, in two log lines in a row
+SKIPPED = 0.1  # share of the steps that GradScaler skips, after its start
+BUSY = 0.5  # share of the time in which the GPU computes
+FILLED = 0.4  # share of the card's memory that is used
+RISEN = 1.25  # factor on the lowest loss; both are means of five log lines
+FALLING = 3  # evaluations in a row, each with a lower dev CCC than the one before
+FLAT, FLAT_WITHIN = 5, 0.01  # evaluations whose dev CCCs lie that close together
+FLAT_UNTIL = 0.7  # share of the epochs after which a cosine schedule makes everything flat
+
 
 class Meter:
     """What happened since the last log line; read() averages it over steps and ranks.
@@ -126,6 +137,132 @@ class Meter:
         self.restart()
         self.steps, self.start = 0, time.perf_counter()
         return record
+
+
+# ---------------------------------------------------------------------------------------------
+# Hints
+
+
+class Hints:
+    """What is wrong with a run, and the remedy: a log line of each kind, once. For rank 0 alone.
+
+    `records` are those of metrics.jsonl so far; `where` are the arguments of memory.largest_batch
+    behind the flags.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        device: torch.device,
+        records: list[dict],
+        where: tuple,
+    ) -> None:
+        self.args, self.device, self.where = args, device, where
+        self.train = [record for record in records if record["event"] == "train"]
+        self.dev = [record for record in records if record["event"] == "dev"]
+        self.busy: list[float] = []
+        self.said: set[str] = set()
+
+    def say(self, kind: str, text: str) -> None:
+        if kind not in self.said:
+            self.said.add(kind)
+            log.warning(f"hint | {text}")
+
+    def lately(self, key: str) -> float:
+        """The lower value of the last two log lines; 0 before there are two."""
+        return min(r.get(key, 0.0) for r in self.train[-2:]) if len(self.train) > 1 else 0.0
+
+    def after_steps(self, record: dict) -> None:
+        """Looks at the record of a log line."""
+        self.train.append(record)
+        args, waiting, padded = self.args, self.lately("data_share"), self.lately("padded_share")
+        if waiting > WAITING:
+            self.say(
+                "data",
+                f"{waiting:.0%} of the time is spent waiting for data: raise --num_workers "
+                f"({args.num_workers}), or put --cache_dir and --features_dir on a local disk",
+            )
+        if padded > PADDED:
+            why = " (--context mixes lengths)" * (args.context > 1)
+            self.say(
+                "padding",
+                f"{padded:.0%} of the batches is padding{why}: lower --max_seconds, or "
+                "--batch_size with a higher --gradient_accumulation_steps",
+            )
+        if len(self.train) > 1 and record["skipped_steps"] > SKIPPED * args.log_every:
+            self.say(
+                "scaler",
+                f"GradScaler skipped {record['skipped_steps']} of the last {args.log_every} steps: "
+                "gradients overflow: give --amp bf16, or lower --lr and --encoder_lr",
+            )
+        means = [
+            statistics.fmean(r["loss"] for r in self.train[i : i + 5])
+            for i in range(len(self.train) - 4)
+        ]
+        if len(means) > 5 and means[-1] > RISEN * min(means):
+            self.say(
+                "loss",
+                f"the loss diverges, it has risen from {min(means):.3g} to {means[-1]:.3g}: lower "
+                "--lr and --encoder_lr, or raise --warmup",
+            )
+        if self.device.type == "cuda":
+            self.look_at_gpu(record, waiting)
+
+    def look_at_gpu(self, record: dict, waiting: float) -> None:
+        """The first five log lines decide; the median, since one may meet a pause."""
+        if len(self.busy) == 5 or "ms_per_step" not in record:
+            return
+        self.busy.append(gpu_busy_share(self.device))
+        if len(self.busy) < 5:
+            return
+        busy, card = statistics.median(self.busy), memory.capacity_gib(self.args)
+        if busy < BUSY and waiting <= WAITING:
+            self.say("gpu", f"the GPU computes {busy:.0%} of the time: raise --batch_size")
+        if record["peak_gib"] < FILLED * card and not self.args.batch_seconds:
+            anew = argparse.Namespace(**vars(self.args) | {"global_batch_size": None})
+            size = memory.largest_batch(anew, *self.where).batch_size  # takes seconds, once
+            if size > self.args.batch_size:
+                self.say(
+                    "memory",
+                    f"{record['peak_gib']:.1f} of {card:.1f} GiB are used: --batch_size {size} "
+                    "fits by plan (python memory.py), in place of accumulation or with a new "
+                    "learning rate",
+                )
+
+    def after_evaluation(self, record: dict) -> None:
+        """Looks at the record of an evaluation on dev."""
+        self.dev.append(record)
+        cccs = [r["dev/ccc_mean"] for r in self.dev]
+        trains_wavlm = self.args.encoder == "wavlm" and self.args.unfreeze != "none"
+        rate = "--encoder_lr" if trains_wavlm else "--lr"
+        rate = f"{rate} ({getattr(self.args, rate[2:]):g})"
+        last = cccs[-FALLING - 1 :]
+        if len(last) > FALLING and last == sorted(set(last), reverse=True):
+            self.say(
+                "falling",
+                f"dev CCC has fallen {FALLING} times in a row, from {last[0]:.4f} to "
+                f"{last[-1]:.4f}: lower {rate}; the best epoch is kept, --patience ends earlier",
+            )
+        last = cccs[-FLAT:]
+        early = record["epoch"] <= FLAT_UNTIL * self.args.epochs
+        if len(last) == FLAT and max(last) - min(last) < FLAT_WITHIN and early:
+            less = " or unfreeze more" * (self.args.encoder == "wavlm")
+            self.say(
+                "flat",
+                f"dev CCC has been flat for {FLAT} evaluations, {min(last):.4f} to "
+                f"{max(last):.4f}: raise {rate}{less}",
+            )
+
+
+def gpu_busy_share(device: torch.device) -> float:
+    """Of the last second or less, by nvidia-smi; 1 where that cannot tell."""
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i"]
+    try:
+        card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        run = subprocess.run([*query, card], capture_output=True, text=True, timeout=10, check=True)
+        return float(run.stdout) / 100
+    except (OSError, ValueError, RuntimeError, AssertionError, subprocess.SubprocessError):
+        return 1.0
 
 
 # ---------------------------------------------------------------------------------------------
