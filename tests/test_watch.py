@@ -16,13 +16,16 @@ from data import Batches
 from runs import run_dir
 from train import main, parse_args
 
+WAITING = "of the time is spent waiting for data"
 
-def hints_of(flags):
-    """Hints in train.log of a run with these flags."""
+
+def hints_of(flags, waits=False):
+    """Hints in train.log of a run with these flags; on a busy machine any run may wait for data."""
     args = parse_args(flags)
     assert main(args) == 0
     lines = (run_dir(args) / "train.log").read_text().splitlines()
-    return [line.removeprefix("hint | ") for line in lines if line.startswith("hint | ")]
+    hints = [line.removeprefix("hint | ") for line in lines if line.startswith("hint | ")]
+    return [hint for hint in hints if waits or WAITING not in hint]
 
 
 def only(hints):
@@ -42,9 +45,8 @@ def test_waiting_for_data(flags, monkeypatch):
         return read(self, spec)
 
     monkeypatch.setattr(Batches, "__getitem__", slowly)
-    hint = only(hints_of(flags))
-    assert hint.startswith(("8", "9")) and "of the time is spent waiting for data" in hint
-    assert "raise --num_workers (0)" in hint
+    hint = only(hints_of(flags, waits=True))
+    assert int(hint.split("%")[0]) > 50 and WAITING in hint and "raise --num_workers (0)" in hint
 
 
 def test_padding(flags, corpus, tmp_path):
