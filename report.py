@@ -243,6 +243,42 @@ def paired_difference(one: Experiment, two: Experiment) -> dict | str:
     return {"n": len(shared), "clusters": clusters, **differences}
 
 
+def frozen_baseline(run: Path) -> Path | None:
+    """Of the finished folds in the same --out that kept the same WavLM frozen, on the same data and
+    fold, the one with the best dev CCC."""
+    own, found = read_json(run / "args.json"), []
+    same = ("data", "fold", "label_range", "encoder", "wavlm", "wavlm_revision")
+    for path in run.parent.parent.glob(f"*/{run.name}/result.json"):
+        flags = read_json(path.with_name("args.json"))
+        alike = all(flags.get(flag) == own.get(flag) for flag in same)
+        if path.parent != run and alike and flags.get("unfreeze") == "none":
+            with contextlib.suppress(UserError):  # damaged
+                found.append((read_fold(path.parent)[0]["dev/ccc_mean"], path.parent))
+    return max(found)[1] if found else None
+
+
+def against_frozen(run: Path) -> str:
+    """What fine-tuning has gained on the test split of a finished fold, in one line."""
+    baseline = frozen_baseline(run)
+    if baseline is None:
+        return (
+            f"no frozen baseline of this fold in {run.parent.parent}: the same command with "
+            "--unfreeze none --name frozen makes one, then report.py compares the two"
+        )
+    fold = int(run.name.removeprefix("fold"))
+    paired = paired_difference(*(read_experiment(r.parent, [fold]) for r in (run, baseline)))
+    if isinstance(paired, str):
+        return f"no comparison with {baseline}: {paired}"
+    cccs = ", ".join(
+        "{} {:+.3f} [{:+.3f}, {:+.3f}]".format(name, *paired[f"ccc_{name}"])
+        for name in (*TARGETS, "mean")
+    )
+    return (
+        f"test CCC less that of the frozen {baseline}: {cccs} (95 % intervals over "
+        f"{paired['clusters']}, {paired['n']} utterances; where 0 is inside, no gain is shown)"
+    )
+
+
 # ---------------------------------------------------------------------------------------------
 # How well embeddings separate
 

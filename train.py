@@ -1139,6 +1139,8 @@ def main(args: argparse.Namespace) -> int:
         }  # fmt: skip
         plot_run(directory, "test", vectors)
         files.write_json("result.json", result)  # last: a run with it is complete
+        if args.preset == "verify" and args.unfreeze != "none":
+            log.info(report.against_frozen(directory))
         files.close()
         log.info(f"done in {state['seconds']:.0f} s: {directory / 'result.json'}")
     if world_size > 1:

@@ -24,7 +24,9 @@ import files
 import pictures
 import report
 import runs
+import train
 from model import TARGETS
+from runs import run_dir
 
 
 def write_fold(directory, fold, cccs, num_folds=3, speakers=2, utterances=8, **changes):
@@ -568,7 +570,6 @@ def test_status_of_a_run_before_its_first_record_and_of_damaged_files(tmp_path, 
 def test_a_run_draws_its_pictures_and_leaves_what_the_report_and_the_status_read(
     flags, tmp_path, capsys
 ):
-    import train
 
     flags = [*flags, "--name", "real", "--separation_every", "1", "--plot_every", "1"]
     assert train.main(train.parse_args(flags)) == 0
@@ -731,3 +732,38 @@ def test_separation_looks_at_a_bounded_number_of_rows():
     speakers = np.array([f"s{i % 7}" for i in range(5000)])
     few = report.separation(vectors[keep], labels[keep], speakers[keep])
     assert report.separation(vectors, labels, speakers) == few
+
+
+# --- the end of --preset verify
+
+
+def test_a_verifying_run_ends_with_what_it_gained_over_the_best_frozen_one(flags, tmp_path):
+    def last_line(*more):
+        args = train.parse_args([*flags, "--preset", "verify", *more])
+        assert train.main(args) == 0
+        return (run_dir(args) / "train.log").read_text().splitlines()[-2]
+
+    verify = ["--name", "verify", "--fold", "2"]
+    line = last_line(*verify)
+    assert line.startswith("no frozen baseline of this fold in ") and "--unfreeze none" in line
+    frozen = ["--unfreeze", "none"]
+    assert "frozen" not in last_line(*frozen, "--name", "weak", "--lr", "0", "--fold", "2")
+    last_line(*frozen, "--name", "better", "--lr", "0.01", "--fold", "2", "--epochs", "4")
+    last_line(*frozen, "--name", "another_fold", "--lr", "0.01", "--fold", "3")
+    devs = {name: result(tmp_path / "runs" / name)["dev"] for name in ("weak", "better")}
+    best = max(devs, key=lambda name: devs[name]["ccc_mean"])
+
+    line = last_line(*verify, "--overwrite")
+    pair = [tmp_path / "runs" / name for name in ("verify", best)]
+    paired = report.paired_difference(*(report.read_experiment(run, [2]) for run in pair))
+    assert line.startswith(f"test CCC less that of the frozen {pair[1]}/fold2: valence ")
+    values = [float(x) for x in re.findall(r"[-+]\d\.\d{3}", line)]
+    expected = [x for key in ("valence", "arousal", "mean") for x in paired[f"ccc_{key}"]]
+    assert values == [round(x, 3) for x in expected]
+    own, theirs = (result(run)["test"]["ccc_mean"] for run in pair)
+    assert values[6] == pytest.approx(own - theirs, abs=1e-3)
+    assert f"{paired['clusters']}, {paired['n']} utterances" in line
+
+
+def result(run):
+    return json.loads((run / "fold2" / "result.json").read_text())
