@@ -58,6 +58,7 @@ MIN_SAMPLES = 400  # WavLM's CNN needs this many; shorter clips are zero-padded 
 MAX_CLIP_SECONDS = 600  # longer is taken for a forgotten start/end, not for an utterance [guess]
 RATES = (4_000, 384_000)  # Hz; a header that says anything else is taken for a damaged one [guess]
 MOST_MISSING = 0.1  # of a clip's samples; with more lost, its label may belong to the rest [guess]
+GROUP_SECONDS = 2.0  # of audio, which one more pass of an encoder costs on its own [guess]
 EVAL_SECONDS = 64  # padded seconds per evaluation batch; fixed, so that results do not move
 CORES = len(os.sched_getaffinity(0))
 
@@ -527,17 +528,22 @@ class Batches(torch.utils.data.Dataset):
         self.hidden: HiddenStates | None = None  # takes the place of audio while it is set
 
     def __getitem__(self, spec: BatchSpec) -> dict:
-        """All torch CPU tensors but the last three:
+        """All torch CPU tensors but the last four; turns of chunks are ordered by length:
         chunk_index (C, K) positions in the batch (-1 = padding),
         labels (B, 2), input_values (B, L) and attention_mask (B, L) True = sample,
         frames (B, T, D) and frame_mask (B, T), hidden (B, N, D) or (B, T, N, D) float16,
         prosody (B, 88) raw with NaN, speaker (B, S),
-        rows (list of the corpus'), audio_seconds and padded_share (floats).
+        rows (list of the corpus'), audio_seconds and padded_share (floats), and, where the turns
+        of chunks mix lengths, groups [(start, stop, L)] of like length, to be encoded apart.
         """
-        rows = [row for chunk in spec.chunks for row in chunk]
+        rows = np.array([row for chunk in spec.chunks for row in chunk])
         width = max(len(chunk) for chunk in spec.chunks)
+        order = np.arange(len(rows))
+        if width > 1:
+            order = np.argsort(-self.lengths[rows], kind="stable")
         chunk_index = np.full((len(spec.chunks), width), -1, dtype=np.int64)
-        chunk_index[[[k < len(c) for k in range(width)] for c in spec.chunks]] = range(len(rows))
+        chunk_index[[[k < len(c) for k in range(width)] for c in spec.chunks]] = np.argsort(order)
+        rows = rows[order].tolist()
         batch: dict = {
             "rows": rows,
             "chunk_index": torch.from_numpy(chunk_index),
@@ -566,7 +572,11 @@ class Batches(torch.utils.data.Dataset):
         if self.speaker is not None:
             batch["speaker"] = torch.from_numpy(self.speaker[rows])
         if real is not None:
-            batch["padded_share"] = 1.0 - float(real.sum()) / real.numel()
+            lengths, padded = real.sum(1).numpy(), real.numel()
+            if width > 1 and self.hidden is None:
+                batch["groups"] = groups_of_like_length(lengths, GROUP_SECONDS * self.rate)
+                padded = sum((stop - start) * longest for start, stop, longest in batch["groups"])
+            batch["padded_share"] = 1.0 - float(lengths.sum()) / padded
         return batch
 
     def _window(
@@ -600,6 +610,22 @@ def pad(items: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     for i, item in enumerate(items):
         padded[i, : len(item)] = torch.from_numpy(item)
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+
+def groups_of_like_length(lengths: np.ndarray, cost: float) -> list[tuple[int, int, float]]:
+    """[(start, stop, longest)], the cut of lengths (B,), about in order, into runs that makes the
+    padded total, and `cost` for each run, least."""
+    least, cuts = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=int)
+    for stop in range(1, len(lengths) + 1):
+        longest = np.maximum.accumulate(lengths[:stop][::-1])[::-1]  # of a run from each start
+        totals = least[:stop] + cost + np.arange(stop, 0, -1) * longest
+        cuts[stop], least[stop] = totals.argmin(), totals.min()
+    groups, stop = [], len(lengths)
+    while stop:
+        start = int(cuts[stop])
+        groups.append((start, stop, lengths[start:stop].max().item()))
+        stop = start
+    return groups[::-1]
 
 
 class TrainPlan:

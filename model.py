@@ -558,16 +558,19 @@ class EmotionModel(nn.Module):
     def encode(self, batch: dict) -> Tensor:
         """Utterance vectors (B, U), each from its own utterance alone, float32."""
         if "hidden" in batch:  # of a frozen encoder, from the cache
-            hidden, frame_mask = batch["hidden"].float(), batch.get("frame_mask")
+            utterance = self.pooling(batch["hidden"].float(), batch.get("frame_mask"))
         else:
-            states, frame_mask = self.encoder(batch)
-            hidden = self.pooling.prepare(states, frame_mask)
-        utterance = self.pooling(hidden, frame_mask)  # (B, D)
+            utterance = torch.cat([self.encode_speech(part) for part in like_lengths(batch)])
         if self.film is not None:
             utterance = self.film(utterance, batch.get("speaker"))
         if self.prosody is not None:
             utterance = torch.cat((utterance, self.prosody(batch["prosody"])), dim=1)
         return utterance.float()
+
+    def encode_speech(self, batch: dict) -> Tensor:
+        """(B, D) of waveforms or frames."""
+        states, frame_mask = self.encoder(batch)
+        return self.pooling(self.pooling.prepare(states, frame_mask), frame_mask)
 
     def track(
         self,
@@ -628,6 +631,13 @@ class EmotionModel(nn.Module):
         flat = preds.new_zeros(len(utterances) + 1, len(TARGETS))  # the last row takes padding (-1)
         flat = flat.index_put((chunks.flatten(),), preds.flatten(0, 1))
         return flat[:-1]
+
+
+def like_lengths(batch: dict) -> list[dict]:
+    """The encoder's input in the batch's groups of like length, each padded to its own longest."""
+    names = batch.keys() & {"input_values", "attention_mask", "frames", "frame_mask"}
+    groups = batch.get("groups") or [(0, None, None)]
+    return [{k: batch[k][start:stop, :length] for k in names} for start, stop, length in groups]
 
 
 # ---------------------------------------------------------------------------------------------

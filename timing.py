@@ -231,9 +231,16 @@ class Clock:
             self.clips.dialogs, batch_size, accumulation, args.context, 0,
             self.planner.world_size, args.seed, args.batch_seconds * rate or None,
         )  # fmt: skip
-        batches = [[row for chunk in spec.chunks for row in chunk] for spec in plan]
-        counts = np.array([len(rows) for rows in batches])
-        longest = np.array([self.clips.seconds[rows].max() for rows in batches])
+        counts, longest = [], []
+        for spec in plan:
+            seconds = self.clips.seconds[[row for chunk in spec.chunks for row in chunk]]
+            groups = [(0, len(seconds), seconds.max())]
+            if args.context > 1:
+                seconds = -np.sort(-seconds)
+                groups = vadata.groups_of_like_length(seconds, vadata.GROUP_SECONDS)
+            counts += [stop - start for start, stop, _ in groups]
+            longest += [most for *_, most in groups]
+        counts, longest = np.array(counts), np.array(longest)
         total = self.micro_steps(stage, counts, longest, **flags)
         if accumulation > 1 and args.exact_ccc == "on" and args.loss == "ccc":
             import train

@@ -3,6 +3,7 @@
 Odd and broken input is in test_input_faults.py.
 """
 
+import itertools
 import json
 import os
 import pickle
@@ -20,7 +21,15 @@ import corpora
 import data
 import demo
 import files
-from data import SAMPLE_RATE, AudioPack, Batches, BatchSpec, FrameFeatures, TrainPlan
+from data import (
+    SAMPLE_RATE,
+    AudioPack,
+    Batches,
+    BatchSpec,
+    FrameFeatures,
+    TrainPlan,
+    groups_of_like_length,
+)
 from files import UserError
 
 TARGETS = ("valence", "arousal")
@@ -554,17 +563,35 @@ def test_missing_feature_files_are_counted_and_the_way_out_is_named(small, tmp_p
 def test_a_batch_is_padded_with_zeros_behind_the_mask_and_keeps_the_chunks(small):
     corpus, pack, _ = small
     batch = batches_of(corpus, pack)[BatchSpec(((4, 5), (9,)))]
-    lengths = pack.lengths[[4, 5, 9]]
-    assert batch["rows"] == [4, 5, 9]
-    assert batch["chunk_index"].tolist() == [[0, 1], [2, -1]]
+    rows = sorted([4, 5, 9], key=lambda row: -pack.lengths[row])
+    lengths = pack.lengths[rows]
+    assert batch["rows"] == rows
+    assert batch["chunk_index"].tolist() == [[rows.index(4), rows.index(5)], [rows.index(9), -1]]
     assert batch["attention_mask"].dtype == torch.bool
     assert batch["attention_mask"].sum(1).tolist() == lengths.tolist()
     assert batch["input_values"].shape == (3, lengths.max())
     assert not batch["input_values"][~batch["attention_mask"]].any()
-    np.testing.assert_array_equal(batch["input_values"][0, : lengths[0]], pack.read(4))
-    np.testing.assert_array_equal(batch["labels"], corpus.labels(TARGETS)[[4, 5, 9]])
+    np.testing.assert_array_equal(batch["input_values"][0, : lengths[0]], pack.read(rows[0]))
+    np.testing.assert_array_equal(batch["labels"], corpus.labels(TARGETS)[rows])
     assert batch["audio_seconds"] == pytest.approx(lengths.sum() / SAMPLE_RATE)
+    assert batch["groups"] == [(0, 3, lengths.max())]  # so little is not worth a second pass
     assert batch["padded_share"] == pytest.approx(1 - lengths.mean() / lengths.max())
+    single = batches_of(corpus, pack)[BatchSpec(((4,), (5,), (9,)))]
+    assert single["rows"] == [4, 5, 9] and "groups" not in single
+
+
+def test_groups_of_like_length_are_the_cheapest_cut():
+    rng = np.random.default_rng(0)
+    for count in range(1, 9):
+        lengths = np.sort(rng.integers(1, 200, count))[::-1]
+        costs = []
+        for cuts in itertools.product((False, True), repeat=count - 1):
+            starts = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), count]
+            costs.append(sum(40 + (b - a) * lengths[a] for a, b in itertools.pairwise(starts)))
+        groups = groups_of_like_length(lengths, 40)
+        assert [start for start, *_ in groups] + [count] == [0, *(stop for _, stop, _ in groups)]
+        assert all(longest == lengths[a:b].max() for a, b, longest in groups)
+        assert sum(40 + (b - a) * longest for a, b, longest in groups) == min(costs)
 
 
 def test_prosody_and_speaker_vectors_are_passed_on(small):

@@ -147,6 +147,25 @@ def test_a_padded_utterance_gives_the_same_prediction_as_alone(encoder, pooling)
             torch.testing.assert_close(model(alone), batched[i : i + 1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("encoder", ["wavlm", "convnext", "transformer"])
+def test_groups_of_like_length_change_neither_predictions_nor_gradients(encoder):
+    model = small_model(encoder, dropout=0.0).eval()
+    batch = small_batch([16_000, 12_345, 9_000, 4_000], torch.tensor([[2, 0], [1, 3]]))
+    lengths = [batch["frame_mask"].shape[1], 29] if "transformer" in encoder else [16_000, 9_000]
+    results = []
+    for groups in ([], [(0, 2, lengths[0]), (2, 4, lengths[1])]):
+        model.zero_grad()
+        preds = model(batch | {"groups": groups})
+        preds.square().sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((preds.detach(), gradients))
+    (one, first), (two, second) = results
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
