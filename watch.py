@@ -1,6 +1,7 @@
 """What a run says while it goes on: the start-up block, log lines, and what is wrong with it."""
 
 import argparse
+import contextlib
 import datetime
 import json
 import logging
@@ -220,7 +221,9 @@ class Hints:
             self.say("gpu", f"the GPU computes {busy:.0%} of the time: raise --batch_size")
         if record["peak_gib"] < FILLED * card and not self.args.batch_seconds:
             anew = argparse.Namespace(**vars(self.args) | {"global_batch_size": None})
-            size = memory.largest_batch(anew, *self.where).batch_size  # takes seconds, once
+            size = 0
+            with contextlib.suppress(ValueError):  # the plan disagrees with the card
+                size = memory.largest_batch(anew, *self.where).batch_size  # takes seconds, once
             if size > self.args.batch_size:
                 self.say(
                     "memory",
