@@ -634,10 +634,14 @@ class EmotionModel(nn.Module):
 
 
 def like_lengths(batch: dict) -> list[dict]:
-    """The encoder's input in the batch's groups of like length, each padded to its own longest."""
+    """The batch, or for the encoder its groups of like length, each padded to its own longest."""
+    if not batch.get("groups"):
+        return [batch]
     names = batch.keys() & {"input_values", "attention_mask", "frames", "frame_mask"}
-    groups = batch.get("groups") or [(0, None, None)]
-    return [{k: batch[k][start:stop, :length] for k in names} for start, stop, length in groups]
+    return [
+        batch | {name: batch[name][start:stop, :longest] for name in names}
+        for start, stop, longest in batch["groups"]
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
