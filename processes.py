@@ -178,7 +178,7 @@ def until_stopped(batches: Iterator[dict], polls: int, world_size: int) -> Itera
 
 def machine_fault(error: Exception, args: argparse.Namespace) -> str:
     """One or two lines on a fault that is not the code's, with what to do; "" for any other."""
-    text = str(error)
+    text = str(error) or type(error).__name__
     if isinstance(error, FloatingPointError):
         return text
     if memory.is_out_of_memory(error):
