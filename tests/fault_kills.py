@@ -202,7 +202,11 @@ def kill_and_compare(flags, directory, ranks, kills, rng):
     while done < kills:
         runs += 1
         run = Run(flags, directory / f"killed{runs}", ranks)
-        aside = run.directory / ".last.pt.aside"
+
+        def saving(run=run):
+            """Is a last.pt being written?"""
+            return any(run.directory.glob(".last.pt.*.aside"))
+
         while done < kills and not (run.directory / "result.json").exists():
             before = run.status().get("time")
             run.start("--resume")
@@ -213,11 +217,11 @@ def kill_and_compare(flags, directory, ranks, kills, rng):
                 run.until(lambda before=before: run.status().get("time") != before)  # noqa: B023
                 time.sleep(rng.uniform(0, seconds))
             else:
-                run.until(aside.exists)
+                run.until(saving)
             if run.poll() is None:
                 run.kill()
                 done += 1
-                saves += aside.exists()
+                saves += saving()
         assert run.start("--resume").wait() == 0, run.console()
         assert_same_outcome(whole, run)
     return done, saves, starts, runs
