@@ -30,7 +30,6 @@ import datetime
 import itertools
 import logging
 import math
-import multiprocessing
 import re
 import time
 import traceback
@@ -72,6 +71,7 @@ from processes import (
     any_rank,
     exchange_nothing,
     handle_signals,
+    kill_workers,
     machine_fault,
     patiently,
     set_rank_timeout,
@@ -1171,14 +1171,13 @@ def run(argv: list[str] | None = None) -> int:
         if not reason:
             reason = f"{type(error).__name__}: {error}"
             traceback.print_exc()
+        kill_workers()  # before the loader goes with `error`, and waits for them
     if code == RETRY_EXIT_CODE:
         reason = "stopped by a signal: continue with --resume"
     elif code and (rank == 0 or code == 1):
         print(f"train.py: error: {f'rank {rank}: ' * (rank > 0)}{reason}", file=sys.stderr)
     end_status(run_dir(args), code, reason)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in multiprocessing.active_children():
-        worker.kill()  # a stopped one would be waited for
+    kill_workers()
     return code
 
 
