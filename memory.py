@@ -11,7 +11,8 @@ changed model is planned right without a line changed here. Seconds are the oper
 at a machine's rates (timing.py).
 
 The run-time side is here too: TF32, the memory cap, the measured peak, the probe behind
-`--batch_size auto`. Not here: audio; of a corpus only the lengths matter. GiB = 2^30 bytes.
+`--batch_size auto`, evaluation in pieces where memory is short. Not here: audio; of a corpus only
+the lengths matter. GiB = 2^30 bytes.
 Tags: [measured] by us, [P] published, [guess].
 """
 
@@ -19,14 +20,16 @@ import argparse
 import bisect
 import gc
 import json
+import logging
 import math
 import os
 import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -38,6 +41,8 @@ import data as vadata
 from model import AUTOCAST
 from timing import GPUS, Clock, calibrate, clips, device_name, machine
 from tracing import KINDS, Trace, blend, meta_batch, on_cuda, real_step, trace
+
+log = logging.getLogger("vatune")
 
 GIB = 2**30
 CONTEXT_GIB, NCCL_GIB = 0.45, 0.4  # outside the allocator: CUDA context with its kernels [guess]
@@ -86,10 +91,53 @@ def capacity_gib(args: argparse.Namespace) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's OutOfMemoryError, and the RuntimeError of torch's allocator on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    """Of CUDA's allocator and libraries, torch on a CPU, numpy; a collective's is another fault."""
+    words = r"(out of|not enough|can't allocate) memory|_ALLOC_FAILED"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError)
+        and not isinstance(error, dist.DistError)
+        and re.search(words, str(error)) is not None
     )
+
+
+def encode_in_pieces(
+    encode: Callable[[dict], Any], batches: Iterable[dict], device: torch.device
+) -> Iterator[tuple[list[int], Any]]:
+    """(rows, encode(batch on the device)) of batches of evaluation, in pieces if memory is short.
+
+    A piece is some of the batch's utterances with the padding that they have in it, so what comes
+    back differs by rounding alone, also where an encoder sees padding. What failed is not tried
+    again: later pieces hold no more audio. That ends with this call, which therefore depends on no
+    earlier one. torch.OutOfMemoryError when one utterance is too much.
+    """
+    most = math.inf  # seconds of audio in a piece, padding included
+    for batch in batches:
+        count = len(batch["rows"])
+        each = batch["audio_seconds"] / (1 - batch["padded_share"]) / count  # seconds
+        start, size = 0, max(1, int(min(count, most / each)))
+        while start < count:
+            rows = slice(start, start + size)
+            try:
+                piece = {
+                    key: value[rows].to(device, non_blocking=True)
+                    for key, value in batch.items()
+                    if isinstance(value, torch.Tensor)
+                }
+                encoded = encode(piece)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise torch.OutOfMemoryError(
+                        f"not enough memory for {each:.1f} s of audio at once: lower --max_seconds"
+                    ) from None
+                size //= 2
+                most = size * each
+                what = str(error).partition("\n")[0][:120]
+                log.info(f"evaluation: out of memory ({what}): going on with {most:.1f} s at once")
+                continue
+            yield batch["rows"][rows], encoded
+            start += size
 
 
 # ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ ConvNeXt arXiv:2201.03545; CCC: Lin, Biometrics 45 (1989), with 1/n moments.
 
 import argparse
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -646,16 +646,6 @@ def like_lengths(batch: dict) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------
 # Many utterances: encode in any order, then track each dialogue in its own
-
-
-@torch.no_grad()
-def encode_rows(model: EmotionModel, batches: Iterable[dict], rows: list[int]) -> Tensor:
-    """Utterance vectors (len(rows), U) of the batches' `rows`; zeros for rows they lack."""
-    place = {row: i for i, row in enumerate(rows)}
-    turns = torch.zeros(len(rows), model.width, device=next(model.parameters()).device)
-    for batch in batches:
-        turns[[place[row] for row in batch["rows"]]] = model.encode(batch)
-    return turns
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ import csv
 import dataclasses
 import json
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data as vadata
+import memory
 from corpora import Corpus, Utterance, read_csv
 from files import UserError, digest, weights_digest
 from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
@@ -200,33 +200,18 @@ def autocast(flags: dict, device: torch.device) -> torch.autocast:
 def encode(model: EmotionModel, dataset: vadata.Batches, device: torch.device) -> Tensor:
     """Utterance vectors (N, U) of the whole dataset, batched as train.py's evaluation is.
 
-    Out of memory, what is left goes on in batches of half the audio; UserError when it does not
-    suffice for one utterance.
+    UserError when memory does not suffice for one utterance.
     """
-    left, budget = np.arange(len(dataset.lengths)), vadata.EVAL_SECONDS * dataset.rate
-    turns = torch.zeros(len(left), model.width, device=device)
-    bar = tqdm(total=len(left), unit="utterance", disable=not sys.stderr.isatty() or len(left) < 2)
-    while len(left):
-        done = []
-        try:
-            for spec in vadata.eval_plan(dataset.lengths, left, 0, 1, budget):
-                batch = dataset[spec]
-                batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                turns[batch["rows"]] = model.encode(batch)
-                done += batch["rows"]
-                bar.update(len(batch["rows"]))
-        except (RuntimeError, MemoryError) as error:  # on GPU, CPU (other systems, Linux); numpy's
-            full = re.search("(out of|not enough|can't allocate) memory", str(error))
-            if isinstance(error, RuntimeError) and not full:
-                raise
-            rows = [row for chunk in spec.chunks for row in chunk]
-            if len(rows) == 1:
-                seconds = dataset.lengths[rows[0]] / dataset.rate
-                fault = f"not enough memory for {seconds:.1f} s of audio at once"
-                raise UserError(f"{fault}: lower --max_seconds or --window") from None
-            budget = len(rows) * int(dataset.lengths[rows].max()) // 2
-        left = np.setdiff1d(left, done)
-    bar.close()
+    everything = np.arange(len(dataset.lengths))
+    plan = vadata.eval_plan(dataset.lengths, everything, 0, 1, vadata.EVAL_SECONDS * dataset.rate)
+    quiet = not sys.stderr.isatty() or len(plan) < 2
+    batches = tqdm((dataset[spec] for spec in plan), total=len(plan), unit="batch", disable=quiet)
+    turns = torch.zeros(len(everything), model.width, device=device)
+    try:
+        for rows, vectors in memory.encode_in_pieces(model.encode, batches, device):
+            turns[rows] = vectors
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{error} or --window") from None
     return turns
 
 

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +165,13 @@ def patiently(loader: DataLoader, seconds: float) -> Iterator[dict]:
         yield batch
 
 
+def kill_workers() -> None:
+    """At once: a stopped one, or one that waits for a disk, would be waited for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def until_stopped(batches: Iterator[dict], polls: int, world_size: int) -> Iterator[dict]:
     """At most `polls` batches; Stopped on all ranks when one has got a signal."""
     for _ in range(polls):
@@ -178,7 +186,7 @@ def until_stopped(batches: Iterator[dict], polls: int, world_size: int) -> Itera
 
 def machine_fault(error: Exception, args: argparse.Namespace) -> str:
     """One or two lines on a fault that is not the code's, with what to do; "" for any other."""
-    text = str(error)
+    text = str(error) or type(error).__name__
     if isinstance(error, FloatingPointError):
         return text
     if memory.is_out_of_memory(error):
@@ -199,6 +207,7 @@ def machine_fault(error: Exception, args: argparse.Namespace) -> str:
 def odd_children() -> str:
     """Pids and states of child processes that are dead, stopped or waiting for a disk, on Linux."""
     stats = []
+    time.sleep(0.2)  # one that dies closes its connections before it counts as dead
     with contextlib.suppress(OSError):
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         stats = [Path(f"/proc/{pid}/stat").read_text() for pid in children]

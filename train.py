@@ -30,7 +30,6 @@ import datetime
 import itertools
 import logging
 import math
-import multiprocessing
 import re
 import time
 import traceback
@@ -56,7 +55,6 @@ from model import (
     TARGETS,
     EmotionModel,
     ModelConfig,
-    encode_rows,
     loss_from_sums,
     metrics,
     moment_sums,
@@ -73,6 +71,7 @@ from processes import (
     any_rank,
     exchange_nothing,
     handle_signals,
+    kill_workers,
     machine_fault,
     patiently,
     set_rank_timeout,
@@ -574,7 +573,7 @@ def train_step(
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-            faults.append(str(error))
+            faults.append(str(error) or "MemoryError")  # Python's own says nothing
             return None
 
     def forward(module: torch.nn.Module, micro_step: int) -> Tensor:
@@ -645,7 +644,8 @@ def evaluate(
     All ranks must call it. Utterances are encoded in batches that depend on their lengths alone,
     so the result depends neither on batch size nor on world size; every row counts once. With
     --context above 1 whole dialogues are then tracked turn after turn, else each utterance is one.
-    Stopped is raised on all ranks together when one has got a signal.
+    All ranks together raise Stopped when one has got a signal, and OutOfMemoryError when one has
+    no room for an utterance alone.
     """
     budget = vadata.EVAL_SECONDS * dataset.rate
     plans = [
@@ -654,10 +654,19 @@ def evaluate(
     loader = make_loader(dataset, plans[rank], args, device)
     polls = max(map(len, plans))  # the same number on every rank
     batches = until_stopped(patiently(loader, args.timeout), polls, world_size)
-    batches = (to_device(batch, device) for batch in batches)
+    place = {row: i for i, row in enumerate(rows.tolist())}
+    turns = torch.zeros(len(rows), model.width, device=device)
+    faults: list[str] = []
     model.eval()
     with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "off"):
-        turns = encode_rows(model, batches, rows.tolist())
+        try:
+            for some, vectors in memory.encode_in_pieces(model.encode, batches, device):
+                turns[[place[row] for row in some]] = vectors
+        except torch.OutOfMemoryError as error:
+            faults.append(str(error))
+            for _ in batches:  # the other ranks' polls wait for this one's
+                pass
+        agree_on_memory(faults, world_size)
         all_reduce(turns, world_size)  # each row was filled by one rank
         groups = rows.tolist() if args.context == 1 else [dialogs[row] for row in rows]
         preds = track_dialogues(model, turns, groups)
@@ -716,13 +725,17 @@ def frozen_states(
         rows = np.arange(len(dataset.lengths))
         plan = vadata.eval_plan(dataset.lengths, rows, 0, 1)
         loader = make_loader(dataset, plan, args, device)
-        model.eval()
-        for batch in progress(patiently(loader, args.timeout), len(plan), "hidden states"):
+
+        def encode(batch: dict) -> tuple[np.ndarray, list[int]]:
             with torch.autocast(device.type, AUTOCAST[args.amp], enabled=args.amp != "off"):
-                states, mask = model.encoder(to_device(batch, device))
-                hidden = model.pooling.prepare(states, mask).half().cpu().numpy()
-            counts = [1] * len(hidden) if pooled else mask.sum(1).tolist()
-            for row, values, count in zip(batch["rows"], hidden, counts):
+                states, mask = model.encoder(batch)
+                hidden = model.pooling.prepare(states, mask)
+            return hidden.half().cpu().numpy(), mask.sum(1).tolist()
+
+        model.eval()
+        batches = progress(patiently(loader, args.timeout), len(plan), "hidden states")
+        for some, (hidden, counts) in memory.encode_in_pieces(encode, batches, device):
+            for row, values, count in zip(some, hidden, counts):
                 yield row, values[None] if pooled else values[:count]
         model.train()
 
@@ -1167,14 +1180,13 @@ def run(argv: list[str] | None = None) -> int:
         if not reason:
             reason = f"{type(error).__name__}: {error}"
             traceback.print_exc()
+        kill_workers()  # before the loader goes with `error`, and waits for them
     if code == RETRY_EXIT_CODE:
         reason = "stopped by a signal: continue with --resume"
     elif code and (rank == 0 or code == 1):
         print(f"train.py: error: {f'rank {rank}: ' * (rank > 0)}{reason}", file=sys.stderr)
     end_status(run_dir(args), code, reason)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in multiprocessing.active_children():
-        worker.kill()  # a stopped one would be waited for
+    kill_workers()
     return code
 
 

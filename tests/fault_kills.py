@@ -3,7 +3,8 @@
     python -m pytest tests/fault_kills.py -m slow -s
 
 Single ranks are forked from a server that has train.py imported, so that most of a run's time is
-its own; two ranks are started by torchrun. `-s` shows the counts.
+its own; two ranks are started by torchrun, or forked alike where torchrun is not what is tested
+(run_ranks). `-s` shows the counts.
 """
 
 import json
@@ -11,6 +12,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,19 +27,48 @@ SERVER.set_forkserver_preload(["train", "torch.utils.tensorboard"])
 TIMING = {"audio_seconds_per_second", "data_share", "padded_share", "ms_per_step", "peak_gib"}
 
 
-def fork(argv, log, env):
-    """train.py in this process, as from a shell."""
+def fork(argv, log, env, fault=None):
+    """train.py in this process, as from a shell; `fault`: a function of a test module, and its
+    arguments, called before."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # as train.py's first lines do
         signal.signal(number, lambda *_: sys.exit(75))
     os.environ.update(env)
+    torch.set_num_threads(1)  # the server has read OMP_NUM_THREADS already
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     import train
 
+    train.plot_run = lambda *_: None  # most of a small run's time; torchrun's ranks draw
+    if fault:
+        fault[0](*fault[1:])
     sys.exit(train.run(argv))
+
+
+def run_ranks(argv, log, ranks, fault=None, seconds=120):
+    """Exit codes of train.py's ranks, which share a console; `fault` as in fork."""
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # of the server
+    env = {}
+    if ranks > 1:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        process = SERVER.Process(target=fork, args=(argv, log, env | own, fault))
+        process.start()
+        processes.append(process)
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, end - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
 
 
 class Run:
@@ -60,7 +91,7 @@ class Run:
                     command, stdout=log, stderr=log, env=os.environ | env, start_new_session=True
                 )
         else:
-            os.environ["PYTHONPATH"] = str(ROOT)  # where the server finds train.py
+            os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # of the server
             self.process = SERVER.Process(target=fork, args=(argv, self.log, env))
             self.process.start()
         return self
@@ -172,7 +203,11 @@ def kill_and_compare(flags, directory, ranks, kills, rng):
     while done < kills:
         runs += 1
         run = Run(flags, directory / f"killed{runs}", ranks)
-        aside = run.directory / ".last.pt.aside"
+
+        def saving(run=run):
+            """Is a last.pt being written?"""
+            return any(run.directory.glob(".last.pt.*.aside"))
+
         while done < kills and not (run.directory / "result.json").exists():
             before = run.status().get("time")
             run.start("--resume")
@@ -183,11 +218,11 @@ def kill_and_compare(flags, directory, ranks, kills, rng):
                 run.until(lambda before=before: run.status().get("time") != before)  # noqa: B023
                 time.sleep(rng.uniform(0, seconds))
             else:
-                run.until(aside.exists)
+                run.until(saving)
             if run.poll() is None:
                 run.kill()
                 done += 1
-                saves += aside.exists()
+                saves += saving()
         assert run.start("--resume").wait() == 0, run.console()
         assert_same_outcome(whole, run)
     return done, saves, starts, runs

@@ -22,6 +22,13 @@ from data import BatchSpec
 from runs import read_checkpoint
 from train import main, parse_args, run
 
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They are most of a small run's time."""
+    monkeypatch.setattr(train, "plot_run", lambda *_: None)
+
+
 LONG = ("--epochs", "2000", "--eval_every", "3")  # minutes: it is stopped before
 
 

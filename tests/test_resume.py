@@ -1,0 +1,94 @@
+"""Resume from every checkpoint there can be: after each step, and after each evaluation.
+
+    python -m pytest tests/test_resume.py              # one rank and two, half a minute
+    python -m pytest tests/test_resume.py -m slow      # six settings more, three minutes
+
+A run is killed right after each of its saves, and must end like one that was never killed. All that
+is random or remembered is in play in one setting or another, and is asserted to be.
+"""
+
+import functools
+import os
+import signal
+
+import pytest
+import torch
+from fault_kills import EVERYTHING, Run, assert_same_outcome, run_ranks
+
+import train
+from runs import read_checkpoint
+
+SETTINGS = {  # utterances of a step, flags
+    "dialogues, feedback, augmentation": (8, [*EVERYTHING, "--epochs", "3"]),
+    "progressive, dropout": (8, ["--unfreeze", "1:none,2:top:1,3:all", "--epochs", "3"]),
+    "scaler, accumulation": (
+        8, ["--amp", "fp16", "--device", "auto", "--gradient_accumulation_steps", "2", "--augment",
+            "--epochs", "3"],
+    ),
+    "plateau, early stopping": (
+        12, ["--scheduler", "plateau", "--patience", "5", "--epochs", "9"],
+    ),
+}  # fmt: skip
+
+
+def prepare(setting, dies):
+    """In a rank, before it starts: what makes a setting's state move, and the kill."""
+    if setting.startswith("scaler"):  # real fp16 on the CPU; a scale that overflows, and grows soon
+        torch.cuda.is_available = lambda: False
+        scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**22, growth_interval=2)
+        torch.amp.GradScaler = scaler
+    if setting.startswith("plateau"):  # the first epoch stays the best
+        update = train.update_state
+        train.update_state = lambda state, _, args: update(state, -float(state["epoch"]), args)
+    save = train.save_checkpoint
+
+    def save_and_die(path, content):
+        save(path, content)
+        if path.name == "last.pt":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if dies:
+        train.save_checkpoint = save_and_die
+
+
+def assert_in_play(setting, run):
+    last = read_checkpoint(run.directory / "last.pt")
+    state, steps = last["state"], [r for r in run.records() if r["event"] == "train"]
+    if setting.startswith("scaler"):
+        assert 0 < sum(step["skipped_steps"] for step in steps) < len(steps)
+        assert last["scaler"]["scale"] < 2.0**22
+    if setting.startswith("plateau"):
+        assert state["lr_factor"] == 0.5 and state["stopped"] == "patience" and state["epoch"] == 6
+
+
+@pytest.mark.parametrize(
+    ("setting", "workers", "ranks"),
+    [
+        ("dialogues, feedback, augmentation", 0, 1),
+        ("scaler, accumulation", 1, 2),
+        pytest.param("plateau, early stopping", 1, 1, marks=pytest.mark.slow),
+        pytest.param("progressive, dropout", 2, 1, marks=pytest.mark.slow),
+        pytest.param("scaler, accumulation", 2, 1, marks=pytest.mark.slow),
+        pytest.param("progressive, dropout", 0, 2, marks=pytest.mark.slow),
+        pytest.param("plateau, early stopping", 1, 2, marks=pytest.mark.slow),
+        pytest.param("dialogues, feedback, augmentation", 2, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_after_every_save_ends_the_same(flags, tmp_path, setting, workers, ranks):
+    size, more = SETTINGS[setting]
+    size //= ranks * (2 if "--gradient_accumulation_steps" in more else 1)
+    more = ["--save_every", "1", "--num_workers", str(workers), "--batch_size", str(size), *more]
+    whole, killed = (Run([*flags, *more], tmp_path / name, ranks) for name in ("whole", "killed"))
+    assert run_ranks(whole.flags, whole.log, ranks, (prepare, setting, False)) == [0] * ranks
+    assert_in_play(setting, whole)
+    saved, codes = [], [-signal.SIGKILL]
+    while codes[0] == -signal.SIGKILL and len(saved) < 50:
+        codes = run_ranks([*killed.flags, "--resume"], killed.log, ranks, (prepare, setting, True))
+        state = read_checkpoint(killed.directory / "last.pt")["state"]
+        saved.append((state["step"], state["epoch"]))
+    assert codes == [0] * ranks, killed.console()
+    last, done = saved.pop()
+    in_epoch = last // done
+    steps = [(step, (step - 1) // in_epoch) for step in range(1, last + 1)]
+    assert saved == sorted([*steps, *((in_epoch * epoch, epoch) for epoch in range(1, done + 1))])
+    assert_same_outcome(whole, killed)
