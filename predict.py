@@ -22,6 +22,7 @@ Not here: training and personalisation (train.py --init_from RUN --train_only fi
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import os
 import statistics
@@ -34,14 +35,14 @@ import numpy as np
 import soundfile
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import data as vadata
 import memory
 from corpora import Corpus, Utterance, read_csv
-from files import UserError, digest, weights_digest
+from files import UserError, digest, replace_text, replacing, weights_digest
 from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
 from pictures import plot_windows
 from runs import MODEL_FLAGS, load_model
@@ -270,14 +271,15 @@ def write_csv(path: Path, corpus: Corpus, preds: Tensor, windows: bool) -> None:
     header = ["utt_id", *(("start", "end") if windows else ("dialog", "speaker", "seconds"))]
     header += [f"{what}_{t}" for what in ("pred", "std")[: len(preds)] for t in TARGETS]
     values = torch.cat((preds.mean(0), preds.std(0)), 1) if len(preds) > 1 else preds[0]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for u, seconds, row in zip(corpus.utterances, corpus.seconds, values.tolist()):
-            about = [u.dialog, u.speaker, f"{seconds:.3f}"]
-            if windows:
-                about = [f"{u.start:.3f}", f"{u.start + seconds:.3f}"]
-            writer.writerow([u.utt_id, *about, *(f"{value:.6f}" for value in row)])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    for u, seconds, row in zip(corpus.utterances, corpus.seconds, values.tolist()):
+        about = [u.dialog, u.speaker, f"{seconds:.3f}"]
+        if windows:
+            about = [f"{u.start:.3f}", f"{u.start + seconds:.3f}"]
+        writer.writerow([u.utt_id, *about, *(f"{value:.6f}" for value in row)])
+    replace_text(path, text.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -349,9 +351,8 @@ def save_state(path: Path, key: str, state: dict | None) -> None:
     for i, pair in enumerate(tensors.pop("mamba", [])):
         tensors |= {f"mamba.{i}.{name}": value for name, value in zip(("conv", "ssm"), pair)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, aside, metadata={"checkpoint": key})
-    os.replace(aside, path)
+    with replacing(path) as file:
+        file.write(save(tensors, metadata={"checkpoint": key}))
 
 
 def read_state(path: Path, key: str, device: torch.device) -> dict | None:

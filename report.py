@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import UserError
+from files import UserError, replace_text
 from model import TARGETS, concordance, metrics, moment_sums
 from pictures import plot_all
 from runs import (
@@ -711,11 +711,11 @@ def main(args: argparse.Namespace) -> int:
         out.mkdir(parents=True, exist_ok=True)
         if several:
             table = as_text(blocks, markdown=True) + "\n"
-            (out / "experiment_comparison.md").write_text(table, encoding="utf-8")
+            replace_text(out / "experiment_comparison.md", table)
         page = list(blocks)
         for e in experiments:
             page += [*(fold_blocks(e) if several else []), *picture_blocks(e)]
-        (out / "report.html").write_text(as_html(page), encoding="utf-8")
+        replace_text(out / "report.html", as_html(page))
         print(f"\nwritten: {out / 'report.html'}", file=sys.stderr)
     return int(any(e.problems for e in experiments))
 
