@@ -547,12 +547,10 @@ class EmotionModel(nn.Module):
                 self.alpha_logit = nn.Parameter(torch.tensor(math.log(0.8 / 0.2)))
         speech = slice(0, self.encoder.width)
         prosody = slice(self.encoder.width, width) if config.prosody_dim else speech
-        own = {"valence": prosody, "arousal": speech}
+        own = dict.fromkeys(TARGETS, speech) | {"valence": prosody}
+        inputs = width + config.d_state
         self.heads = nn.ModuleDict(
-            {
-                t: Head(width + config.d_state, own[t], config.d_hidden, config.dropout)
-                for t in TARGETS
-            }
+            {t: Head(inputs, own[t], config.d_hidden, config.dropout) for t in TARGETS}
         )
 
     def encode(self, batch: dict) -> Tensor:
@@ -585,7 +583,8 @@ class EmotionModel(nn.Module):
         if not self.config.feedback:
             return self._track(turns, state or {})
         preds = []
-        state = dict(state) if state else {"preds": turns.new_full((len(turns), 2), 0.5)}
+        middle = turns.new_full((len(turns), len(TARGETS)), 0.5)
+        state = dict(state) if state else {"preds": middle}
         for t in range(turns.shape[1]):
             fed = state.pop("preds")
             if labels is not None and t > 0 and teacher_forcing > 0:
@@ -692,11 +691,13 @@ def concordance(sums: Tensor) -> Tensor:
 def loss_from_sums(sums: Tensor, loss: str, valence_weight: float, mse_weight: float) -> Tensor:
     """The batch's loss from its moment sums.
 
-    ccc: 1 - weighted mean CCC + mse_weight * MSE (weighted alike); mse: weighted MSE. Weights are
-    valence_weight and 1 - valence_weight. Finite for one utterance or constant predictions.
+    ccc: 1 - weighted mean CCC + mse_weight * MSE (weighted alike); mse: weighted MSE. Valence has
+    valence_weight, the other targets share the rest. Finite for one utterance or constant
+    predictions.
     """
     n, _, _, pp, yy, py = sums
-    weights = {"valence": valence_weight, "arousal": 1 - valence_weight}
+    rest = (1 - valence_weight) / (len(TARGETS) - 1)
+    weights = dict.fromkeys(TARGETS, rest) | {"valence": valence_weight}
     mse = weighted_sum(weights, (pp - 2 * py + yy) / n)
     if loss == "mse":
         return mse
