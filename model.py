@@ -126,21 +126,21 @@ class LogMel(nn.Module):
         falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
         return torch.minimum(rising, falling).clamp(min=0)
 
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
     def forward(self, waveform: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        spectrum = torch.stft(
-            waveform, self.n_fft, self.hop, window=self.window, center=False, return_complex=True
-        )
-        power = spectrum.real.square() + spectrum.imag.square()  # (B, n_fft // 2 + 1, T)
-        mel = power.transpose(1, 2) @ self.filters  #              (B, T, n_mels)
-        frames = 1 + (mask.sum(1, keepdim=True) - self.n_fft) // self.hop
-        frame_mask = torch.arange(mel.shape[1], device=mel.device) < frames
-        real, count = frame_mask.unsqueeze(2), (frames * self.n_mels).unsqueeze(2)
-        x = mel.clamp(min=1e-10).log10()
-        x = x - (x * real).sum((1, 2), keepdim=True) / count
-        deviation = ((x * real).square().sum((1, 2), keepdim=True) / count).sqrt()
-        return x / (deviation + 0.1), frame_mask  # 0.1: silence stays quiet
+        with torch.autocast(waveform.device.type, enabled=False):
+            spectrum = torch.stft(
+                waveform, self.n_fft, self.hop, window=self.window, center=False,
+                return_complex=True,
+            )  # fmt: skip
+            power = spectrum.real.square() + spectrum.imag.square()  # (B, n_fft // 2 + 1, T)
+            mel = power.transpose(1, 2) @ self.filters  #              (B, T, n_mels)
+            frames = 1 + (mask.sum(1, keepdim=True) - self.n_fft) // self.hop
+            frame_mask = torch.arange(mel.shape[1], device=mel.device) < frames
+            real, count = frame_mask.unsqueeze(2), (frames * self.n_mels).unsqueeze(2)
+            x = mel.clamp(min=1e-10).log10()
+            x = x - (x * real).sum((1, 2), keepdim=True) / count
+            deviation = ((x * real).square().sum((1, 2), keepdim=True) / count).sqrt()
+            return x / (deviation + 0.1), frame_mask  # 0.1: silence stays quiet
 
 
 class UtteranceNorm(nn.Module):
