@@ -3,8 +3,8 @@
     corpus = read_corpus("iemocap", "IEMOCAP_full_release", None)
     splits = make_splits(corpus, fold=1)
 
-A reader returns a Corpus of Utterances; to add one, write it and name it in read_corpus. Nothing
-here opens an audio file: that is data.py's.
+A reader returns a Corpus of Utterances; to add one, write it and name it in read_corpus's
+`readers`. Nothing here opens an audio file: that is data.py's.
 
 References: IEMOCAP (Busso et al. 2008), MSP-Podcast (Lotfian & Busso 2019).
 """
@@ -28,6 +28,7 @@ from files import UserError, replace_text
 
 MOST_SKIPPED = 0.05  # of a corpus' utterances; with more left out, it is not the corpus [guess]
 SPLITS = ("train", "dev", "test")
+LABELS = ("valence", "arousal")  # fields of Utterance that hold ratings, columns of a manifest
 
 
 @dataclass(frozen=True)
@@ -93,21 +94,25 @@ def read_corpus(
     """
     if label_range is not None and not label_range[0] < label_range[1]:
         raise UserError(f"--label_range {label_range[0]:g} {label_range[1]:g}: LO must be below HI")
-    if data in ("iemocap", "msp_podcast") and not data_dir:
+    readers = {  # --data: who reads it, and the scale of its labels
+        "iemocap": (read_iemocap, (1.0, 5.0)),
+        "msp_podcast": (read_msp_podcast, (1.0, 7.0)),
+    }
+    if data in readers and not data_dir:
         raise UserError(f"--data {data} needs --data_dir, the folder of your licensed copy")
     if data_dir and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir} is not a directory")
     try:
         if data == "demo":
             corpus = read_iemocap(demo_corpus(Path(cache_dir)), label_range or (1.0, 5.0), "demo")
-        elif data == "iemocap":
-            corpus = read_iemocap(Path(data_dir), label_range or (1.0, 5.0))
-        elif data == "msp_podcast":
-            corpus = read_msp_podcast(Path(data_dir), label_range or (1.0, 7.0))
+        elif data in readers:
+            read, scale = readers[data]
+            corpus = read(Path(data_dir), label_range or scale)
         elif data.endswith(".csv"):
             corpus = read_csv(Path(data), Path(data_dir) if data_dir else None, label_range)
         else:
-            raise UserError(f"--data {data}: not one of demo, iemocap, msp_podcast, or a .csv file")
+            known = ", ".join(("demo", *readers))
+            raise UserError(f"--data {data}: not one of {known}, or a .csv file")
     except OSError as error:
         raise UserError(f"{error.filename or data}: cannot be read ({error.strerror})") from None
     if not corpus.utterances:
@@ -140,14 +145,15 @@ def clip_labels(corpus: Corpus) -> None:
     lo, hi = corpus.label_range
     margin, outside, kept = (hi - lo) / 4, Counter[float](), []
     for u in corpus.utterances:
-        wrong = [x for x in (u.valence, u.arousal) if not lo <= x <= hi]
+        labels = [getattr(u, label) for label in LABELS]
+        wrong = [x for x in labels if not lo <= x <= hi]
         if any(not lo - margin <= x <= hi + margin for x in wrong):
             reason = f"label far outside {lo:g}..{hi:g} ({wrong[0]:g})"
             corpus.skipped.append(Skipped(u.utt_id, str(u.path), reason))
             continue
         outside.update(wrong)
-        valence, arousal = np.clip([u.valence, u.arousal], lo, hi).tolist()
-        kept.append(dataclasses.replace(u, valence=valence, arousal=arousal) if wrong else u)
+        clipped = dict(zip(LABELS, np.clip(labels, lo, hi).tolist()))
+        kept.append(dataclasses.replace(u, **clipped) if wrong else u)
     corpus.utterances = kept
     corpus.notes += [
         f"label {value:g} outside {lo:g}..{hi:g} clipped: {n} utterances"
@@ -302,7 +308,7 @@ def read_csv(
 ) -> Corpus:
     """Any manifest: utt_id, path, valence, arousal[, start, end, session, dialog, ...].
 
-    Without `labelled` (prediction) the two label columns may lack, and labels are NaN.
+    Without `labelled` (prediction) the columns of LABELS may lack, and labels are NaN.
 
     Unlike a published corpus it is the user's own to repair, so nothing is skipped: the first
     fault raises UserError with its row. Audio must lie below the root, links followed: a
@@ -315,8 +321,8 @@ def read_csv(
     words |= dict.fromkeys(("development", "validation", "valid"), "dev")
     rows: dict[str, int] = {}  # utt_id -> row
     homes: dict[str, str] = {}  # dialog -> session
-    targets = ("valence", "arousal") if labelled else ()
-    known = {"", "utt_id", "path", "valence", "arousal", "start", "end", "split"}
+    targets = LABELS if labelled else ()
+    known = {"", "utt_id", "path", *LABELS, "start", "end", "split"}
     known |= {"session", "dialog", "speaker", "gender", "emotion"}
     ignored: set[str] = set()  # columns
     for row, cells in read_table(path, ("utt_id", "path", *targets)):
@@ -325,13 +331,13 @@ def read_csv(
             raise UserError(f"{path.name} row {row}: {fault}")
 
         utt_id, split = cells["utt_id"], cells.get("split", "").lower()
-        numbers = {"valence": math.nan, "arousal": math.nan, "start": 0.0, "end": math.inf}
+        numbers = dict.fromkeys(LABELS, math.nan) | {"start": 0.0, "end": math.inf}
         for column in (*targets, "start", "end"):
             if cells.get(column) or column in targets:
                 numbers[column] = to_float(cells[column])
                 if not math.isfinite(numbers[column]):
                     refuse(f"{column} {cells[column]!r} is not a number")
-        valence, arousal, start, end = numbers.values()
+        *labels, start, end = numbers.values()
         if not re.fullmatch(r"[^./\\][^/\\]*", utt_id) or len(utt_id.encode()) > 200:
             fault = "must name a file: no slash, no leading dot, 1 to 200 bytes"
             refuse(f"utt_id {utt_id!r} {fault}")
@@ -355,7 +361,8 @@ def read_csv(
         ignored |= cells.keys() - known
         if not 0 <= start < min(end, 1e6) or 1e6 < end < math.inf:
             refuse(f"start {start:g} and end {end:g} must satisfy 0 <= start < end, in s")
-        u = Utterance(utt_id, audio, valence, arousal, start, None if end == math.inf else end)
+        end = None if end == math.inf else end
+        u = Utterance(utt_id, audio, **dict(zip(LABELS, labels)), start=start, end=end)
         names = {c: cells[c] for c in ("session", "speaker", "gender", "emotion") if c in cells}
         names.setdefault("session", cells.get("speaker", ""))  # none: a session per speaker
         dialog = cells.get("dialog") or utt_id

@@ -36,6 +36,7 @@ import soxr
 import torch
 
 from corpora import (
+    LABELS,
     MOST_SKIPPED,
     Corpus,
     Skipped,
@@ -822,15 +823,17 @@ def inspect(args: argparse.Namespace) -> None:
     print(f"audio pack  {pack.directory}, {pack.lengths.sum() * 2 / 2**20:.0f} MiB")
 
     lo, hi = corpus.label_range
-    labels = np.array([(u.valence, u.arousal) for u in utterances])  # (N, 2)
-    print(f"\n{f'valence, labels in {lo:g}..{hi:g}':<46}arousal")
-    for left, right in zip(bars(labels[:, 0], lo, hi), bars(labels[:, 1], lo, hi)):
-        print(f"{left:<46}{right}".rstrip())
-    for name, values in zip(("valence", "arousal"), labels.T):
+    labels = np.array([[getattr(u, label) for label in LABELS] for u in utterances])  # (N, 2)
+    titles = [f"{LABELS[0]}, labels in {lo:g}..{hi:g}", *LABELS[1:]]
+    print()
+    for cells in [titles, *zip(*(bars(values, lo, hi) for values in labels.T))]:
+        print("".join(f"{cell:<46}" for cell in cells).rstrip())
+    for name, values in zip(LABELS, labels.T):
         print(f"{name} mean {values.mean():.2f}, standard deviation {values.std():.2f}")
         if values.std() == 0:
             raise UserError(f"{corpus.name}: {name} is {values[0]:g} everywhere, nothing to learn")
-    print(f"correlation of valence and arousal {np.corrcoef(labels.T)[0, 1]:+.2f}")
+    for (one, x), (two, y) in itertools.combinations(zip(LABELS, labels.T), 2):
+        print(f"correlation of {one} and {two} {np.corrcoef(x, y)[0, 1]:+.2f}")
     if args.features_dir:
         features = FrameFeatures(corpus, args.features_dir)
         frames = sum(len(features.read(row)) for row in range(len(utterances)))  # finds NaN

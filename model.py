@@ -126,21 +126,21 @@ class LogMel(nn.Module):
         falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
         return torch.minimum(rising, falling).clamp(min=0)
 
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
     def forward(self, waveform: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        spectrum = torch.stft(
-            waveform, self.n_fft, self.hop, window=self.window, center=False, return_complex=True
-        )
-        power = spectrum.real.square() + spectrum.imag.square()  # (B, n_fft // 2 + 1, T)
-        mel = power.transpose(1, 2) @ self.filters  #              (B, T, n_mels)
-        frames = 1 + (mask.sum(1, keepdim=True) - self.n_fft) // self.hop
-        frame_mask = torch.arange(mel.shape[1], device=mel.device) < frames
-        real, count = frame_mask.unsqueeze(2), (frames * self.n_mels).unsqueeze(2)
-        x = mel.clamp(min=1e-10).log10()
-        x = x - (x * real).sum((1, 2), keepdim=True) / count
-        deviation = ((x * real).square().sum((1, 2), keepdim=True) / count).sqrt()
-        return x / (deviation + 0.1), frame_mask  # 0.1: silence stays quiet
+        with torch.autocast(waveform.device.type, enabled=False):
+            spectrum = torch.stft(
+                waveform, self.n_fft, self.hop, window=self.window, center=False,
+                return_complex=True,
+            )  # fmt: skip
+            power = spectrum.real.square() + spectrum.imag.square()  # (B, n_fft // 2 + 1, T)
+            mel = power.transpose(1, 2) @ self.filters  #              (B, T, n_mels)
+            frames = 1 + (mask.sum(1, keepdim=True) - self.n_fft) // self.hop
+            frame_mask = torch.arange(mel.shape[1], device=mel.device) < frames
+            real, count = frame_mask.unsqueeze(2), (frames * self.n_mels).unsqueeze(2)
+            x = mel.clamp(min=1e-10).log10()
+            x = x - (x * real).sum((1, 2), keepdim=True) / count
+            deviation = ((x * real).square().sum((1, 2), keepdim=True) / count).sqrt()
+            return x / (deviation + 0.1), frame_mask  # 0.1: silence stays quiet
 
 
 class UtteranceNorm(nn.Module):
@@ -547,12 +547,10 @@ class EmotionModel(nn.Module):
                 self.alpha_logit = nn.Parameter(torch.tensor(math.log(0.8 / 0.2)))
         speech = slice(0, self.encoder.width)
         prosody = slice(self.encoder.width, width) if config.prosody_dim else speech
-        own = {"valence": prosody, "arousal": speech}
+        own = dict.fromkeys(TARGETS, speech) | {"valence": prosody}
+        inputs = width + config.d_state
         self.heads = nn.ModuleDict(
-            {
-                t: Head(width + config.d_state, own[t], config.d_hidden, config.dropout)
-                for t in TARGETS
-            }
+            {t: Head(inputs, own[t], config.d_hidden, config.dropout) for t in TARGETS}
         )
 
     def encode(self, batch: dict) -> Tensor:
@@ -588,7 +586,8 @@ class EmotionModel(nn.Module):
         if not self.config.feedback:
             return self._track(turns, state or {})
         preds = []
-        state = dict(state) if state else {"preds": turns.new_full((len(turns), 2), 0.5)}
+        middle = turns.new_full((len(turns), len(TARGETS)), 0.5)
+        state = dict(state) if state else {"preds": middle}
         for t in range(turns.shape[1]):
             fed = state.pop("preds")
             if labels is not None and t > 0 and teacher_forcing > 0:
@@ -696,11 +695,13 @@ def concordance(sums: Tensor) -> Tensor:
 def loss_from_sums(sums: Tensor, loss: str, valence_weight: float, mse_weight: float) -> Tensor:
     """The batch's loss from its moment sums.
 
-    ccc: 1 - weighted mean CCC + mse_weight * MSE (weighted alike); mse: weighted MSE. Weights are
-    valence_weight and 1 - valence_weight. Finite for one utterance or constant predictions.
+    ccc: 1 - weighted mean CCC + mse_weight * MSE (weighted alike); mse: weighted MSE. Valence has
+    valence_weight, the other targets share the rest. Finite for one utterance or constant
+    predictions.
     """
     n, _, _, pp, yy, py = sums
-    weights = {"valence": valence_weight, "arousal": 1 - valence_weight}
+    rest = (1 - valence_weight) / (len(TARGETS) - 1)
+    weights = dict.fromkeys(TARGETS, rest) | {"valence": valence_weight}
     mse = weighted_sum(weights, (pp - 2 * py + yy) / n)
     if loss == "mse":
         return mse

@@ -17,6 +17,7 @@ from runs import Columns, pooled_rows, read_predictions, read_records, tensors
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "o^sDv<>"
+CIRCUMPLEX = [TARGETS.index("valence"), TARGETS.index("arousal")]  # columns of preds and labels
 
 
 def plot_run(directory: Path, split: str, vectors: Tensor) -> None:
@@ -55,7 +56,7 @@ def plot_dots(axis: Axes, x: np.ndarray, y: np.ndarray, colour: str) -> None:
 
 def plot_curves(runs: dict[str, list[dict]]) -> Figure:
     """Training loss and dev CCCs over epochs, a line per run; from read_records."""
-    figure, axes = new_figure(3)
+    figure, axes = new_figure(1 + len(TARGETS))
     panels = ("loss", *(f"dev/ccc_{target}" for target in TARGETS))
     for i, (name, records) in enumerate(runs.items()):
         dev_or_train = [r for r in records if r["event"] != "test"]
@@ -89,7 +90,7 @@ def plot_scatter(rows: Columns) -> Figure:
 def plot_circumplex(rows: Columns) -> Figure:
     """Where utterances lie and where they are put (means of cells), and the cloud of the errors."""
     figure, (left, right) = new_figure(2)
-    preds, labels = (values.numpy() for values in tensors(rows))
+    preds, labels = (values[:, CIRCUMPLEX].numpy() for values in tensors(rows))
     edges = [np.linspace(*np.quantile(labels[:, i], (0, 1)), 8) for i in (0, 1)]
     cells = [np.searchsorted(edges[i][1:-1], labels[:, i], side="right") for i in (0, 1)]
     cells = cells[0] * 7 + cells[1]
@@ -139,7 +140,8 @@ def plot_embedding(maps: dict[str, tuple[np.ndarray, Columns]], most: int = 1000
 
     Runs have embedding spaces of their own; of each at most `most` evenly spaced rows are shown.
     """
-    figure, axes = new_figure(3, len(maps))
+    panels = len(TARGETS) + 1
+    figure, axes = new_figure(panels, len(maps))
     for row, (name, (vectors, columns)) in enumerate(maps.items()):
         keep = np.linspace(0, len(vectors) - 1, min(most, len(vectors))).astype(int)
         centred = vectors[keep].astype(np.float64)
@@ -147,8 +149,8 @@ def plot_embedding(maps: dict[str, tuple[np.ndarray, Columns]], most: int = 1000
         _, values, components = np.linalg.svd(centred, full_matrices=False)
         share = np.append(values**2, 0) / max((values**2).sum(), 1e-12)
         points = np.pad(centred @ components[:2].T, ((0, 0), (0, 1)))[:, :2]  # (n, 2), n = 1 too
-        *pair, last = axes[3 * row : 3 * row + 3]
-        for axis, target in zip(pair, TARGETS):
+        *by_target, last = axes[panels * row : panels * (row + 1)]
+        for axis, target in zip(by_target, TARGETS):
             dots = axis.scatter(*points.T, c=columns[target][keep], s=10, cmap="cividis")
             figure.colorbar(dots, ax=axis)
         speakers = columns["speaker"][keep]
@@ -161,7 +163,7 @@ def plot_embedding(maps: dict[str, tuple[np.ndarray, Columns]], most: int = 1000
             dots = points[speakers == speaker].T
             last.scatter(*dots, s=10, color=colour, marker=marker, label=label)
         last.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        for axis, what in zip((*pair, last), (*TARGETS, "speaker")):
+        for axis, what in zip((*by_target, last), (*TARGETS, "speaker")):
             axis.set(xlabel=f"PC 1 ({share[0]:.0%})", ylabel=f"PC 2 ({share[1]:.0%})")
             axis.set_title(f"{name}: {what}")
     return figure
@@ -190,7 +192,7 @@ def plot_windows(
         with style.context("tableau-colorblind10"):
             figure = Figure(figsize=(9, 3.5), layout="constrained")
             axis = figure.add_subplot()
-            for i, (target, marker) in enumerate(zip(TARGETS, "os")):
+            for i, (target, marker) in enumerate(zip(TARGETS, "os^D")):
                 size = 3 if len(rows) < 100 else 0  # more of them hide the line
                 axis.plot(middles, mean[:, i], f"{marker}-", ms=size, lw=1.2, label=target)
                 low, high = mean[:, i] - std[:, i], mean[:, i] + std[:, i]

@@ -412,7 +412,7 @@ def export(path: str, directory: Path) -> None:
 CARD = """\
 # {name}
 
-Valence and arousal (in this order) of an utterance of speech, on the labels' scale {low:g} to
+{targets} (in this order) of an utterance of speech, on the labels' scale {low:g} to
 {high:g}. Trained with vatune (commit {commit}) on {data}, encoder {encoder}, prosody {prosody}.
 {origin}
 
@@ -439,7 +439,8 @@ def model_card(run: Path, checkpoint: dict) -> str:
     if (run / "result.json").is_file():
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         commit = result["git_commit"]
-        scores = "| split | utterances | CCC valence | CCC arousal |\n|---|---|---|---|\n"
+        scores = f"| split | utterances | {' | '.join(f'CCC {t}' for t in TARGETS)} |\n"
+        scores += "|---" * (2 + len(TARGETS)) + "|\n"
         for split, count in result["splits"].items():
             ccc = [f"{result[split][f'ccc_{t}']:.3f}" if split in result else "" for t in TARGETS]
             scores += f"| {split} | {count} | {' | '.join(ccc)} |\n"
@@ -454,6 +455,7 @@ def model_card(run: Path, checkpoint: dict) -> str:
     if flags["init_from"]:
         start = "/".join(Path(flags["init_from"]).parts[-2:])
         about["origin"] = f"\nIt went on from {start}, whose training data are not in this table.\n"
+    about["targets"] = " and ".join(TARGETS).capitalize()
     if flags["train_only"]:
         about["origin"] += "Only FiLM was trained: if on one speaker, for that speaker alone.\n"
     return CARD.format(**(flags | about | {"low": low, "high": high}))

@@ -238,7 +238,7 @@ def paired_difference(one: Experiment, two: Experiment) -> dict | str:
     ids, clusters = cluster_ids(rows[0])
     scores = [metrics(preds, labels) for preds in (preds_one, preds_two)]
     cccs = resampled_cccs(torch.cat((preds_one, preds_two), 1), torch.cat((labels, labels), 1), ids)
-    ends = intervals(cccs[:, :2] - cccs[:, 2:])
+    ends = intervals(cccs[:, : len(TARGETS)] - cccs[:, len(TARGETS) :])
     differences = {key: (scores[0][key] - scores[1][key], *ends[key]) for key in ends}
     return {"n": len(shared), "clusters": clusters, **differences}
 
@@ -499,7 +499,7 @@ def comparison_blocks(experiments: list[Experiment]) -> list[Block]:
     for e in experiments:
         scope = f"{len(e.parts)}/{e.num_folds}"
         if e.problems:
-            rows.append([e.name, scope, "missing", *"-----"])
+            rows.append([e.name, scope, "missing", *"-" * (len(rows[0]) - 3)])
             notes.append(f"{e.name}: mean {not_given(e)}")
             notes += [f"{e.name} fold {fold}: {why}" for fold, why in e.problems.items()]
             continue
@@ -522,7 +522,7 @@ def comparison_blocks(experiments: list[Experiment]) -> list[Block]:
     for e in experiments[1:]:
         paired = paired_difference(e, best)
         if isinstance(paired, str):
-            rows.append([e.name, paired, *"---"])
+            rows.append([e.name, paired, *"-" * (len(rows[0]) - 2)])
             continue
         cells = [paired[f"ccc_{name}"] for name in (*TARGETS, "mean")]
         cells = [f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in cells]

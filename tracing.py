@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from torch.utils.flop_counter import flop_registry
 
 import data as vadata
-from model import AUTOCAST
+from model import AUTOCAST, TARGETS
 from wavlm import BlockAttention
 
 CUBLAS_BYTES = 2 * 8_519_680  # one workspace for forward's thread, one for backward's; Ampere, Ada
@@ -414,7 +414,7 @@ def meta_batch(
     speaker_dim, frame_dim = widths
     frames = max(1, int(seconds * vadata.FRAME_RATE))
     chunks = torch.arange(size).reshape(-1, args.context if size % args.context == 0 else 1)
-    batch = {"labels": torch.empty(size, 2), "chunk_index": chunks}
+    batch = {"labels": torch.empty(size, len(TARGETS)), "chunk_index": chunks}
     if hidden and args.pooling == "mean":
         batch["hidden"] = torch.empty(size, *hidden, dtype=torch.float16)
     elif hidden:

@@ -225,7 +225,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of WavLM: none, all, transformer, top:K, or EPOCH:WHAT,... e.g. 1:none,6:top:4,9:all")
     add("--loss", choices=("ccc", "mse"), default="ccc", help="ccc: 1 - CCC + mse_weight x MSE")
     add("--mse_weight", type=float, default=0.1, help="share of MSE in --loss ccc")
-    add("--valence_weight", type=float, default=0.5, help="in [0, 1]; arousal has the rest")
+    add("--valence_weight", type=float, default=0.5, help="in [0, 1]; other targets share the rest")
     add("--exact_ccc", choices=("on", "off"), default="on",
         help="CCC of the global batch; with accumulation this costs one more forward, a third more "
         "time. off: mean of the micro-batches' CCCs, 0.13 too low at 4 utterances [measured]")
@@ -584,7 +584,7 @@ def train_step(
 
     last = len(batches) - 1
     exact = args.loss == "mse" or args.exact_ccc == "on"
-    total = torch.zeros(6, 2, dtype=torch.float64, device=device)
+    total = torch.zeros(6, len(TARGETS), dtype=torch.float64, device=device)
     if args.loss == "mse":
         total[0] = sum(len(batch["labels"]) for batch in batches)
         all_reduce(total, world_size)  # n is all the gradient of a mean of squares needs

@@ -1,68 +1,423 @@
-"""README.md: every command in it parses, the first one runs, every flag it names exists."""
+"""README.md: every command in it runs, its examples are applied and trained, its flags exist.
 
+The commands run in README order in a copy of the sources, among small stand-ins for all that the
+README takes for granted: corpora, recordings, a manifest. They are the README's own words; what
+is done to them, so that all of them take a minute, is in QUICK, MEANT and NOT_RUN. Python is
+tests/warm_python.py; with -m slow they run once more under the real one.
+"""
+
+import concurrent.futures
+import csv
+import importlib.util
+import itertools
+import json
+import os
 import re
-import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+import torch
 
-import data
-import memory
-import predict
-import report
 import train
+from demo import DEMO_VERSION, demo_voice, synthesise
+from report import fold_list
+from runs import run_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PARSERS = {
-    "train.py": train.parse_args,
-    "data.py": data.parse_args,
-    "predict.py": predict.parse_args,
-    "report.py": report.parse_args,
-    "memory.py": memory.parse_args,
+USAGE, HACKING = re.split(r"^## How to change it\n", README, flags=re.MULTILINE)
+
+# What makes a command quick. Flags go in front of its own, which win: two steps of a narrow WavLM
+# that needs no download, on the CPU, in one process; the plan of a small CNN, which takes seconds.
+TRAIN = "--max_steps 2 --wavlm small_wavlm --device cpu --num_workers 0"
+QUICK = {
+    r"train\.py(?= -)": TRAIN,
+    r"launch\.sh .* --(?= )": TRAIN,
+    r"memory\.py(?= -)": "--encoder baseline --base_channels 8",
+}
+# What a reader puts in place of a word. Three folds are all that the stand-ins have
+MEANT = {
+    r"train\.py \.\.\.": "train.py --data iemocap --data_dir D --preset full --name nodes",
+    r"--data_dir D\b": "--data_dir IEMOCAP_full_release",
+    r"--folds 1-\d": "--folds 1-3",
+    r"--nproc_per_node 4": "--nproc_per_node 1",
+    r"^launch\.sh status RUN": "./launch.sh status runs/folds",
+}
+NOT_RUN = {
+    "python3 -m venv": "installing needs the network: .ci/run does it",
+    "pip install": "the same",
+    "python -m pytest": "this is it",
+    "python tests/bench_": "minutes to hours",
+    "python memory.py --calibrate": "half a minute; tests/test_memory.py calls it",
+    "python memory.py --measure": "minutes; tests/test_memory.py measures such steps",
+    "./launch.sh --retries N": "a flag and no command; tests/test_launch.py has it",
+}
+# Files that a command writes without a flag that names them
+WRITES = {"berlin.py": ["emodb/manifest.csv"], "logmel.py": ["features/03a00Wa.npy"]}
+# What it must say where it writes nothing
+SAYS = {
+    "data.py": r"fold 1\nsplit .*\ntrain ",
+    "memory.py": "card must have .* GiB",
+    "report.py": "CCC",
+    "status": r"fold +state[\s\S]*\n1 +done",
+    "--help": "--unfreeze UNFREEZE",
 }
 
 
-def commands():
-    """Shell words of every line in a bash block that starts one of our programs."""
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if any(word.endswith((".py", "launch.sh")) for word in words):
-                yield words
+def commands(text):
+    """Every command of a part of the README in its order, without comments; a script is one."""
+    for part in re.split(r"(```.*?```)", text, flags=re.DOTALL):
+        if part.startswith("```bash\n#!"):
+            yield part[8:-3]
+        elif part.startswith("```bash\n"):
+            yield from (re.sub(r" +#.*", "", line) for line in part[8:-3].strip().splitlines())
+        elif not part.startswith("```"):
+            yield from inline(part)
 
 
-@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
-def test_every_command_parses(words):
-    words = [re.sub(r"\$\w+", "1", word) for word in words if word != "&"]
-    if words[0] == "./launch.sh":
-        assert words[1] == "--folds"
-        train.parse_args(words[words.index("--") + 1 :])
+def inline(text):
+    """Commands between backticks in running text."""
+    found = [" ".join(words.split()) for words in re.findall(r"`([^`]+)`", text)]
+    return [words for words in found if re.match(r"(python|torchrun|\S*launch\.sh) \S", words)]
+
+
+COMMANDS = [c for c in dict.fromkeys(commands(USAGE)) if not c.startswith(tuple(NOT_RUN))]
+
+
+# ---------------------------------------------------------------------------------------------
+# The place where they run
+
+
+def speech(path, speaker, valence, arousal, seconds=0.6):
+    """A file of babble; valence and arousal in -1..1."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(list(path.stem.encode()))
+    audio = synthesise(demo_voice(speaker, "FM"[speaker % 2]), valence, arousal, seconds, rng)
+    soundfile.write(path, audio, 16_000)
+
+
+def write_table(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def write_iemocap(root):
+    """3 sessions with 4 dialogues of 4 turns."""
+    rng = np.random.default_rng(0)
+    for session in range(1, 4):
+        for i in range(4):
+            dialog, lines = f"Ses0{session}{'FM'[i % 2]}_impro0{i + 1}", []
+            for turn in range(4):
+                utt_id = f"{dialog}_{'FM'[turn % 2]}00{turn}"
+                valence, arousal, dominance = rng.uniform(-0.9, 0.9, 3)
+                wav = root / f"Session{session}/sentences/wav/{dialog}/{utt_id}.wav"
+                speech(wav, 2 * session + turn % 2, valence, arousal)
+                ratings = ", ".join(f"{3 + 2 * x:.4f}" for x in (valence, arousal, dominance))
+                lines.append(f"[{turn}.0000 - {turn}.6000]\t{utt_id}\tneu\t[{ratings}]\n")
+            table = root / f"Session{session}/dialog/EmoEvaluation/{dialog}.txt"
+            table.parent.mkdir(parents=True, exist_ok=True)
+            table.write_text("".join(lines))
+
+
+def write_msp_podcast(root):
+    rows = []
+    for i, split in enumerate(["Train"] * 12 + ["Development"] * 6 + ["Test1"] * 6):
+        name, x = f"MSP-PODCAST_{i:04d}_0001.wav", i % 5 / 2 - 1
+        speech(root / "Audios" / name, i // 3, x, -x)
+        rows.append([name, 4 - 3 * x, 4 + 3 * x, 4.0, i // 3, "Female", split])
+    header = ["FileName", "EmoAct", "EmoVal", "EmoDom", "SpkrID", "Gender", "Split_Set"]
+    write_table(root / "Labels/labels_consensus.csv", header, rows)
+
+
+def write_clips(root):
+    """Files named as the Berlin ones, of 3 speakers, a vector for each, two manifests of them."""
+    rng = np.random.default_rng(1)
+    rows, personal = [], []
+    for i in range(48):
+        name = f"{3 + i % 3:02d}a{i // 3:02d}{'WLEAFTN'[i % 7]}a"
+        path = root / f"emodb/wav/{name}.wav"
+        valence, arousal = rng.uniform(0, 1, 2)
+        speech(path, i % 3, 2 * valence - 1, 2 * arousal - 1)
+        np.save(root / f"vectors/{name}.npy", rng.standard_normal(16).astype(np.float32))
+        about = [name, path.relative_to(root), valence, arousal]
+        session = min(i // 8, 2)  # the third one has 32 clips: a batch of --global_batch_size 32
+        rows.append([*about, session, f"d{i // 4}", f"p{session}"])
+        if i < 24:
+            personal.append([*about, "train" if i < 12 else "dev" if i < 18 else "test"])
+    header = ["utt_id", "path", "valence", "arousal"]
+    write_table(root / "manifest.csv", [*header, "session", "dialog", "speaker"], rows)
+    write_table(root / "personal.csv", [*header, "split"], personal)
+
+
+@pytest.fixture(scope="module", params=["warm", pytest.param("cold", marks=pytest.mark.slow)])
+def python(request):
+    """PATH under which `python` and `torchrun` are quick to start, or the real ones."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    if request.param == "cold":
+        yield path
         return
-    program = next(word for word in words if word.endswith(".py"))
-    assert program in PARSERS
+    with tempfile.TemporaryDirectory(prefix="warm-") as directory:  # short: a socket's is limited
+        server = subprocess.Popen(
+            [sys.executable, ROOT / "tests/warm_python.py", directory],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            while not os.access(f"{directory}/python", os.X_OK):
+                assert server.poll() is None
+                time.sleep(0.1)
+            torchrun = Path(directory) / "torchrun"
+            text = f'PYTHON_EXEC={directory}/python exec python -m torch.distributed.run "$@"'
+            torchrun.write_text(f"#!/bin/sh\n{text}\n")
+            torchrun.chmod(0o755)
+            yield f"{directory}:{path}"
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+class Clone:
+    """A copy of the sources in a folder, with a small demo corpus and a small WavLM."""
+
+    def __init__(self, directory, small_wavlm, path):
+        self.directory, self.path = directory, f"{directory}/bin:{path}"
+        self.began = time.time()
+        self.ahead = {}  # command -> future of what it prints
+        for file in (*ROOT.glob("*.py"), ROOT / "launch.sh"):
+            shutil.copy(file, directory)
+        shutil.copytree(small_wavlm, directory / "small_wavlm")
+        write_iemocap(directory / f"cache/demo-v{DEMO_VERSION}")
+
+    def start(self, command, **environment):
+        return subprocess.Popen(
+            ["bash", "-c", command],
+            cwd=self.directory,
+            env=os.environ | {"PATH": self.path} | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, command, **environment):
+        """What it prints; it must end with exit code 0."""
+        process = self.start(command, **environment)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, f"{command}\n{output}"
+        return output
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, small_wavlm, python):
+    """With all that the README takes for granted beside it."""
+    directory = tmp_path_factory.mktemp("clone")
+    clone = Clone(directory, small_wavlm, python)
+    write_iemocap(directory / "IEMOCAP_full_release")
+    write_msp_podcast(directory / "MSP-Podcast-1.11")
+    (directory / "vectors").mkdir()
+    write_clips(directory)
+    for name in ("recording", "recordings/a", "recordings/b", "turns/1", "turns/2", "turns/3"):
+        speech(directory / f"{name}.wav", 0, 0.5, 0.5, seconds=1)
+    speech(directory / "long.wav", 0, 0.5, 0.5, seconds=13)
+    for text in fences("python", USAGE):
+        (directory / re.match(r"# (\w+\.py): ", text)[1]).write_text(text)
+    (directory / "bin").mkdir()  # srun runs a command, scontrol writes down what it is told
+    for name, line in (("srun", 'exec "$@"'), ("scontrol", 'echo "$@" >>scontrol.log')):
+        (directory / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (directory / "bin" / name).chmod(0o755)
+    # One section needs nothing from the others: it runs beside them, which saves a quarter
+    section = USAGE.split("\n## What it does on real speech\n")[1].split("\n## ")[0]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for command in commands(section):
+            clone.ahead[command] = pool.submit(clone.run, shrunk(command))
+        yield clone
+        pool.shutdown(cancel_futures=True)
+
+
+def fences(language, text):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands
+
+
+def shrunk(command, steps=2):
+    """The command with MEANT in place of placeholders, and with QUICK."""
+    for pattern, words in MEANT.items():
+        command = re.sub(pattern, words, command)
+    for pattern, flags in QUICK.items():
+        flags = flags.replace("--max_steps 2", f"--max_steps {steps}")
+        command = re.sub(pattern, rf"\g<0> {flags}", command)
+    return command
+
+
+def promised(command):
+    """Files that it must write, from its flags and, of train.py, from the run they name."""
+    if command.startswith("#!"):
+        command = re.search(r"^srun (.*) &$", command, flags=re.MULTILINE)[1]
+    words = command.replace("$SLURM_ARRAY_TASK_ID", "1").split()
+    program = next(word for word in words if word.endswith((".py", "launch.sh")))
     flags = words[words.index(program) + 1 :]
-    if "--init_from" in flags:  # its flags are read from a run that is not here
-        place = flags.index("--init_from")
-        del flags[place : place + 2]
-    PARSERS[program](flags)
+    files = list(WRITES.get(program, []))
+    for flag, name in itertools.pairwise(flags):
+        if flag in ("--out", "--plot", "--export", "--state", "--skipped"):
+            files.append(f"{name}/report.html" if program == "report.py" else name)
+    if program == "report.py" and re.search(r"py \S+ runs/|\*", command):  # several runs
+        files += ["report.html", "experiment_comparison.md"]
+    folds = []
+    if "--folds" in flags and program != "report.py":
+        folds = fold_list(flags[flags.index("--folds") + 1])
+        flags = flags[flags.index("--") + 1 :]
+    if folds or (program == "train.py" and "--help" not in flags):
+        args = train.parse_args(flags)
+        files += [run_dir(args).with_name(f"fold{k}") / "result.json" for k in folds or [args.fold]]
+    return files
 
 
-def test_the_first_command_runs(tmp_path, demo_cache):
-    first = next(commands())
-    assert first == ["python", "train.py", "--preset", "demo"]
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs_and_leaves_what_it_promises(clone, command, monkeypatch):
+    monkeypatch.chdir(clone.directory)
+    ahead, command, began = clone.ahead.get(command), shrunk(command), time.time()
+    if ahead:
+        said, began = ahead.result(), clone.began
+    elif "--nnodes 2" in command:  # the same line on both nodes
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            host = f"127.0.0.1:{free.getsockname()[1]}"
+        command = re.sub(r"HOST:\d+", host, command)
+        said = clone.run(f"{command} & {command}; code=$?; wait $! && exit $code")
+    else:
+        said = clone.run(command, SLURM_ARRAY_TASK_ID="1", SLURM_JOB_ID="7")
+    files = promised(command)
+    for file in files:
+        assert Path(file).stat().st_mtime > began - 1, f"{command} left an old {file}"
+    expected = [text for word, text in SAYS.items() if word in command]
+    for text in expected:
+        assert re.search(text, said), f"{command}\n{said}"
+    assert files or expected, f"{command}: nothing is known of what it does"
+
+
+def test_the_first_command_runs_on_the_real_demo_corpus(tmp_path, demo_cache):
+    first = next(command for command in COMMANDS if "train.py" in command)
+    assert first == "python train.py --preset demo"
     short = ["--max_steps", "2", "--prosody", "none", "--out", str(tmp_path / "runs")]
     short += ["--cache_dir", str(demo_cache)]
-    subprocess.run([sys.executable, *first[1:], *short], cwd=ROOT, check=True, timeout=300)
+    words = [sys.executable, *first.split()[1:], *short]
+    subprocess.run(words, cwd=ROOT, check=True, timeout=300)
     assert (tmp_path / "runs/demo/fold1/result.json").exists()
 
 
+def test_a_slurm_job_at_its_time_limit_is_requeued_and_a_failed_one_is_not(clone):
+    (script,) = [command for command in COMMANDS if "#SBATCH" in command]
+    script = shrunk(script, steps=-1)
+    wrong = clone.start(script, SLURM_ARRAY_TASK_ID="9", SLURM_JOB_ID="9")
+    job = clone.start(script, SLURM_ARRAY_TASK_ID="2", SLURM_JOB_ID="8")
+    deadline = time.time() + 120
+    while not (clone.directory / "runs/slurm/fold2/last.pt").exists():
+        assert job.poll() is None and time.time() < deadline, job.communicate()[0]
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)  # --signal=B: to the shell alone
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 75, said
+    said, _ = wrong.communicate(timeout=120)
+    assert wrong.returncode == 2 and "--fold 9" in said
+    assert (clone.directory / "scontrol.log").read_text() == "requeue 8\n"
+
+
+def test_what_is_not_run_is_still_in_the_readme():
+    assert all(any(c.startswith(start) for c in commands(USAGE)) for start in NOT_RUN)
+
+
 def test_every_flag_in_the_text_exists():
+    programs = ("train.py", "data.py", "predict.py", "report.py", "memory.py", "launch.sh")
     benches = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/bench_*.py"))
     assert all(name in README for name in benches)
-    known = "\n".join((ROOT / name).read_text() for name in (*PARSERS, "launch.sh", *benches))
+    known = "\n".join((ROOT / name).read_text() for name in (*programs, *benches))
     ours = re.sub(r"\btorchrun [^`]*?train\.py|#SBATCH.*|pip install.*", "", README)
     for flag in sorted(set(re.findall(r"(?<![\w-])--([a-z_0-9]+)", ours))):
         assert f"--{flag}" in known, flag
+
+
+# ---------------------------------------------------------------------------------------------
+# How to change it
+
+
+@pytest.fixture
+def hacked(tmp_path, small_wavlm, python):
+    return Clone(tmp_path, small_wavlm, python)
+
+
+def apply_example(title, clone):
+    """Puts the example's lines where their comments say; its command, made quick."""
+    (text,) = re.findall(rf"^\*\*{title}\.\*\*(.*?)(?=^\*\*|^## )", HACKING, flags=re.M | re.S)
+    (code,) = fences("python", text)
+    places = re.split(r"^# (\w+\.py), (above|below) `(.*)`\n", code, flags=re.MULTILINE)
+    assert places[0] == ""
+    for file, where, mark, lines in zip(*[iter(places[1:])] * 4):
+        source = (clone.directory / file).read_text().splitlines()
+        (at,) = [i for i, line in enumerate(source) if mark in line]
+        source.insert(at + (where == "below"), lines.rstrip())
+        (clone.directory / file).write_text("\n".join(source) + "\n")
+    (command,) = inline(re.sub("```.*```", "", text, flags=re.DOTALL))
+    return shrunk(command)
+
+
+def result_of(clone, name):
+    return json.loads((clone.directory / f"runs/{name}/fold1/result.json").read_text())
+
+
+def test_the_corpus_of_the_readme_is_read_and_trained_on(hacked):
+    lines = []
+    for i in range(36):
+        clip = f"{('anna', 'ben', 'cleo')[i % 3]}/clip{i}"
+        speech(hacked.directory / f"mine/{clip}.wav", i % 3, i / 18 - 1, 1 - i / 18)
+        lines.append(f"{clip} {1 + i / 6} {7 - i / 6}\n")
+    (hacked.directory / "mine/ratings.txt").write_text("".join(lines))
+    command = apply_example("A corpus", hacked)
+    hacked.run(command.replace("FOLDER", "mine"))
+    splits = json.loads((hacked.directory / "runs/mine-wavlm/fold1/splits.json").read_text())
+    assert {split: {utt_id[:3] for utt_id in ids} for split, ids in splits.items()} == {
+        "train": {"cle"}, "dev": {"ben"}, "test": {"ann"}
+    }  # fmt: skip
+    said = hacked.run("python data.py --data mine --data_dir mine")
+    assert "utterances  36" in said and "labels in 1..7" in said
+
+
+def test_the_encoder_of_the_readme_trains_is_planned_and_ignores_padding(hacked):
+    hacked.run(apply_example("An encoder", hacked))
+    assert result_of(hacked, "gru")["encoder"] == "gru"
+    assert "card must have" in hacked.run("python memory.py --encoder gru --max_seconds 0.5")
+    spec = importlib.util.spec_from_file_location("hacked", hacked.directory / "model.py")
+    changed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    encoder = changed.GRU(changed.ModelConfig(encoder="gru", d_model=64))
+    waveform, mask = torch.randn(2, 8000), torch.ones(2, 8000, dtype=torch.bool)
+    mask[1, 5000:] = False
+    (states,), frame_mask = encoder({"input_values": waveform * mask, "attention_mask": mask})
+    alone = {"input_values": waveform[1:, :5000], "attention_mask": mask[1:, :5000]}
+    (expected,), _ = encoder(alone)
+    torch.testing.assert_close(states[1, frame_mask[1]], expected[0])
+
+
+def test_the_target_of_the_readme_is_in_loss_metrics_files_and_predictions(hacked):
+    hacked.run(apply_example("A target", hacked))
+    result = result_of(hacked, "vad")
+    assert {"ccc_valence", "ccc_arousal", "ccc_dominance"} <= result["test"].keys()
+    hacked.run("python predict.py --checkpoint runs/vad/fold1 cache --out out.csv")
+    with open(hacked.directory / "out.csv") as file:
+        header = next(csv.reader(file))
+    assert header[-3:] == ["pred_valence", "pred_arousal", "pred_dominance"]
+    said = hacked.run("python report.py runs/vad runs/vad --folds 1 --out report")
+    assert "dominance" in said and (hacked.directory / "report/report.html").exists()
+    assert "correlation of arousal and dominance" in hacked.run("python data.py --data demo")
