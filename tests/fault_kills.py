@@ -23,7 +23,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "torch.utils.tensorboard"])
+SERVER.set_forkserver_preload(["train", "torch.utils.tensorboard", "pytest"])
 TIMING = {"audio_seconds_per_second", "data_share", "padded_share", "ms_per_step", "peak_gib"}
 
 

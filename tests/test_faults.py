@@ -1,6 +1,7 @@
 """Faults done to real runs: damage, full disks, signals, dead and hung ranks and workers, two runs
 in one directory. Their kills at random moments, in numbers, are fault_kills.py's."""
 
+import multiprocessing
 import os
 import random
 import resource
@@ -13,13 +14,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_kills import EVERYTHING, ROOT, Run, assert_same_outcome, kill_and_compare, processes_of
+from fault_kills import (
+    EVERYTHING,
+    ROOT,
+    Run,
+    assert_same_outcome,
+    kill_and_compare,
+    processes_of,
+    run_ranks,
+)
 
 import data
 import files
 import train
 from data import BatchSpec
-from runs import read_checkpoint
+from model import WavLMEncoder
+from runs import load_last, read_checkpoint, save_checkpoint
 from train import main, parse_args, run
 
 
@@ -58,6 +68,68 @@ def workers_of(pid):
 
 
 # --- checkpoints
+
+
+def save_forever(directory):
+    """last.pt and best.pt of 2 MB, of one step after the other."""
+    last = load_last(directory)
+    step = last["step"] if last else 0
+    while True:
+        step += 1
+        content = {"step": step, "model": torch.full((500_000,), step)}
+        save_checkpoint(directory / "last.pt", content)
+        save_checkpoint(directory / "best.pt", content)
+
+
+def test_forty_kills_in_the_middle_of_saves_leave_no_file_that_does_not_load(tmp_path):
+    rng, step, within = random.Random(0), 0, 0
+    for _ in range(40):
+        process = multiprocessing.get_context("fork").Process(target=save_forever, args=(tmp_path,))
+        process.start()
+        end = time.monotonic() + 1
+        while not any(tmp_path.glob(".*.aside")) and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        within += any(tmp_path.glob(".*.aside"))
+        for aside in tmp_path.glob(".*.aside"):  # as a run does when it starts
+            aside.unlink()
+        found = load_last(tmp_path)
+        if step or found:
+            assert found["step"] >= step and torch.equal(
+                found["model"], torch.full((500_000,), found["step"])
+            )
+            step = found["step"]
+        for name in ("last.pt", "previous.pt", "best.pt"):
+            if (tmp_path / name).exists():
+                read_checkpoint(tmp_path / name)
+    assert step > 10 and within > 10, (step, within)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(handle):
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def watched_replace(source, target):
+        calls.append(("replace", str(source), str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    last, previous = str(tmp_path / "last.pt"), str(tmp_path / "previous.pt")
+    for step in range(2):
+        calls.clear()
+        save_checkpoint(tmp_path / "last.pt", {"step": step})
+    aside = calls[0][1]
+    assert calls == [
+        ("fsync", aside), ("replace", last, previous), ("replace", aside, last),
+        ("fsync", str(tmp_path)),
+    ]  # fmt: skip
 
 
 def damages(seed, count):
@@ -217,6 +289,48 @@ def test_a_run_stopped_while_it_evaluates_resumes_bit_for_bit(
     assert parted.status()["exit_code"] == 75
     assert run([*parted.flags, "--resume"]) == 0
     assert_same_outcome(whole, parted)
+
+
+def stop_in_evaluation(which):
+    """SIGTERM to rank `which` in the second of its batches of evaluation, which are small."""
+    data.EVAL_SECONDS = 3
+    encode, calls = WavLMEncoder.forward, []
+
+    def stopping(self, batch):
+        if not (self.training or batch["input_values"].is_meta):
+            calls.append(1)
+            if len(calls) == 2 and os.environ["RANK"] == which:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, batch)
+
+    WavLMEncoder.forward = stopping
+
+
+def test_ranks_stop_together_in_the_middle_of_an_evaluation(flags, tmp_path):
+    flags = [*flags, "--batch_size", "4", "--epochs", "1"]
+    whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
+    assert run_ranks(whole.flags, whole.log, 2, (stop_in_evaluation, "none")) == [0, 0]
+    assert run_ranks(parted.flags, parted.log, 2, (stop_in_evaluation, "1")) == [75, 75]
+    state = read_checkpoint(parted.directory / "last.pt")["state"]
+    assert (state["step"], state["epoch"]) == (3, 0)
+    again = [*parted.flags, "--resume"]
+    assert run_ranks(again, parted.log, 2, (stop_in_evaluation, "none")) == [0, 0]
+    assert_same_outcome(whole, parted)
+
+
+@pytest.mark.parametrize("phase", ["load_data", "prepare_run_dir", "build_model", "wrap_ddp"])
+def test_a_signal_in_a_start_is_75_and_the_next_start_is_like_the_first(
+    flags, tmp_path, monkeypatch, phase
+):
+    whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
+    assert run(whole.flags) == 0
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            stop_in(patch, phase)
+            assert run([*parted.flags, "--resume"]) == 75
+    assert run([*parted.flags, "--resume"]) == 0
+    assert_same_outcome(whole, parted)
+    assert not list(parted.directory.glob(".*"))
 
 
 def test_a_signal_while_a_cache_fills_leaves_no_half_of_it(flags, tmp_path, monkeypatch):
@@ -417,12 +531,38 @@ def test_a_loss_that_is_not_finite_ends_both_ranks_and_names_the_utterances_of_b
     flags, tmp_path
 ):
     more = ["--batch_size", "4", "--lr", "1e30", "--encoder_lr", "1e30", "--warmup", "0"]
-    victim = Run([*flags, *more, "--log_every", "100", "--save_every", "1"], tmp_path, ranks=2)
-    assert victim.start().wait() != 0
+    victim = Run([*flags, *more, "--log_every", "100", "--save_every", "1"], tmp_path)
+    assert run_ranks(victim.flags, victim.log, 2) == [1, 1]
     told = victim.console().split("train.py: error: step 1: ")[1].splitlines()[0]
     assert len([word for word in told.split() if word.startswith("s")]) >= 8 and "scale 1" in told
     assert victim.status()["exit_code"] == 1
     assert not list(victim.directory.glob("*.pt"))
+
+
+def spoil_a_gradient():
+    """NaN in one gradient of rank 1 in the third step."""
+    step_of = train.train_step
+
+    def spoiled(model, *rest, **named):
+        if rest[5:7] == (2, 1):  # step, rank
+            weight = next(p for p in model.parameters() if p.requires_grad)
+            weight.register_hook(lambda gradient: gradient * float("nan"))
+        return step_of(model, *rest, **named)
+
+    train.train_step = spoiled
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_ends_both_and_is_never_saved(flags, tmp_path):
+    victim = Run([*flags, "--batch_size", "4", "--save_every", "1"], tmp_path)
+    assert run_ranks(victim.flags, victim.log, 2, (spoil_a_gradient,)) == [1, 1]
+    said = victim.console()
+    assert "Traceback" not in said and "train.py: error: step 3: loss " in said
+    assert "gradient norm nan, weight norm nan, scale 1 on s" in said, said
+    for path in victim.directory.glob("*.pt"):
+        content = read_checkpoint(path)
+        assert content["state"]["step"] <= 2
+        assert all(weight.isfinite().all() for weight in content["model"].values())
+    assert read_checkpoint(victim.directory / "last.pt")["state"]["step"] == 2
 
 
 def test_twenty_skipped_steps_in_a_row_are_an_error_and_fewer_are_not(flags):

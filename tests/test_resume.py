@@ -3,8 +3,9 @@
     python -m pytest tests/test_resume.py              # one rank and two, half a minute
     python -m pytest tests/test_resume.py -m slow      # six settings more, three minutes
 
-A run is killed right after each of its saves, and must end like one that was never killed. All that
-is random or remembered is in play in one setting or another, and is asserted to be.
+A run is killed right after each of its saves and goes on with 0, 1 or 2 workers by turns; it must
+end like one that was never killed. All that is random or remembered is in play in one setting or
+another, and is asserted to be.
 """
 
 import functools
@@ -77,13 +78,14 @@ def assert_in_play(setting, run):
 def test_a_run_killed_after_every_save_ends_the_same(flags, tmp_path, setting, workers, ranks):
     size, more = SETTINGS[setting]
     size //= ranks * (2 if "--gradient_accumulation_steps" in more else 1)
-    more = ["--save_every", "1", "--num_workers", str(workers), "--batch_size", str(size), *more]
+    more = ["--save_every", "1", "--batch_size", str(size), "--num_workers", str(workers), *more]
     whole, killed = (Run([*flags, *more], tmp_path / name, ranks) for name in ("whole", "killed"))
     assert run_ranks(whole.flags, whole.log, ranks, (prepare, setting, False)) == [0] * ranks
     assert_in_play(setting, whole)
     saved, codes = [], [-signal.SIGKILL]
     while codes[0] == -signal.SIGKILL and len(saved) < 50:
-        codes = run_ranks([*killed.flags, "--resume"], killed.log, ranks, (prepare, setting, True))
+        again = [*killed.flags, "--resume", "--num_workers", str((workers + len(saved)) % 3)]
+        codes = run_ranks(again, killed.log, ranks, (prepare, setting, True))
         state = read_checkpoint(killed.directory / "last.pt")["state"]
         saved.append((state["step"], state["epoch"]))
     assert codes == [0] * ranks, killed.console()
