@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from fault_kills import run_ranks
 
 import runs
+import train
 from files import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -244,3 +246,36 @@ def test_hostile_names_are_names_and_nothing_else(tmp_path, train_flags):
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr  # 1: folds are missing
     created = {p.name for p in tmp_path.rglob("*pwned*")} - {"; touch pwned", *NAMES}
     assert not created
+
+
+# ---------------------------------------------------------------- ports
+
+
+def tell_listeners():
+    """The addresses on which a rank listens, in its console; the store is the launcher's."""
+    wrap = train.wrap_ddp
+
+    def telling(*args):
+        links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+                _, local, _, state, *rest = line.split()
+                address, port = local.split(":")
+                ours = f"socket:[{rest[5]}]" in links and int(port, 16) != store
+                if state == "0A" and ours:  # it listens
+                    print("listens on", address, flush=True)
+        print("on interface", os.environ.get("GLOO_SOCKET_IFNAME"), flush=True)
+        return wrap(*args)
+
+    store = int(os.environ["MASTER_PORT"])
+    train.wrap_ddp = telling
+
+
+def test_ranks_of_one_machine_listen_on_its_loopback_alone(tmp_path, train_flags):
+    flags = [*map(str, train_flags), "--out", str(tmp_path / "runs")]
+    log = tmp_path / "log"
+    assert run_ranks(flags, log, 2, (tell_listeners,)) == [0, 0], log.read_text()
+    found = re.findall("listens on (.*)", log.read_text())
+    assert len(found) >= 2 and set(found) == {"0100007F"}, found  # 127.0.0.1
+    # where a host's name stands for its loopback, they would have been there unasked
+    assert log.read_text().count("on interface lo\n") == 2
