@@ -1136,7 +1136,8 @@ def main(args: argparse.Namespace) -> int:
         files.record("test", state["step"], {"epoch": state["best_epoch"], **record})
         result = {
             "name": args.name, "fold": args.fold, "num_folds": num_folds(corpus),
-            "encoder": args.encoder, "data": args.data, "seed": args.seed,
+            "encoder": args.encoder, "wavlm": args.wavlm if args.encoder == "wavlm" else None,
+            "wavlm_revision": args.wavlm_revision, "data": args.data, "seed": args.seed,
             "best_epoch": state["best_epoch"], "epochs_run": state["epoch"],
             "stopped": state["stopped"] or ("max_steps" if args.max_steps >= 0 else "epochs"),
             "seconds": state["seconds"],

@@ -456,6 +456,10 @@ def test_a_signal_to_the_launcher_saves_every_fold(two_ranks, number, code):
     folds[1].directory = folds[1].directory.with_name("fold2")
     assert two_ranks.until(lambda: all(len(fold.records()) > 2 for fold in folds), 100)
     two_ranks.process.send_signal(number)
+    end = time.monotonic() + 10
+    while any(fold.status()["exit_code"] is None for fold in folds):
+        assert time.monotonic() < end, two_ranks.console()
+        time.sleep(0.05)
     assert ended_by(two_ranks.process, 15) < 15 and two_ranks.process.returncode == code
     for fold in folds:
         assert fold.status()["exit_code"] == 75, two_ranks.console()

@@ -396,6 +396,7 @@ def test_a_run_leaves_the_files_of_the_design(flags):
     }  # fmt: skip
     result = json.loads((run_dir(args) / "result.json").read_text())
     assert result["splits"] == {"train": 24, "dev": 24, "test": 24}
+    assert result["wavlm"] == args.wavlm and result["wavlm_revision"] is None
     assert result["fold"] == 2 and result["num_folds"] == 3 and result["label_range"] == [0, 1]
     for split in ("dev", "test"):
         assert -1 <= result[split]["ccc_mean"] <= 1
