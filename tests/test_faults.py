@@ -355,14 +355,14 @@ def test_a_signal_while_a_cache_fills_leaves_no_half_of_it(flags, tmp_path, monk
 
 def test_a_signal_at_any_moment_saves_and_the_run_ends_the_same(flags, tmp_path):
     """To all processes of the run at once, as a terminal does: workers live on."""
-    flags = [*flags, "--num_workers", "1", "--epochs", "4", "--log_every", "2"]
+    flags = [*flags, "--num_workers", "1", "--epochs", "16", "--log_every", "2"]
     whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
     assert whole.start().wait() == 0, whole.console()
     rng = random.Random(0)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         parted.start("--resume")
         assert parted.until(lambda: parted.status().get("pid") == parted.process.pid)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.2))  # of seconds
         os.killpg(parted.process.pid, number)
         begin = time.monotonic()
         assert parted.wait() == parted.status()["exit_code"] == 75, parted.console()
