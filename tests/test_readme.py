@@ -134,7 +134,7 @@ def write_msp_podcast(root):
     for i, split in enumerate(["Train"] * 12 + ["Development"] * 6 + ["Test1"] * 6):
         name, x = f"MSP-PODCAST_{i:04d}_0001.wav", i % 5 / 2 - 1
         speech(root / "Audios" / name, i // 3, x, -x)
-        rows.append([name, 4 - 3 * x, 4 + 3 * x, 4.0, i // 3, "Female", split])
+        rows.append([name, 4 - 3 * x, 4 + 3 * x, 4 + x, i // 3, "Female", split])
     header = ["FileName", "EmoAct", "EmoVal", "EmoDom", "SpkrID", "Gender", "Split_Set"]
     write_table(root / "Labels/labels_consensus.csv", header, rows)
 
@@ -308,6 +308,16 @@ def test_every_command_runs_and_leaves_what_it_promises(clone, command, monkeypa
     assert files or expected, f"{command}: nothing is known of what it does"
 
 
+def test_one_process_and_two_print_the_same_losses_as_the_readme_says(clone):
+    losses = {}
+    for name in ("one", "two"):
+        text = (clone.directory / f"runs/{name}/fold1/metrics.jsonl").read_text()
+        records = [json.loads(line) for line in text.splitlines()]
+        losses[name] = [r["loss"] for r in records if r["event"] == "train"]
+    assert len(losses["one"]) == 3  # steps 2, 4 and 6: the stand-in has one step in an epoch
+    assert losses["one"] == pytest.approx(losses["two"], abs=1e-4)
+
+
 def test_the_first_command_runs_on_the_real_demo_corpus(tmp_path, demo_cache):
     first = next(command for command in COMMANDS if "train.py" in command)
     assert first == "python train.py --preset demo"
@@ -420,4 +430,7 @@ def test_the_target_of_the_readme_is_in_loss_metrics_files_and_predictions(hacke
     assert header[-3:] == ["pred_valence", "pred_arousal", "pred_dominance"]
     said = hacked.run("python report.py runs/vad runs/vad --folds 1 --out report")
     assert "dominance" in said and (hacked.directory / "report/report.html").exists()
-    assert "correlation of arousal and dominance" in hacked.run("python data.py --data demo")
+    write_msp_podcast(hacked.directory / "msp")
+    for corpus in ("demo", "msp_podcast --data_dir msp"):
+        said = hacked.run(f"python data.py --data {corpus}")
+        assert "correlation of arousal and dominance" in said
