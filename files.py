@@ -99,9 +99,7 @@ def build_dir(target: Path, fill: Callable[[Path], object]) -> Path:
             aside.mkdir()
             fill(aside)
             for path in [*aside.rglob("*"), aside]:
-                handle = os.open(path, os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
+                sync(path)
             os.rename(aside, target)
     except OSError as error:
         if not os.path.isdir(target):

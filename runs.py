@@ -69,7 +69,7 @@ def read_checkpoint(path: Path) -> dict:
     """
     try:
         with open(path, "rb") as file:
-            size = path.stat().st_size - 32  # the hash, see train.save_checkpoint
+            size = path.stat().st_size - 32  # the hash
             if size <= 0 or sha256(file, size) != file.read(32):
                 fault = f"{path}: damaged, or not a best.pt, last.pt or frozen.pt of train.py"
                 raise UserError(fault)
@@ -261,8 +261,7 @@ class RunFiles:
         """predictions_<split>.csv of preds (n, 2) in the label's own scale, and the labels."""
         text = io.StringIO(newline="")
         writer = csv.writer(text)
-        header = ["utt_id", "dialog", "speaker", "emotion", "seconds", *TARGETS]
-        writer.writerow([*header, *(f"pred_{target}" for target in TARGETS)])
+        writer.writerow([*TEXTS, *NUMBERS])
         for row, pred in zip(rows.tolist(), preds.tolist()):
             utt = corpus.utterances[row]
             about = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]

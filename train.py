@@ -843,7 +843,7 @@ def update_state(state: dict, ccc: float, args: argparse.Namespace) -> bool:
 def main(args: argparse.Namespace) -> int:
     """Trains, evaluates and tests one fold; returns 0, or 75 when a signal stopped it.
 
-    UserError, UserError and ValueError carry a message for the user; all ranks raise together.
+    UserError carries a message for the user; all ranks raise together.
     """
     # Distributed: one process per GPU, from torchrun or alone
     rank = int(os.environ.get("RANK", 0))

@@ -3,13 +3,13 @@
 import csv
 import os
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: on busy cores a second one waits
+
 import numpy as np
 import pytest
 import soundfile
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(1)  # small tensors: a second thread only waits
 
 
 @pytest.fixture(scope="session")

@@ -659,7 +659,7 @@ def without_privileges(root):
     if os.geteuid():
         yield
         return
-    for folder in (root.parent, *list(root.parents)[1:3]):
+    for folder in (root.parent, *list(root.parents)[1:4]):
         os.chmod(folder, folder.stat().st_mode | 0o055)
     os.chmod(root.parent, 0o777)
     os.chmod(root, 0o777)
