@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import re
 import sys
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -51,7 +50,15 @@ from corpora import (
     skipped_by_kind,
     write_skipped,
 )
-from files import UserError, build_cache, cached_array, digest, progress, weights_digest
+from files import (
+    UserError,
+    build_cache,
+    cached_array,
+    digest,
+    progress,
+    replacing,
+    weights_digest,
+)
 
 SAMPLE_RATE = 16_000
 FRAME_RATE = 50  # frames per second of frozen features, as far as seconds are derived from them
@@ -897,11 +904,8 @@ def extract_faces(args: argparse.Namespace) -> None:
         whole = bool(args.face_dir) and folders[utt_id].parent == Path(args.face_dir)
         files = images[utt_id]
         parts = [files[i : i + args.batch_size] for i in range(0, len(files), args.batch_size)]
-        aside = out / f".{utt_id}.{uuid.uuid4().hex}"
-        with torch.inference_mode(), open(aside, "wb") as file:
+        with torch.inference_mode(), replacing(out / f"{utt_id}.npy") as file:
             np.save(file, torch.cat([embed(part, whole) for part in parts]).float().cpu().numpy())
-            os.fsync(file.fileno())
-        os.replace(aside, out / f"{utt_id}.npy")
     print(f"{out}: {len(todo)} files written, {len(wanted) - len(todo)} were there")
 
 

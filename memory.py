@@ -822,9 +822,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
             p.error(f"--{flag} {getattr(own, flag)}: must be at least 1")
     if own.plot and not Path(own.plot).absolute().parent.is_dir():
         p.error(f"--plot {own.plot}: there is no such directory")
-    own.from_data = "--data" in rest
-    own.wants_global = "--global_batch_size" in rest
-    if own.gpu and "--gpu_gib" not in rest:
+    given = {word.partition("=")[0] for word in rest}
+    own.from_data = "--data" in given
+    own.wants_global = "--global_batch_size" in given
+    if own.gpu and "--gpu_gib" not in given:
         rest += ["--gpu_gib", str(GPUS[own.gpu][0])]
     with mock.patch.dict(os.environ, WORLD_SIZE=str(own.world_size)):
         args = train.parse_args(rest)

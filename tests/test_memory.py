@@ -408,8 +408,14 @@ def test_batch_size_auto_is_answered_with_the_cards_memory():
     assert 64 < args.batch_size < 1024
     best = Planner(args, (0, 0), 2.5).plan(args.batch_size, "all")
     assert 0.95 * FITS < best.needed_gib / 2 < FITS
-    _, own = memory.parse_args([*TINY, "--gpu", "t4"])
-    assert own.gpu == "t4"
+
+
+def test_a_flag_counts_as_given_with_an_equals_sign_too():
+    args, own = memory.parse_args([*TINY, "--gpu", "t4"])
+    assert args.gpu_gib == memory.GPUS["t4"][0] and not own.from_data and not own.wants_global
+    flags = [*TINY, "--gpu", "t4", "--gpu_gib=12", "--data=demo", "--global_batch_size=16"]
+    args, own = memory.parse_args(flags)
+    assert args.gpu_gib == 12 and own.from_data and own.wants_global
 
 
 @pytest.fixture
