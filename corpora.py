@@ -60,7 +60,7 @@ class Skipped(NamedTuple):
 
 @dataclass
 class Corpus:
-    """All utterances, sorted by (dialog, onset, utt_id): a dialogue's rows are its turns."""
+    """All utterances, sorted by turn_order: a dialogue's rows are its turns."""
 
     name: str
     root: Path
@@ -100,6 +100,11 @@ def read_corpus(
     }
     if data in readers and not data_dir:
         raise UserError(f"--data {data} needs --data_dir, the folder of your licensed copy")
+    if data == "demo" and data_dir:
+        known = ", ".join(readers)
+        raise UserError(
+            f"--data demo is synthesised and reads no --data_dir: give --data, {known} or a .csv"
+        )
     if data_dir and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir} is not a directory")
     try:
@@ -118,16 +123,21 @@ def read_corpus(
     if not corpus.utterances:
         reasons = "; ".join(f"{s.utt_id}: {s.reason}" for s in corpus.skipped[:3])
         raise UserError(f"{corpus.root}: no usable utterance ({reasons or 'nothing found'})")
-    unknown = sum(not known_speaker(u) for u in corpus.utterances)
+    unknown = sum(not known_speaker(u.speaker) for u in corpus.utterances)
     if unknown:
         note = f"speaker unknown: {unknown} utterances, whose place in one split cannot be checked"
         corpus.notes.append(note)
-    corpus.utterances.sort(key=lambda u: (u.dialog, u.onset, u.utt_id))
+    corpus.utterances.sort(key=turn_order)
     return corpus
 
 
-def known_speaker(u: Utterance) -> bool:
-    return u.speaker.lower() not in ("", "unknown")
+def turn_order(u: Utterance) -> tuple[str, float, str]:
+    """Sort key that puts a dialogue's turns one after the other."""
+    return u.dialog, u.onset, u.utt_id
+
+
+def known_speaker(name: str) -> bool:
+    return name.lower() not in ("", "unknown")
 
 
 def to_float(text: str) -> float:
@@ -321,6 +331,7 @@ def read_csv(
     words |= dict.fromkeys(("development", "validation", "valid"), "dev")
     rows: dict[str, int] = {}  # utt_id -> row
     homes: dict[str, str] = {}  # dialog -> session
+    turns: dict[str, list[tuple[float | None, Path]]] = {}  # dialog -> (start if given, file)
     targets = LABELS if labelled else ()
     known = {"", "utt_id", "path", *LABELS, "start", "end", "split"}
     known |= {"session", "dialog", "speaker", "gender", "emotion"}
@@ -366,11 +377,22 @@ def read_csv(
         names = {c: cells[c] for c in ("session", "speaker", "gender", "emotion") if c in cells}
         names.setdefault("session", cells.get("speaker", ""))  # none: a session per speaker
         dialog = cells.get("dialog") or utt_id
-        if homes.setdefault(dialog, names["session"]) != names["session"]:
+        if "session" in cells and homes.setdefault(dialog, cells["session"]) != cells["session"]:
             dialog = f"{names['session']}_{dialog}"  # dialogues numbered anew in each session
         names |= {"dialog": dialog, "split": words.get(split, "")}
-        onset = start if "start" in cells else row  # without times: the order of the file
-        corpus.utterances.append(dataclasses.replace(u, **names, onset=onset))
+        turns.setdefault(dialog, []).append((start if cells.get("start") else None, audio))
+        corpus.utterances.append(dataclasses.replace(u, **names, onset=start))
+
+    def is_timed(dialog: str) -> bool:
+        """Are all starts given, and on a common clock: in fewer files than there are turns?"""
+        starts, files = map(set, zip(*turns[dialog]))
+        return None not in starts and len(starts) == len(turns[dialog]) > len(files)
+
+    timed = {dialog for dialog in turns if is_timed(dialog)}  # the others: in the file's order
+    corpus.utterances = [
+        u if u.dialog in timed else dataclasses.replace(u, onset=rows[u.utt_id])
+        for u in corpus.utterances
+    ]
     if ignored:
         corpus.notes.append(f"columns not used: {', '.join(sorted(ignored))}")
     values = [getattr(u, target) for u in corpus.utterances for target in targets] or [0]
@@ -426,7 +448,7 @@ def make_splits(corpus: Corpus, fold: int) -> dict[str, np.ndarray]:
         if not len(rows):
             raise UserError(f"{corpus.name} fold {fold}: the {split} split is empty")
         for u in (corpus.utterances[row] for row in rows):
-            if known_speaker(u) and home.setdefault(u.speaker, split) != split:
+            if known_speaker(u.speaker) and home.setdefault(u.speaker, split) != split:
                 both = f"{home[u.speaker]} and {split} (there {u.utt_id})"
                 raise UserError(f"{corpus.name} fold {fold}: speaker {u.speaker} is in both {both}")
     return splits

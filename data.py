@@ -814,7 +814,7 @@ def inspect(args: argparse.Namespace) -> None:
     check_skipped(corpus)
     utterances, seconds = corpus.utterances, corpus.seconds
     turns = Counter(u.dialog for u in utterances).values()
-    speakers = {u.speaker for u in utterances if known_speaker(u)}
+    speakers = {u.speaker for u in utterances if known_speaker(u.speaker)}
     p5, p50, p95 = np.percentile(seconds, [5, 50, 95])
     print(f"corpus      {corpus.name} in {corpus.root}")
     print(f"utterances  {len(utterances)}, {seconds.sum() / 3600:.2f} h, {len(speakers)} speakers")

@@ -91,7 +91,7 @@ stop_all() {
     for pid in $(jobs -pr); do kill -TERM "$pid" 2>/dev/null || true; done
     while [[ -n $(jobs -pr) ]] && ((SECONDS < deadline)); do sleep 0.2; done
     for fold in "${folds[@]}"; do sweep "$fold"; done
-    say "stopped: go on with the same command and --resume at its end"
+    say "stopped: go on with the same command and --resume at its end (--overwrite taken out)"
 }
 trap stop_all EXIT
 trap 'exit 129' HUP

@@ -47,6 +47,7 @@ log = logging.getLogger("vatune")
 GIB = 2**30
 CONTEXT_GIB, NCCL_GIB = 0.45, 0.4  # outside the allocator: CUDA context with its kernels [guess]
 FITS, TIGHT = 0.90, 0.97  # shares of the card: clips of many lengths fragment what is reserved
+GPU_GIB = 24.0  # of a card that is not here
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 # Shapes of hub checkpoints, so that planning needs no network
@@ -66,9 +67,14 @@ def configure(args: argparse.Namespace, device: torch.device) -> None:
     """Applies --tf32 and --memory_fraction, and starts the measurement of the peak."""
     torch.backends.cuda.matmul.allow_tf32 = args.tf32 == "on"
     torch.backends.cudnn.allow_tf32 = args.tf32 == "on"
+    if device.type == "cuda" and args.memory_fraction:
+        torch.cuda.set_per_process_memory_fraction(args.memory_fraction, device)
+    reset_peak(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts the measurement of the peak anew; on a CPU it is that of the process's life."""
     if device.type == "cuda":
-        if args.memory_fraction:
-            torch.cuda.set_per_process_memory_fraction(args.memory_fraction, device)
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -80,10 +86,10 @@ def peak_gib(device: torch.device) -> float:
 
 
 def capacity_gib(args: argparse.Namespace) -> float:
-    """What there is to fill: the GPU here, --gpu_gib where there is none, or free RAM."""
+    """What there is to fill: --gpu_gib or else the GPU here, or free RAM."""
     if on_cuda(args):
-        whole = args.gpu_gib
-        if torch.cuda.is_available():
+        whole = args.gpu_gib or GPU_GIB
+        if torch.cuda.is_available() and not args.gpu_gib:
             whole = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[1] / GIB
         return whole * (args.memory_fraction or 1.0)
     free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
@@ -378,6 +384,7 @@ def probe(
 
     before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
     run = None
+    reset_peak(device)
     try:
         for stage in {what for _, what in train.parse_unfreeze(args.unfreeze)}:
             run, _ = real_step(model, args, widths, seconds, stage, device)
@@ -440,6 +447,7 @@ def auto_batch(
             found = (
                 f" | batch {size}, planned as {proposed} and probed at {peak_gib(device):.2f} GiB"
             )
+            reset_peak(device)
             return size, found
         size = max((n for n in sizes if n <= 0.85 * size), default=0)
     raise ValueError(
@@ -470,7 +478,7 @@ def measure(
     run, between = real_step(model, args, widths, seconds, args.unfreeze, device)
     run()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        reset_peak(device)
         run()
         peak = torch.cuda.max_memory_allocated(device) - held
         return peak, torch.cuda.max_memory_reserved(device)
@@ -582,6 +590,7 @@ def costs(clock: Clock, batch_size: int, accumulation: int, gpus: int) -> list[d
     for what in comparable(planner.args):
         epoch, fold = clock.fold(what, batch_size, accumulation)
         folds = clock.clips.folds
+        at_once = max(1, gpus // planner.world_size)
         rows.append(
             {
                 "unfreeze": what,
@@ -589,7 +598,7 @@ def costs(clock: Clock, batch_size: int, accumulation: int, gpus: int) -> list[d
                 "epoch_seconds": epoch,
                 "fold_hours": fold / 3600,
                 "series_hours": folds * fold / 3600,
-                "parallel_hours": math.ceil(folds / gpus) * fold / 3600,
+                "parallel_hours": math.ceil(folds / at_once) * fold / 3600,
             }
         )
     return rows
@@ -604,7 +613,7 @@ def ways_to(clock: Clock, global_batch_size: int) -> list[dict]:
     for checkpointing in (False, True):
         flags = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": None}
         slower = clock.slower(**flags)
-        for plan in planner.curve(sizes, args.unfreeze, **flags):
+        for plan in (planner.plan(size, args.unfreeze, **flags) for size in sizes):
             steps = global_batch_size // (plan.batch_size * planner.world_size)
             if plan.verdict != "does not fit":
                 seconds, _ = clock.fold(args.unfreeze, plan.batch_size, steps)
@@ -626,7 +635,9 @@ def answers(planner: Planner, own: argparse.Namespace) -> dict:
     args = planner.args
     steps = args.gradient_accumulation_steps
     clock = Clock(planner, machine(args, own.gpu), clips(args, own.from_data))
-    sizes = [n for n in BATCHES if n % args.context == 0] or [args.context]
+    sizes = [n for n in BATCHES if n % args.context == 0]
+    if len(sizes) < 2:
+        sizes = [n * args.context for n in BATCHES[:4]]
     every = batch_sizes(argparse.Namespace(**vars(args) | {"global_batch_size": None}), 1)
     table, largest = {}, {}
     for what in comparable(args):
@@ -807,7 +818,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     )
     # fmt: off
     p.add_argument("--gpu", choices=sorted(GPUS), help="card to plan for: its memory and speed")
-    p.add_argument("--gpus", type=int, default=1, help="cards that folds are dealt to")
+    p.add_argument("--gpus", type=int, help="cards that folds are dealt to; default: --world_size")
     p.add_argument("--world_size", type=int, default=1, help="cards that share a fold (DDP)")
     p.add_argument("--json", action="store_true", help="all of it as JSON")
     p.add_argument("--plot", metavar="FILE", help="picture of memory over a step and over batches")
@@ -817,9 +828,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     # fmt: on
     argv = sys.argv[1:] if argv is None else argv
     own, rest = p.parse_known_args(argv)
-    for flag in ("gpus", "world_size"):
-        if getattr(own, flag) < 1:
-            p.error(f"--{flag} {getattr(own, flag)}: must be at least 1")
+    own.gpus = own.world_size if own.gpus is None else own.gpus
+    if not 1 <= own.world_size <= own.gpus:
+        p.error(f"--world_size {own.world_size} --gpus {own.gpus}: need 1 <= world_size <= gpus")
     if own.plot and not Path(own.plot).absolute().parent.is_dir():
         p.error(f"--plot {own.plot}: there is no such directory")
     given = {word.partition("=")[0] for word in rest}
@@ -830,6 +841,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     with mock.patch.dict(os.environ, WORLD_SIZE=str(own.world_size)):
         args = train.parse_args(rest)
         args.wavlm = KNOWN_SHAPES.get(args.wavlm, args.wavlm)
+        if own.gpu and args.device == "cpu":
+            p.error("--gpu is a card to plan for: remove it, or --device cpu")
         if args.device == "auto" and (own.gpu or not (own.calibrate or own.measure)):
             args.device = "cuda"
         args.amp = args.amp or ("fp16" if on_cuda(args) else "off")

@@ -228,6 +228,7 @@ class ConvEncoder(nn.Module):
         )
         self.num_states = 1
         self.width = channels[-1]
+        self.gradient_checkpointing = False
         self.norm = nn.LayerNorm(self.width)
 
     def forward(self, batch: dict) -> tuple[list[Tensor], Tensor]:
@@ -236,7 +237,10 @@ class ConvEncoder(nn.Module):
         x = F.pad(x, (0, 0, 0, padding)).unsqueeze(1)  #                    (B, 1, T, M)
         mask = F.pad(mask, (0, padding))[:, None, :, None].to(x.dtype)  #   (B, 1, T, 1)
         for block in self.blocks:
-            x, mask = block(x, mask)  #                                     (B, C, T/s, M/s)
+            if self.gradient_checkpointing and self.training:
+                x, mask = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x, mask = block(x, mask)  #                                 (B, C, T/s, M/s)
         frames = self.norm(x.mean(3).transpose(1, 2))  #                    (B, T/s, D)
         return [frames], mask[:, 0, :, 0] > 0
 

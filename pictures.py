@@ -4,8 +4,11 @@ Colours of Okabe and Ito, which the colour-blind tell apart, and cividis.
 """
 
 import math
+from collections import Counter
+from itertools import cycle
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +20,7 @@ from runs import Columns, pooled_rows, read_predictions, read_records, tensors
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "o^sDv<>"
+matplotlib.rcParams["text.parse_math"] = False  # names of files and speakers may hold a $
 CIRCUMPLEX = [TARGETS.index("valence"), TARGETS.index("arousal")]  # columns of preds and labels
 
 
@@ -172,8 +176,9 @@ def plot_embedding(maps: dict[str, tuple[np.ndarray, Columns]], most: int = 1000
 def plot_windows(
     directory: Path, corpus: Corpus, preds: Tensor, label_range: tuple[float, float]
 ) -> None:
-    """<name>.png per file of preds (M, N, 2): mean over checkpoints at the windows' middles, in a
-    band of one standard deviation. A name that is taken gets underscores."""
+    """<name>.png per file, or utterance of a manifest, of preds (M, N, 2): mean over checkpoints at
+    the windows' middles, in a band of one standard deviation. A name that is taken gets a number.
+    """
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -181,18 +186,20 @@ def plot_windows(
     files: dict[str, list[int]] = {}
     for row, u in enumerate(corpus.utterances):
         files.setdefault(u.utt_id, []).append(row)
-    taken = set()
-    for rows in files.values():
-        name = corpus.utterances[rows[0]].path.stem
+    taken, again = set(), Counter()
+    for utt_id, rows in files.items():
+        path = corpus.utterances[rows[0]].path
+        name = stem = path.stem if utt_id == str(path) else utt_id
         while name in taken:
-            name += "_"
+            again[stem] += 1
+            name = f"{stem}.{again[stem] + 1}"
         taken.add(name)
         middles = [corpus.utterances[row].start + corpus.seconds[row] / 2 for row in rows]
         mean, std = preds[:, rows].mean(0), preds[:, rows].std(0, correction=min(1, len(preds) - 1))
         with style.context("tableau-colorblind10"):
             figure = Figure(figsize=(9, 3.5), layout="constrained")
             axis = figure.add_subplot()
-            for i, (target, marker) in enumerate(zip(TARGETS, "os^D")):
+            for i, (target, marker) in enumerate(zip(TARGETS, cycle("os^D"))):
                 size = 3 if len(rows) < 100 else 0  # more of them hide the line
                 axis.plot(middles, mean[:, i], f"{marker}-", ms=size, lw=1.2, label=target)
                 low, high = mean[:, i] - std[:, i], mean[:, i] + std[:, i]

@@ -24,6 +24,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import statistics
 import sys
@@ -41,7 +42,7 @@ from tqdm import tqdm
 
 import data as vadata
 import memory
-from corpora import Corpus, Utterance, read_csv
+from corpora import Corpus, Utterance, read_csv, turn_order
 from files import UserError, digest, replace_text, replacing, weights_digest
 from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
 from pictures import plot_windows
@@ -70,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max_seconds", type=float, help="use the beginning only; default: the run's")
     p.add_argument("--window", type=float, default=0.0,
                    help="seconds of each window of a curve over the whole file; 0 = off")
-    p.add_argument("--hop", type=float, default=2.0, help="seconds between two windows' starts")
+    p.add_argument("--hop", type=float, help="seconds between two windows' starts; default 2")
     p.add_argument("--plot", metavar="DIR", help="with --window: each curve as DIR/<file>.png")
     p.add_argument("--stream", action="store_true",
                    help="one line on stdout per utterance as it comes, state carried along")
@@ -84,6 +85,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: on
     args = p.parse_args(argv)
     files = not (args.stream or args.export)
+    seconds = args.max_seconds
+    hop_alone = args.hop is not None and not args.window
+    args.hop = 2.0 if args.hop is None else args.hop
     hops = f"--window {args.window:g} --hop {args.hop:g}"
     for wrong, message in (
         (not files and len(args.checkpoint) > 1, "--stream and --export take one --checkpoint"),
@@ -96,6 +100,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.out and not Path(args.out).absolute().parent.is_dir(), "--out: no such folder"),
         (args.window and args.max_seconds, "--window and --max_seconds exclude each other"),
         (args.window and args.features_dir, "--window cuts audio, not --features_dir"),
+        (args.data_dir and not args.data, "--data_dir is the root of a manifest: give --data"),
+        (seconds is not None and not 0.1 <= seconds < math.inf, "--max_seconds: 0.1 or more"),
+        (hop_alone, "--hop is between windows: give --window"),
         (args.window < 0 or 0 < args.window < 0.1, f"{hops}: a window is 0.1 s or more"),
         (args.window and not 0 < args.hop <= args.window, f"{hops}: need 0 < hop <= window"),
         (args.plot and not args.window, "--plot shows curves: give --window"),
@@ -170,6 +177,12 @@ def build_inputs(
     if not args.data:
         stems = [dataclasses.replace(u, utt_id=u.path.stem) for u in corpus.utterances]
         named = dataclasses.replace(corpus, utterances=stems)
+    for flag, value, unused in (
+        ("--features_dir", args.features_dir, not model.config.encoder.endswith("transformer")),
+        ("--speaker", args.speaker, not model.config.speaker_dim),
+    ):
+        if value and unused and len(args.checkpoint) == 1:  # of several, another may read it
+            raise UserError(f"{flag} {value}: the run was trained without such input: remove it")
     if model.config.encoder.endswith("transformer"):
         if not args.features_dir:
             raise UserError("the run reads feature files: give --features_dir DIR")
@@ -178,6 +191,8 @@ def build_inputs(
         prosody = vadata.egemaps(corpus, pack, cache_dir)
     if model.config.speaker_dim:
         kind = args.speaker or flags["speaker"]
+        if kind == "none":
+            raise UserError("--speaker none: the run was trained with speaker embeddings")
         speaker = vadata.speaker_embeddings(named, pack, kind, cache_dir, str(device))
     return vadata.Batches(
         labels=np.zeros((len(corpus.utterances), len(TARGETS)), dtype=np.float32),
@@ -250,11 +265,15 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
                     "as in training; --window 8 gives a curve over all",
                     file=sys.stderr,
                 )
-            turns_of_dialogs = flags["context"] > 1 and args.data and not args.window
-            names = [u.dialog if turns_of_dialogs else i for i, u in enumerate(corpus.utterances)]
+            dialogs, order = [*range(len(corpus.utterances))], [*range(len(corpus.utterances))]
+            if flags["context"] > 1 and args.data and not args.window:
+                dialogs = [u.dialog for u in corpus.utterances]
+                order.sort(key=lambda row: turn_order(corpus.utterances[row]))
             with autocast(flags, device):
                 turns = encode(model.to(device), dataset, device)
-                preds.append(low + (high - low) * track_dialogues(model, turns, names))
+                tracked = track_dialogues(model, turns[order], [dialogs[row] for row in order])
+            preds.append(torch.empty_like(tracked))
+            preds[-1][order] = low + (high - low) * tracked
     preds = torch.stack(preds)
     write_csv(Path(args.out), corpus, preds, bool(args.window))
     if args.plot:

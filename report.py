@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from corpora import known_speaker
 from files import UserError, replace_text
 from model import TARGETS, concordance, metrics, moment_sums
 from pictures import plot_all
@@ -54,7 +55,6 @@ SEED = 0
 MIN_CLUSTERS = 5  # fewer speakers than this say little about the next one [guess]
 MIN_UTTERANCES = 10  # a CCC of fewer is not shown [guess]
 MOST_ROWS = 20  # of a breakdown; a corpus may have a thousand speakers
-UNKNOWN = {"", "Unknown"}
 SILENT = 600  # seconds without a record after which a run that left no status is not running
 
 # A fold's figure -> its heading; FIGURES are all that are read
@@ -186,7 +186,7 @@ def cluster_ids(rows: Columns) -> tuple[np.ndarray, str]:
     """
     names = {"speaker": "speakers", "dialog": "dialogues", "utt_id": "utterances"}
     for column in names:
-        known = set(rows[column].tolist()) - UNKNOWN
+        known = set(filter(known_speaker, rows[column].tolist()))
         if len(known) >= MIN_CLUSTERS or column == "utt_id":
             break
     pairs = zip(rows[column].tolist(), rows["utt_id"].tolist())
@@ -382,7 +382,7 @@ def speaker_probe(vectors: np.ndarray, speakers: np.ndarray) -> dict[str, float]
     fewer than five of the rows are left out; nothing comes back for fewer than two speakers.
     """
     names, counts = np.unique(speakers, return_counts=True)
-    names = [name for name, n in zip(names, counts) if n >= 5 and name not in UNKNOWN]
+    names = [name for name, n in zip(names, counts) if n >= 5 and known_speaker(name)]
     if len(names) < 2:
         return {}
     keep = np.isin(speakers, names)

@@ -68,6 +68,15 @@ def device_name(cuda: bool) -> str:
     return f"{model[1] if model else platform.machine()} x {torch.get_num_threads()} threads"
 
 
+def known_gpu(name: str) -> str | None:
+    """Which of GPUS "NVIDIA GeForce RTX 4090" is; an L40S is no L4, and a T400 no T4."""
+
+    def spaced(gpu: str) -> str:
+        return re.sub(r"(?<=[a-z])(?=\d)|(?<=\d)(?=[a-z])", " ?", gpu)
+
+    return next((gpu for gpu in GPUS if re.search(rf"\b{spaced(gpu)}\b", name.lower())), None)
+
+
 def machine(args: argparse.Namespace, gpu: str | None = None) -> Machine:
     """--gpu's, else what --calibrate found on this machine, else an estimate."""
     cuda = on_cuda(args)
@@ -81,8 +90,7 @@ def machine(args: argparse.Namespace, gpu: str | None = None) -> Machine:
         cores = torch.get_num_threads()
         return Machine("this CPU", 0.08 * cores, 0.04 * cores, 10, 10, "a guess: --calibrate")
     if not gpu and here:
-        words = device_name(cuda).lower().replace(" ", "")
-        gpu = next((name for name in GPUS if name in words), None)
+        gpu = known_gpu(device_name(cuda))
     gpu = gpu or "rtx4090"
     _, half, single, bandwidth = GPUS[gpu]
     rates = (ACHIEVED * half, ACHIEVED * single, ACHIEVED_BANDWIDTH * bandwidth)
@@ -267,5 +275,6 @@ class Clock:
             if train.reads_cache(args, stage):
                 total += self.forward(stage, everything, **flags)
             else:
-                total += count / args.eval_every * self.forward(stage, dev, **flags)
+                ranks = self.planner.world_size  # which share the dev split
+                total += count / args.eval_every * self.forward(stage, dev, **flags) / ranks
         return seconds, total

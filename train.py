@@ -135,6 +135,8 @@ FREE_ON_RESUME = {
     "save_every", "timeout",
 }  # fmt: skip
 
+# A model that starts from another one keeps that one's flags but for these.
+FREE_OF_START = {"max_seconds", "context", "wavlm", "wavlm_revision", "speaker"}
 
 LEAST_STEPS = 20  # in an epoch, when --batch_size auto may choose
 
@@ -161,7 +163,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_dir", help="root of iemocap or msp_podcast, or of the audio paths in a CSV")
     add("--fold", type=int, default=1, help="test session 1..K; dev is the next one")
     add("--label_range", type=float, nargs=2, metavar=("LO", "HI"),
-        help="scale of the labels; default: the corpus's own")
+        help="scale of the labels; default: the corpus's own, of a CSV that of --init_from or 0 1")
     add("--max_seconds", type=float, default=12.0,
         help="of a longer clip, training takes a random window and evaluation the beginning")
     add("--context", type=int, default=1, help="turns per dialogue chunk; 1 = single utterances")
@@ -243,7 +245,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the encoder's layers")
     add("--attention", choices=ATTENTIONS, default="fused",
         help="of WavLM; fused keeps nothing of size frames x frames for backward")
-    add("--gpu_gib", type=float, default=24.0, help="card to plan for where there is no GPU, GiB")
+    add("--gpu_gib", type=float,
+        help=f"card to plan for, GiB; default: the GPU here, or {memory.GPU_GIB:g} without one")
     add("--memory_fraction", type=float, default=0.0,
         help="cap this process at a share of the GPU's memory; 0 = off")
 
@@ -271,6 +274,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     argv = sys.argv[1:] if argv is None else argv
     given, _ = p.parse_known_args(argv)
+    start = None
     if given.preset:
         flags = dict(PRESETS[given.preset])
         if given.preset == "large_batch" and given.encoder.endswith("transformer"):
@@ -282,8 +286,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         except UserError as error:
             p.error(str(error))
         p.set_defaults(**{k: v for k, v in start["args"].items() if k in MODEL_FLAGS})
-        p.set_defaults(label_range=start["label_range"])
     args = p.parse_args(argv)
+    if start:
+        for flag in sorted(start["args"].keys() & MODEL_FLAGS - FREE_OF_START):
+            old, new = start["args"][flag], getattr(args, flag)
+            if new != old:
+                p.error(f"--{flag} {new}: the model of --init_from has {old}: leave it out")
+        if args.data.endswith(".csv"):
+            args.label_range = args.label_range or start["label_range"]
     check_flags(p, args)
     fill_batch_sizes(p, args)
     return args
@@ -300,8 +310,10 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         "max_seconds": 0.1, "save_every": 0, "timeout": 1,
     }  # fmt: skip
     for flag, low in at_least.items():
-        if not getattr(args, flag) >= low:
-            p.error(f"--{flag} {getattr(args, flag)}: must be at least {low}")
+        if not low <= getattr(args, flag) < math.inf:
+            p.error(f"--{flag} {getattr(args, flag)}: must be at least {low}, and finite")
+    if args.max_steps == 0:
+        p.error("--max_steps 0: must be at least 1, or -1 for no limit")
     for flag, high in (("warmup", 1.0), ("valence_weight", 1.0), ("memory_fraction", 1.0)):
         if not 0 <= getattr(args, flag) <= high:
             p.error(f"--{flag} {getattr(args, flag)}: must be in 0..{high:g}")
@@ -318,6 +330,15 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--features_dir is not used by --encoder {args.encoder}: remove it")
     if args.encoder.endswith("transformer") and args.d_model % 64:
         p.error(f"--d_model {args.d_model}: must be a multiple of 64")
+    if args.encoder == "lightweight_transformer" and args.d_model % 256:
+        p.error(f"--d_model {args.d_model}: must be a multiple of 256, a quarter of it is used")
+    if args.feedback and (args.context == 1 or not args.d_state):
+        p.error("--feedback feeds back the turn before: give --context above 1 and --d_state")
+    if args.speaker != "none" and args.no_film:
+        p.error(f"--speaker {args.speaker} is read by FiLM alone: remove it, or --no_film")
+    for flag in ("separation_every", "plot_every"):
+        if getattr(args, flag) % args.eval_every:
+            p.error(f"--{flag} {getattr(args, flag)}: must be a multiple of --eval_every")
     if args.train_only == "film" and args.no_film:
         p.error("--train_only film needs FiLM: remove --no_film")
     if args.amp == "fp16" and args.device == "cpu":
@@ -337,9 +358,11 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if not valid:
             p.error(f"--ema_alpha {args.ema_alpha}: a number in [0, 1) or learned")
     try:
-        parse_unfreeze(args.unfreeze)
+        stages = parse_unfreeze(args.unfreeze)
     except ValueError as error:
         p.error(str(error))
+    if args.feature_cache == "on" and not any(is_frozen(args, what) for _, what in stages):
+        p.error(f"--feature_cache on: --unfreeze {args.unfreeze} freezes WavLM in no epoch")
     corpus = Path(args.data).stem if args.data.endswith(".csv") else args.data
     args.name = args.name or f"{corpus}-{args.encoder}"
     if "/" in args.name or args.name in (".", ".."):
@@ -428,7 +451,7 @@ def parse_unfreeze(text: str) -> list[tuple[int, str]]:
         return [(1, text)]
     stages = re.findall(rf"(\d+):({what})(?:,|$)", text)
     schedule = [(int(epoch), stage) for epoch, stage in stages]
-    if ",".join(f"{epoch}:{stage}" for epoch, stage in schedule) != text:
+    if not text or ",".join(f"{epoch}:{stage}" for epoch, stage in schedule) != text:
         raise ValueError(f"--unfreeze {text}: none, all, transformer, top:K, or EPOCH:WHAT,...")
     epochs = [epoch for epoch, _ in schedule]
     if epochs[0] != 1 or epochs != sorted(set(epochs)):
@@ -527,7 +550,10 @@ def build_model(
 
 
 def set_checkpointing(model: EmotionModel, on: bool) -> None:
+    """ValueError where the encoder cannot."""
     target = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
+    if on and not hasattr(target, "gradient_checkpointing"):
+        raise ValueError(f"--encoder {model.config.encoder} knows no --gradient_checkpointing")
     target.gradient_checkpointing = on
 
 
@@ -833,7 +859,7 @@ def update_state(state: dict, ccc: float, args: argparse.Namespace) -> bool:
         state |= {"best_ccc": ccc, "best_epoch": state["epoch"]}
     state["bad_evals"] = 0 if better else state["bad_evals"] + 1
     state["plateau_evals"] = 0 if better else state["plateau_evals"] + 1
-    if args.scheduler == "plateau" and state["plateau_evals"] > 3:
+    if args.scheduler == "plateau" and state["plateau_evals"] == 3:
         state |= {"lr_factor": state["lr_factor"] / 2, "plateau_evals": 0}
     if args.patience and state["bad_evals"] >= args.patience:
         state["stopped"] = "patience"
@@ -852,6 +878,11 @@ def main(args: argparse.Namespace) -> int:
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU (torch.cuda.is_available() is False)")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"--nproc_per_node: rank {local_rank} of this machine finds no GPU, there are "
+            f"{torch.cuda.device_count()}"
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     args.amp = args.amp or ("fp16" if cuda else "off")
     flags = dict(vars(args))  # a run may find another micro-batch, and is resumed with these
@@ -867,9 +898,9 @@ def main(args: argparse.Namespace) -> int:
     low, high = corpus.label_range
     longest = min(args.max_seconds, float(corpus.seconds.max()))
 
+    if cuda:
+        torch.cuda.set_device(device)  # and starts CUDA, which the first look at its memory needs
     if world_size > 1:
-        if cuda:
-            torch.cuda.set_device(device)
         start_ranks(cuda, world_size, max(START_SECONDS, args.timeout))
     directory = run_dir(args)
     files = fault = None
@@ -882,6 +913,8 @@ def main(args: argparse.Namespace) -> int:
             fault = error
     if any_rank(fault is not None, world_size):
         raise fault or UserError("rank 0 refused the run directory")
+    if any_rank(not args.dry_run and not directory.is_dir(), world_size):
+        raise UserError(f"{directory}, made by rank 0, is not seen by all: --out on a shared disk?")
 
     # Seeds and precision
     torch.manual_seed(args.seed)
@@ -892,6 +925,12 @@ def main(args: argparse.Namespace) -> int:
     try:
         if args.init_from:
             model, _ = load_model(args.init_from, "--init_from")
+            reads = (model.config.speaker_dim, model.config.frame_dim)
+            if reads != input_widths(dataset):
+                raise UserError(
+                    f"--init_from: its model reads speaker vectors and frames of widths {reads}, "
+                    f"--speaker and --features_dir have {input_widths(dataset)} (0 = none)"
+                )
             set_checkpointing(model, args.gradient_checkpointing)
         else:
             model = build_model(args, *input_widths(dataset))
@@ -912,7 +951,11 @@ def main(args: argparse.Namespace) -> int:
         check_resumable(decisive, last, directory, never_trains(args, schedule, 0))
         args.global_batch_size = last["state"]["global_batch_size"]
         args.gradient_accumulation_steps = None
-        split_batch(args, last["state"]["batch_size"], world_size)
+        try:
+            split_batch(args, last["state"]["batch_size"], world_size)
+        except ValueError as error:  # --batch_size auto had found another split
+            fault = f"--resume on {world_size} ranks: {error}: resume on as many as it had"
+            raise UserError(fault) from error
     elif args.batch_size == "auto":
         where = (input_widths(dataset), longest, device, world_size, most)
         try:
@@ -1045,7 +1088,7 @@ def main(args: argparse.Namespace) -> int:
                 log.info(step_line(record, state["step"], total_steps, scaler))
                 if files:
                     files.record("train", state["step"], record)
-                    hints.after_steps(record)
+                    hints.after_steps(record, cached=dataset.hidden is not None)
 
             if args.save_every and state["step"] % args.save_every == 0:
                 meter.check(scaler, optimizer, corpus)

@@ -46,7 +46,7 @@ class Meter:
     """What happened since the last log line; read() averages it over steps and ranks.
 
     Losses stay on the device until then, so that a step never waits for the GPU. The first step
-    after a start or an evaluation warms up and counts neither for speed nor for memory.
+    after a start or an evaluation warms up and does not count for speed.
     """
 
     def __init__(self, device: torch.device, world_size: int) -> None:
@@ -173,15 +173,16 @@ class Hints:
         """The lower value of the last two log lines; 0 before there are two."""
         return min(r.get(key, 0.0) for r in self.train[-2:]) if len(self.train) > 1 else 0.0
 
-    def after_steps(self, record: dict) -> None:
-        """Looks at the record of a log line."""
+    def after_steps(self, record: dict, cached: bool = False) -> None:
+        """Looks at the record of a log line; `cached`: hidden states are read, by no worker."""
         self.train.append(record)
         args, waiting, padded = self.args, self.lately("data_share"), self.lately("padded_share")
         if waiting > WAITING:
+            workers = f"raise --num_workers ({args.num_workers}), or " * (not cached)
             self.say(
                 "data",
-                f"{waiting:.0%} of the time is spent waiting for data: raise --num_workers "
-                f"({args.num_workers}), or put --cache_dir and --features_dir on a local disk",
+                f"{waiting:.0%} of the time is spent waiting for data: {workers}put --cache_dir "
+                "and --features_dir on a local disk",
             )
         if padded > PADDED:
             why = " (--context mixes lengths)" * (args.context > 1)

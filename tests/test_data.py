@@ -284,6 +284,28 @@ def test_dialogues_numbered_anew_in_each_session_are_kept_apart(tmp_path):
     ]
 
 
+def test_a_dialogue_of_two_speakers_stays_one_where_no_session_says_otherwise(tmp_path):
+    text = "utt_id,path,valence,arousal,speaker,dialog\n"
+    text += "".join(f"u{i},a.wav,3,3,{'AB'[i % 2]},d\n" for i in range(4))
+    corpus = corpora.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
+    assert [(u.dialog, u.utt_id) for u in corpus.utterances] == [("d", f"u{i}") for i in range(4)]
+
+
+@pytest.mark.parametrize("starts", [("", "", ""), ("0", "0", "0"), ("0.1", "", "0"), "210"])
+def test_turns_without_times_on_a_common_clock_keep_the_order_of_the_file(tmp_path, starts):
+    text = "utt_id,path,valence,arousal,start,dialog\n"
+    names = ("t1", "t2", "t10")
+    text += "".join(f"{n},{n}.wav,3,3,{start},d\n" for n, start in zip(names, starts))
+    path = write_csv(tmp_path, text, clips=[f"{n}.wav" for n in names])
+    corpus = corpora.read_corpus(str(path), None, (1, 5))
+    assert tuple(u.utt_id for u in corpus.utterances) == names
+
+
+def test_the_demo_reads_no_folder(tmp_path):
+    with pytest.raises(UserError, match="reads no --data_dir: give --data, iemocap"):
+        corpora.read_corpus("demo", str(tmp_path), None, tmp_path)
+
+
 # ---------------------------------------------------------------- splits
 
 

@@ -356,6 +356,50 @@ def test_hours_follow_from_epochs_stages_and_cards():
     assert whole["parallel_hours"] == pytest.approx(3 * whole["fold_hours"])
     two = timing.Clock(planner_of(*TINY, world_size=2), clock.machine, clips)
     assert two.epoch("all", 4, 1) < 0.7 * clock.epoch("all", 4, 1)
+    dev = two.forward("all", clips.seconds[clips.splits["dev"]])
+    seconds, fold = two.fold("all", 4, 1)
+    assert fold == pytest.approx(two.planner.args.epochs * (seconds + dev / 2))  # ranks share it
+    (row, *_) = memory.costs(two, 4, 1, gpus=5)
+    assert row["parallel_hours"] == pytest.approx(3 * row["fold_hours"])  # two folds at a time
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000ada"),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA GeForce RTX 2080 Ti", "rtx2080ti"),
+    ],
+)
+def test_a_card_is_known_by_its_whole_name(name, gpu):
+    assert timing.known_gpu(name) == gpu
+
+
+def test_a_card_to_plan_for_counts_more_than_the_card_that_is_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 140 * GIB))
+    plan = ["--wavlm", "tiny", "--device", "cuda"]
+    assert memory.capacity_gib(train.parse_args(plan)) == 140
+    assert memory.capacity_gib(memory.parse_args([*plan, "--gpu", "rtx3090"])[0]) == 24
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert memory.capacity_gib(train.parse_args(plan)) == memory.GPU_GIB
+
+
+@pytest.mark.parametrize("context", [3, 5, 64, 100])
+def test_any_length_of_chunks_is_planned(context):
+    flags = ["--encoder", "baseline", "--base_channels", "8", "--prosody", "none"]
+    flags += ["--context", str(context), "--batch_size", str(context), "--max_seconds", "1"]
+    args, own = memory.parse_args(flags)
+    found = memory.answers(Planner(args, (0, 0), 1.0), own)
+    assert len(found["sizes"]) > 1 and all(size % context == 0 for size in found["sizes"])
+    assert all(largest % context == 0 for largest in found["largest"].values())
 
 
 @pytest.mark.slow
@@ -399,6 +443,11 @@ def test_answers_add_up_and_ways_to_a_global_batch_are_sorted_by_time():
     seconds = [way["epoch_seconds"] for way in ways]
     assert seconds == sorted(seconds) and len(seconds) == 8
     assert "ways to 16 per step" in memory.text(found)
+    for way in ways:  # accumulated or not
+        flags = {"gradient_checkpointing": way["gradient_checkpointing"]}
+        flags |= {"gradient_accumulation_steps": way["gradient_accumulation_steps"]}
+        planned = Planner(args, (0, 0), 2.5, 2).plan(way["batch_size"], "all", **flags)
+        assert way["needed_gib"] == planned.needed_gib
 
 
 def test_batch_size_auto_is_answered_with_the_cards_memory():
@@ -441,6 +490,8 @@ def refused(capsys):
         (["--batch_size", "many"], "--batch_size many"),
         (["--gpu", "riva128"], "riva128"),
         (["--gpus", "0"], "--gpus"),
+        (["--gpus", "2", "--world_size", "4"], "--gpus 2"),
+        (["--gpu", "t4", "--device", "cpu"], "--gpu"),
         (["--layers", "99"], "--layers"),
         (["--batch_size", "auto", "--unfreeze", "all", "--gpu_gib", "0.1"], "--batch_size auto"),
         (["--data", "nowhere.csv"], "nowhere.csv"),

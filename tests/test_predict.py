@@ -93,6 +93,24 @@ def test_a_manifest_without_labels_tracks_the_turns_of_its_dialogues(
     np.testing.assert_allclose(values(got), values(expected), atol=1.1e-6)
 
 
+def test_turns_are_tracked_in_time_order_and_come_back_in_the_manifests(flags, corpus, tmp_path):
+    directory = run(flags, *DIALOGUES)
+    clip, rate = soundfile.read(corpus.parent / "s1d0t0.wav")
+    soundfile.write(tmp_path / "long.wav", np.concatenate([clip] * 3), rate)
+    third = len(clip) / rate
+    lines = [f"t{i},long.wav,{i * third},{(i + 1) * third},d,{'AB'[i % 2]}\n" for i in range(3)]
+    got = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        text = "utt_id,path,start,end,dialog,speaker\n" + "".join(lines[i] for i in order)
+        (tmp_path / "m.csv").write_text(text)
+        argv = ["--checkpoint", directory, "--data", tmp_path / "m.csv"]
+        got.append(predicted(argv, tmp_path / "out.csv"))
+    assert [row["utt_id"] for row in got[1]] == ["t2", "t0", "t1"]
+    assert [row["dialog"] for row in got[1]] == ["d"] * 3  # of two speakers
+    np.testing.assert_allclose(values(got[1]), values(got[0])[[2, 0, 1]], atol=1.1e-6)
+    assert len({row["pred_valence"] for row in got[0]}) == 3  # the same clip, another state
+
+
 def test_two_checkpoints_give_their_mean_and_spread(flags, corpus, tmp_path):
     runs = [run(flags, "--seed", seed, "--name", seed) for seed in ("1", "2")]
     clip = corpus.parent / "s1d0t0.wav"
@@ -189,8 +207,18 @@ def test_windows_cover_the_file_and_equal_the_same_cuts_of_a_manifest(flags, cor
     expected = predicted(by_hand, tmp_path / "cuts_out.csv")
     np.testing.assert_allclose(values(got)[:5], values(expected), atol=1.1e-6)
 
-    for name in ("a.png", "a_.png"):  # two files of one name
+    for name in ("a.png", "a.2.png"):  # two files of one name
         assert (tmp_path / "png" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_curve_of_a_manifest_is_named_after_its_utterance(flags, corpus, tmp_path):
+    directory = run(flags)
+    clip, rate = soundfile.read(corpus.parent / "s1d0t0.wav")
+    soundfile.write(tmp_path / "long.wav", np.concatenate([clip] * 3), rate)
+    (tmp_path / "m.csv").write_text("utt_id,path\na$b_$c,long.wav\nother,long.wav\n")
+    argv = ["--checkpoint", directory, "--window", 0.5, "--hop", 0.5, "--plot", tmp_path / "png"]
+    predicted([*argv, "--data", tmp_path / "m.csv"], tmp_path / "out.csv")
+    assert {path.name for path in (tmp_path / "png").iterdir()} == {"a$b_$c.png", "other.png"}
 
 
 # --- dialogues as they happen
@@ -353,6 +381,8 @@ def test_a_run_or_an_export_is_personalised_without_repeating_its_flags(
         (["--checkpoint", "RUN", "nowhere.wav"], "nowhere.wav"),
         (["--checkpoint", "nowhere", "CLIP"], "--checkpoint nowhere.*: no such file"),
         (["--checkpoint", "CLIP", "CLIP"], "not a best.pt"),
+        (["--checkpoint", "RUN", "CLIP", "--features_dir", "f"], "--features_dir f: .*remove it"),
+        (["--checkpoint", "RUN", "CLIP", "--speaker", "xvector"], "--speaker xvector: .*remove it"),
     ],
 )
 def test_wrong_input_is_named(trained, corpus, tmp_path, argv, said):
@@ -370,6 +400,10 @@ def test_wrong_input_is_named(trained, corpus, tmp_path, argv, said):
         ("a.wav --out nowhere/x.csv", "--out: no such folder"),
         ("a.wav --out x.csv --window 8 --hop 9", "0 < hop <= window"),
         ("a.wav --out x.csv --window 0.01", "0.1 s or more"),
+        ("a.wav --out x.csv --hop 1", "give --window"),
+        ("a.wav --out x.csv --max_seconds -1", "--max_seconds: 0.1 or more"),
+        ("a.wav --out x.csv --max_seconds inf", "--max_seconds: 0.1 or more"),
+        ("a.wav --out x.csv --data_dir d", "give --data"),
         ("a.wav --out x.csv --plot pictures", "give --window"),
         ("a.wav --out x.csv --state s", "--state needs --stream"),
         ("--stream --reset", "--reset needs --state"),

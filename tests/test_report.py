@@ -187,6 +187,7 @@ def test_dialogues_are_drawn_where_fewer_than_five_speakers_are_known():
     assert report.cluster_ids(columns("ABCDE", "x"))[1] == "5 speakers"
     assert report.cluster_ids(columns("ABCD", "uvwxyz"))[1] == "6 dialogues"
     assert report.cluster_ids(columns([""], ["Unknown"]))[1] == "12 utterances"
+    assert report.cluster_ids(columns(["UNKNOWN", *"ABCD"], "uvwxyz"))[1] == "6 dialogues"
     ids, _ = report.cluster_ids(columns(["A", "B", "C", "D", "E", "Unknown"], "x"))
     assert len(set(ids.tolist())) == 5 + 2  # the two of unknown speaker stand alone
 

@@ -169,12 +169,31 @@ def test_two_ranks_give_the_losses_and_weights_of_one(flags, extra):
     np.testing.assert_allclose(one[:, -2:], two[:, -2:], atol=1e-4)
 
 
-def test_gradient_checkpointing_changes_no_gradient(flags):
-    args, splits, dataset, model = prepared(flags)
+@pytest.mark.parametrize("encoder", ["wavlm", "convnext", "baseline"])
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(flags, encoder):
+    more = ["--encoder", encoder, "--base_channels", "4", "--num_blocks", "2"]
+    args, splits, dataset, model = prepared(flags, *more)
     batch = [dataset[BatchSpec(tuple((row,) for row in splits["train"][:8].tolist()), 0)]]
-    plain = step_on(args, model, batch, steps=2)
+
+    def step():
+        kept = []
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
+        with keep:
+            model.train()(batch[0])
+        return sum(x.numel() for x in kept), step_on(args, model, batch, steps=2)
+
+    plain, weights = step()
     train.set_checkpointing(model, True)
-    assert_same(plain, step_on(args, model, batch, steps=2))
+    checkpointed, same = step()
+    assert checkpointed < 0.95 * plain
+    assert_same(weights, same)
+
+
+def test_an_encoder_without_gradient_checkpointing_says_so(flags):
+    _args, *_, model = prepared(flags, "--encoder", "baseline")
+    del model.encoder.gradient_checkpointing
+    with pytest.raises(ValueError, match="--encoder baseline knows no --gradient_checkpointing"):
+        train.set_checkpointing(model, True)
 
 
 # --- contract 3: resume
@@ -560,6 +579,20 @@ def test_batch_sizes_are_derived_from_each_other(monkeypatch):
         (["--feature_cache", "on", "--augment"], "remove one of the two"),
         (["--init_from", "/nowhere"], "--init_from /nowhere"),
         (["--feature_cache", "on", "--encoder", "convnext"], "not for --encoder convnext"),
+        (["--feature_cache", "on", "--unfreeze", "all"], "freezes WavLM in no epoch"),
+        (["--unfreeze", ""], "--unfreeze : none, all"),
+        (["--max_steps", "0"], "--max_steps 0"),
+        (["--max_seconds", "inf"], "--max_seconds inf: must be at least 0.1, and finite"),
+        (["--timeout", "nan"], "--timeout nan"),
+        (["--feedback"], "give --context above 1"),
+        (["--feedback", "--context", "4", "--d_state", "0"], "and --d_state"),
+        (["--speaker", "ecapa", "--no_film"], "remove it, or --no_film"),
+        (["--eval_every", "2", "--separation_every", "3"], "a multiple of --eval_every"),
+        (["--eval_every", "2", "--plot_every", "1"], "a multiple of --eval_every"),
+        (
+            ["--encoder", "lightweight_transformer", "--features_dir", "f", "--d_model", "896"],
+            "multiple of 256",
+        ),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_exit_code_2(wrong, said, capsys):
@@ -596,6 +629,69 @@ def test_an_existing_run_is_not_touched_without_resume_or_overwrite(flags, capsy
     assert "--resume" in error and "--overwrite" in error
     assert (run_dir(parse_args(flags)) / "last.pt").read_bytes() == before
     assert run([*flags, "--resume", "--lr", "1"]) in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--d_hidden", "64"], "--d_hidden 64: the model of --init_from has 16"),
+        (["--prosody", "egemaps"], "--prosody egemaps: the model of --init_from has none"),
+        (["--dropout", "0.9"], "--dropout 0.9: the model of --init_from has 0.2"),
+        (["--speaker", "VECTORS"], "reads speaker vectors and frames of widths (0, 0)"),
+    ],
+)
+def test_a_model_that_starts_from_another_keeps_its_flags(flags, tmp_path, wrong, said, capsys):
+    for i in range(72):
+        np.save(tmp_path / f"s{i // 24 + 1}d{i // 4 % 6}t{i % 4}.npy", np.ones(3, np.float32))
+    assert run(flags) == 0
+    start = ["--init_from", str(run_dir(parse_args(flags))), "--name", "next"]
+    wrong = [str(tmp_path) if word == "VECTORS" else word for word in wrong]
+    try:
+        assert run([*flags, *start, *wrong]) == 2
+    except SystemExit as end:
+        assert end.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_labels_have_the_scale_of_the_run_to_start_from_only_in_a_csv(flags):
+    assert run([*flags, "--label_range", "0", "2"]) == 0
+    start = ["--init_from", str(run_dir(parse_args(flags)))]
+    assert parse_args([*flags, *start]).label_range == [0, 2]
+    assert parse_args([*flags, *start, "--data", "iemocap"]).label_range is None
+
+
+def test_a_batch_size_that_was_found_on_one_rank_is_not_split_in_silence(
+    flags, monkeypatch, capsys
+):
+    flags = [*flags, "--batch_size", "auto", "--global_batch_size", "3"]
+    monkeypatch.setattr(train, "step_line", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(flags) == 75
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, found in (("start_ranks", None), ("any_rank", False)):
+        monkeypatch.setattr(train, name, lambda *_, found=found: found)
+    assert run([*flags, "--resume"]) == 2
+    assert "--resume on 2 ranks: --global_batch_size 3 is not a multiple" in capsys.readouterr().err
+
+
+def test_the_gpu_is_set_before_its_memory_is_looked_at(flags, monkeypatch):
+    """CUDA starts lazily, and torch's peak of a device that has not been started is an error."""
+    calls = []
+
+    def noted(name, result=None):
+        return lambda *_, **__: calls.append(name) or result
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", noted("set_device"))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", noted("manual_seed_all"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", noted("reset_peak"))
+    monkeypatch.setattr(train, "build_model", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(parse_args([*flags, "--device", "cuda"]))
+    assert calls.index("set_device") < calls.index("reset_peak")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=r"--nproc_per_node: rank 1 .* there are 1"):
+        main(parse_args([*flags, "--device", "cuda"]))
 
 
 def test_resuming_with_another_flag_is_refused(flags, capsys, monkeypatch):
