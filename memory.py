@@ -65,11 +65,16 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read 
 
 def configure(args: argparse.Namespace, device: torch.device) -> None:
     """Applies --tf32 and --memory_fraction, and starts the measurement of the peak."""
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32 == "on"
-    torch.backends.cudnn.allow_tf32 = args.tf32 == "on"
+    allow_tf32(args.tf32 == "on")
     if device.type == "cuda" and args.memory_fraction:
         torch.cuda.set_per_process_memory_fraction(args.memory_fraction, device)
     reset_peak(device)
+
+
+def allow_tf32(on: bool) -> None:
+    """In matrix products and convolutions of what is float32 on a GPU."""
+    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cudnn.allow_tf32 = on
 
 
 def reset_peak(device: torch.device) -> None:
@@ -99,6 +104,7 @@ def capacity_gib(args: argparse.Namespace) -> float:
 def is_out_of_memory(error: BaseException) -> bool:
     """Of CUDA's allocator and libraries, torch on a CPU, numpy; a collective's is another fault."""
     words = r"(out of|not enough|can't allocate) memory|_ALLOC_FAILED"
+    words += "|unable to find an engine"  # cuDNN's, when none of its workspaces found room
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError)
         and not isinstance(error, dist.DistError)
@@ -856,6 +862,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prints what was asked for; 2 with one line on what cannot be planned."""
     try:
         args, own = parse_args(argv)
+        allow_tf32(args.tf32 == "on")
         if own.measure:
             print(measured_table(args))
             return 0

@@ -207,7 +207,8 @@ def build_inputs(
 
 
 def autocast(flags: dict, device: torch.device) -> torch.autocast:
-    """The precision that the run was evaluated in; fp16 only on a GPU."""
+    """The precision that the run was evaluated in; fp16 and TF32 only on a GPU."""
+    memory.allow_tf32(flags["tf32"] == "on")
     amp = flags["amp"] if device.type == "cuda" or flags["amp"] == "bf16" else "off"
     return torch.autocast(device.type, AUTOCAST[amp], enabled=amp != "off")
 
@@ -418,7 +419,7 @@ def export(path: str, directory: Path) -> None:
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
     content = {"targets": TARGETS, "config": dataclasses.asdict(model.config)}
-    flags = {k: v for k, v in checkpoint["args"].items() if k in MODEL_FLAGS | {"amp"}}
+    flags = {k: v for k, v in checkpoint["args"].items() if k in MODEL_FLAGS | {"amp", "tf32"}}
     content |= {"label_range": checkpoint["label_range"], "args": flags}
     (aside / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if model.config.encoder == "wavlm":

@@ -118,6 +118,7 @@ def exchange(exchanged: list[int], bucket: dist.GradBucket) -> Averaged:
 def exchange_nothing(ddp_model: DistributedDataParallel, device: torch.device) -> None:
     """Zeros for the buckets of this step that a rank still owes the others: without them these
     would wait in backward for one that has run out of memory."""
+    ddp_model.logger.set_runtime_stats_and_log()  # its record is older than the rebuilt buckets
     logged = ddp_model._get_ddp_logging_data()
     sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]  # bytes
     for size in sizes.split(", ")[len(ddp_model.exchanged) :]:

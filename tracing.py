@@ -35,7 +35,6 @@ import data as vadata
 from model import AUTOCAST, TARGETS
 from wavlm import BlockAttention
 
-CUBLAS_BYTES = 2 * 8_519_680  # one workspace for forward's thread, one for backward's; Ampere, Ada
 KINDS = (
     "parameters", "gradients", "optimizer", "autocast copies", "activations", "transient",
     "workspaces",
@@ -47,6 +46,12 @@ WORK = ("half flops", "single flops", "bytes moved", "operators")
 
 def on_cuda(args: argparse.Namespace) -> bool:
     return args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+
+
+def cublas_bytes() -> int:
+    """Torch's workspaces for cuBLAS, one for forward's thread and one for backward's."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    return 2 * (2**25 if hopper else 8_519_680)
 
 
 class Tracker(TorchDispatchMode):
@@ -316,7 +321,7 @@ class Trace:
         change = np.zeros((len(self.events), len(KINDS)), dtype=np.int64)
         change[np.arange(len(change)), columns] = [size for _, size, _ in self.events]
         if self.on_gpu:
-            change[0, KINDS.index("workspaces")] += CUBLAS_BYTES
+            change[0, KINDS.index("workspaces")] += cublas_bytes()
         return change.cumsum(0)
 
     def at_start(self) -> np.ndarray:
@@ -338,7 +343,7 @@ class Trace:
         if not self.on_gpu:
             return int(self.timeline.sum(1).max())
         pools = {True: Segment(2 * 2**20), False: Segment(20 * 2**20)}  # small: up to 1 MiB
-        for number, size, _ in [(0, CUBLAS_BYTES, ""), *self.events]:
+        for number, size, _ in [(0, cublas_bytes(), ""), *self.events]:
             pool = pools[abs(size) <= 2**20]
             if size > 0:
                 pool.allocate(number, size)

@@ -549,12 +549,12 @@ def build_model(
     return model
 
 
-def set_checkpointing(model: EmotionModel, on: bool) -> None:
-    """ValueError where the encoder cannot."""
+def set_checkpointing(model: EmotionModel, on: bool) -> bool:
+    """False where the encoder knows none."""
     target = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
-    if on and not hasattr(target, "gradient_checkpointing"):
-        raise ValueError(f"--encoder {model.config.encoder} knows no --gradient_checkpointing")
-    target.gradient_checkpointing = on
+    if hasattr(target, "gradient_checkpointing"):
+        target.gradient_checkpointing = on
+    return hasattr(target, "gradient_checkpointing")
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -844,6 +844,8 @@ def compile_layers(model: EmotionModel) -> None:
     by the frozen part) may be more than the 8 after which torch gives up and runs it plain.
     """
     torch._dynamo.config.recompile_limit = 64
+    # attention's bias is built again in backward; without this, torch keeps forward's for it
+    torch._functorch.config.ban_recompute_materialized_backward = False
     if model.config.encoder == "wavlm":
         layers = model.encoder.wavlm.encoder.layers
     else:
@@ -931,12 +933,16 @@ def main(args: argparse.Namespace) -> int:
                     f"--init_from: its model reads speaker vectors and frames of widths {reads}, "
                     f"--speaker and --features_dir have {input_widths(dataset)} (0 = none)"
                 )
-            set_checkpointing(model, args.gradient_checkpointing)
         else:
             model = build_model(args, *input_widths(dataset))
             if prosody is not None:
                 model.prosody.fit(torch.from_numpy(prosody[splits["train"]]))
+        can_checkpoint = set_checkpointing(model, args.gradient_checkpointing)
+        if args.gradient_checkpointing and not can_checkpoint:
+            raise UserError(f"--encoder {args.encoder} knows no --gradient_checkpointing")
         model.to(device)
+        if args.compile:
+            compile_layers(model)
     except ValueError as error:  # a WavLM that cannot be read, layers that it does not have
         raise UserError(str(error)) from error
 
@@ -1011,9 +1017,7 @@ def main(args: argparse.Namespace) -> int:
         where = (input_widths(dataset), longest, world_size, most)
         hints = Hints(args, device, read_records(directory), where)
 
-    # Compile and DDP. `model` stays the bare module, for checkpoints and evaluation
-    if args.compile:
-        compile_layers(model)
+    # DDP. `model` stays the bare module, for checkpoints and evaluation
     ddp_model = wrap_ddp(model, device, world_size)
     if files and not last and never_trains(args, schedule, 0):
         content = {"model": wavlm_weights(model), "args": flags}

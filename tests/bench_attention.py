@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 import wavlm
-from memory import GIB
+from memory import GIB, allow_tf32
 from model import AUTOCAST
 from tracing import meta_batch
 
@@ -204,6 +204,7 @@ def main() -> None:
     p.add_argument("--amps", nargs="+", choices=AUTOCAST, default=["fp16", "bf16"])
     p.add_argument("--runs", type=int, default=9, help="of which the median is taken")
     args = p.parse_args()
+    allow_tf32(True)  # as train.py does
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

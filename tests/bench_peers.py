@@ -20,6 +20,7 @@ Needs accelerate (pip install accelerate), which Trainer imports. Run by hand.
 import argparse
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, the Trainer would take all
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import memory
 import train
@@ -149,6 +151,7 @@ def run_trainer(directory: Path, args: argparse.Namespace, grouped: bool) -> dic
             return LengthGroupedSampler(args.batch_size, lengths=lengths)
 
     torch.manual_seed(0)
+    memory.allow_tf32(True)  # as train.py does
     flags = TrainingArguments(
         output_dir=str(directory / "out"), per_device_train_batch_size=args.batch_size,
         max_steps=args.steps, learning_rate=1e-5, lr_scheduler_type="cosine", warmup_steps=0.1,

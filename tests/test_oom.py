@@ -14,6 +14,7 @@ from fault_kills import run_ranks
 
 import data
 import memory
+import processes
 import train
 from model import EmotionModel, ModelConfig, WavLMEncoder
 from runs import read_checkpoint, read_records
@@ -108,6 +109,36 @@ def test_ranks_agree_on_it_wherever_it_strikes(base, configured, where, which):
     assert codes == [0, 0], said
     assert "going on with batch_size 2 x accumulation 4" in said
     assert_same_run(configured[2], directory)
+
+
+def test_a_rank_that_ran_out_owes_the_buckets_of_this_very_step(tmp_path, monkeypatch):
+    """DDP arranges its buckets anew in the second step, the first beside AdamW's states."""
+    real, hook = processes.dist.all_reduce, processes.allreduce_hook
+    owed, sent = [], []
+
+    def all_reduce(tensor, *args, **flags):
+        return real(tensor, *args, **flags) if args or flags else owed.append(tensor.nbytes)
+
+    def noted(state, bucket):
+        sent.append(bucket.buffer().nbytes)
+        return hook(state, bucket)
+
+    monkeypatch.setattr(processes.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(processes, "allreduce_hook", noted)
+    processes.dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(16)))
+        ddp_model = processes.wrap_ddp(model, CPU, world_size=2)
+        for _ in range(3):
+            for calls in (owed, sent, ddp_model.exchanged):
+                calls.clear()
+            loss = ddp_model(torch.ones(2, 1024)).sum()
+            processes.exchange_nothing(ddp_model, CPU)
+            loss.backward()
+            assert owed == sent
+        assert len(sent) > 1
+    finally:
+        processes.dist.destroy_process_group()
 
 
 def test_a_run_that_backed_off_is_resumed_with_its_small_pieces(base, configured):

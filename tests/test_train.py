@@ -189,11 +189,12 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(flags, encode
     assert_same(weights, same)
 
 
-def test_an_encoder_without_gradient_checkpointing_says_so(flags):
-    _args, *_, model = prepared(flags, "--encoder", "baseline")
+def test_an_encoder_without_gradient_checkpointing_says_so(flags, monkeypatch):
+    args, *_, model = prepared(flags, "--encoder", "baseline", "--gradient_checkpointing")
     del model.encoder.gradient_checkpointing
-    with pytest.raises(ValueError, match="--encoder baseline knows no --gradient_checkpointing"):
-        train.set_checkpointing(model, True)
+    monkeypatch.setattr(train, "build_model", lambda *_: model)
+    with pytest.raises(UserError, match="--encoder baseline knows no --gradient_checkpointing"):
+        main(args)
 
 
 # --- contract 3: resume

@@ -7,15 +7,19 @@ import contextlib
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import WavLMConfig as HFConfig
 from transformers import WavLMForCTC, WavLMModel
 
+import train
 import wavlm
 from wavlm import ATTENTIONS, SIZES, WavLM, WavLMConfig, attend, load_wavlm, save_wavlm
 
@@ -631,6 +635,36 @@ def test_a_layer_compiles_as_one_graph_for_every_length():
         states, _ = model(input_values, mask)
         states[3].sum().backward()
     assert set(model.state_dict()) == names == set(WavLM(NARROW).state_dict())
+
+
+def test_a_compiled_layer_keeps_no_attention_bias(monkeypatch):
+    """The kernel's attention, on meta tensors, through the partitioner that inductor uses."""
+    kept = []
+
+    def forward_graph(graph, _):
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        values = [node.meta["val"] for node in output.args[0] if hasattr(node, "meta")]
+        kept.extend(value.shape for value in values if isinstance(value, torch.Tensor))
+        return graph.forward
+
+    backend = aot_autograd(
+        fw_compiler=forward_graph,
+        bw_compiler=lambda graph, _: graph.forward,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    model = SimpleNamespace(config=SimpleNamespace(encoder="cnn"))
+    with torch.device("meta"):
+        layer = wavlm.Layer(NARROW, True).half().train()
+        model.encoder = SimpleNamespace(blocks=[layer])
+        monkeypatch.setattr(layer, "compile", lambda dynamic: None)
+        train.compile_layers(model)  # its settings of torch
+        compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+        frames, padded, heads = 65, 72, NARROW.num_attention_heads
+        x = torch.randn(2, frames, NARROW.hidden_size, dtype=torch.half, requires_grad=True)
+        position = torch.randn(heads, frames + padded - 1, requires_grad=True)
+        key_bias = torch.zeros(2, 1, 1, padded, dtype=torch.half)
+        compiled(x, position, key_bias, "fused").sum().backward()
+    assert kept and not [s for s in kept if len(s) > 3 and min(s[-2:]) >= frames]  # (B, H, T, T)
 
 
 def test_new_lengths_do_not_compile_again():
