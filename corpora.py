@@ -122,7 +122,8 @@ def read_corpus(
         raise UserError(f"{error.filename or data}: cannot be read ({error.strerror})") from None
     if not corpus.utterances:
         reasons = "; ".join(f"{s.utt_id}: {s.reason}" for s in corpus.skipped[:3])
-        raise UserError(f"{corpus.root}: no usable utterance ({reasons or 'nothing found'})")
+        where = data if data.endswith(".csv") else corpus.root
+        raise UserError(f"{where}: no usable utterance ({reasons or 'nothing found'})")
     unknown = sum(not known_speaker(u.speaker) for u in corpus.utterances)
     if unknown:
         note = f"speaker unknown: {unknown} utterances, whose place in one split cannot be checked"
@@ -238,7 +239,8 @@ def read_table(path: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[
             for column in twice + missing:
                 fault = "occurs twice" if column in twice else "is missing"
                 found = ", ".join(columns) or "none"
-                raise UserError(f"{path.name}: column {column} {fault} (found: {found})")
+                fix = ": separate the cells with commas" * (";" in found or "\t" in found)
+                raise UserError(f"{path.name}: column {column} {fault} (found: {found}){fix}")
             for cells in reader:
                 row = f"{path.name} row {reader.line_num}"
                 if None in cells:
@@ -254,7 +256,7 @@ def read_table(path: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path.name}: not a UTF-8 CSV file ({error})") from None
+        raise UserError(f"{path.name}: not a UTF-8 CSV file ({error}): save it as one") from None
 
 
 def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
@@ -369,6 +371,10 @@ def read_csv(
             refuse(f"split {cells['split']!r} is not one of train, dev, test")
         if "session" in cells and not cells["session"]:
             refuse("session is empty")
+        speaker_is_session = "speaker" in cells and not {"session", "split"} & cells.keys()
+        if labelled and speaker_is_session and not known_speaker(cells["speaker"]):
+            fault = f"speaker {cells['speaker']!r} is unknown"
+            refuse(f"{fault}: without a column session or split, each speaker is a session")
         ignored |= cells.keys() - known
         if not 0 <= start < min(end, 1e6) or 1e6 < end < math.inf:
             refuse(f"start {start:g} and end {end:g} must satisfy 0 <= start < end, in s")
@@ -393,10 +399,13 @@ def read_csv(
         u if u.dialog in timed else dataclasses.replace(u, onset=rows[u.utt_id])
         for u in corpus.utterances
     ]
+    ratings = [getattr(u, target) for u in corpus.utterances for target in targets]
+    if ratings and max(ratings) - min(ratings) < (hi - lo) / 4:
+        where = f"{min(ratings):g}..{max(ratings):g} of {lo:g}..{hi:g}"
+        corpus.notes.append(f"labels lie in {where}: is --label_range right?")
     if ignored:
         corpus.notes.append(f"columns not used: {', '.join(sorted(ignored))}")
-    values = [getattr(u, target) for u in corpus.utterances for target in targets] or [0]
-    least, most = min(lo if label_range else 1, *values), max(hi, *values)
+    least, most = min([lo if label_range else 1, *ratings]), max([hi, *ratings])
     better = f"--label_range {math.floor(least)} {math.ceil(most)}"
     for u in corpus.utterances:
         for target, x in ((target, getattr(u, target)) for target in targets):

@@ -368,6 +368,8 @@ def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], to
 
 def npy_files(corpus: Corpus, directory: str | Path, flag: str) -> list[Path]:
     """<directory>/<utt_id>.npy of every row; UserError names how many are missing."""
+    if not Path(directory).is_dir():
+        raise UserError(f"{flag} {directory}: no such directory")
     paths = [Path(directory) / f"{u.utt_id}.npy" for u in corpus.utterances]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:

@@ -97,7 +97,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.reset and not args.state, "--reset needs --state"),
         (files and bool(args.audio) == bool(args.data), "give either audio files or --data CSV"),
         (files == (args.out is None), "give --out CSV, but not with --stream and --export"),
-        (args.out and not Path(args.out).absolute().parent.is_dir(), "--out: no such folder"),
+        (args.out and not args.out.endswith(".csv"), f"--out {args.out}: a file ending in .csv"),
+        (
+            args.out and not Path(args.out).absolute().parent.is_dir(),
+            f"--out {args.out}: no such folder",
+        ),
         (args.window and args.max_seconds, "--window and --max_seconds exclude each other"),
         (args.window and args.features_dir, "--window cuts audio, not --features_dir"),
         (args.data_dir and not args.data, "--data_dir is the root of a manifest: give --data"),
@@ -243,6 +247,9 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
         corpus = read_csv(Path(args.data), root, None, labelled=False)
     else:
         corpus = corpus_of_files(args.audio)
+    inputs = {Path(args.data or "").resolve(), *(u.path.resolve() for u in corpus.utterances)}
+    if Path(args.out).resolve() in inputs or Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is an input, or a folder: give another name")
     if args.window:
         corpus = cut_windows(corpus, args.window, args.hop)
     preds, label_range = [], None  # per checkpoint (N, 2), in the label's own scale

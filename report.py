@@ -104,8 +104,9 @@ def read_experiment(
 ) -> Experiment:
     """The experiment with all its folds, or those of `asked`; UserError where it has none.
 
-    All its folds are 1..K: K is num_folds of any result.json, or the highest fold that left a
-    directory or a log. A fold in `failed` is missing whatever is on disk: an older run's.
+    All its folds are 1..K: K is num_folds of any result.json or, without one, the highest fold
+    that left a directory or a log. A fold in `failed` is missing whatever is on disk: that is an
+    older run's.
     """
     read, problems = {}, {}
     for fold in found_folds(directory):
@@ -114,13 +115,15 @@ def read_experiment(
         except UserError as error:
             problems[fold] = str(error)
     said = {figures["num_folds"] for figures, _ in read.values()}
-    num_folds = int(max({*read, *problems} | said))
+    num_folds = int(max(said) if any(said) else max(*read, *problems, 1))
     problems |= dict.fromkeys(failed or (), "this run of it failed")
     wanted = asked or range(1, num_folds + 1)
     missing = {k: problems.get(k, "not run") for k in wanted if k not in read or k in problems}
     folds = {fold: None if fold in missing else read[fold][0] for fold in wanted}
     parts = {fold: read[fold][1] for fold in folds if fold not in missing}
     experiment = Experiment(str(directory), num_folds, folds, missing, parts)
+    for fold in {*read, *problems} - {*range(1, num_folds + 1)}:
+        experiment.notes.append(f"{directory}: what is there of fold {fold} is left out: no such")
     if not missing:
         columns = {key: [figures[key] for figures in folds.values()] for key in FIGURES}
         experiment.mean = {key: statistics.mean(values) for key, values in columns.items()}
@@ -251,7 +254,8 @@ def frozen_baseline(run: Path) -> Path | None:
     for path in run.parent.parent.glob(f"*/{run.name}/result.json"):
         flags = read_json(path.with_name("args.json"))
         alike = all(flags.get(flag) == own.get(flag) for flag in same)
-        if path.parent != run and alike and flags.get("unfreeze") == "none":
+        frozen = flags.get("unfreeze") == "none" and not flags.get("init_from")
+        if path.parent != run and alike and frozen:
             with contextlib.suppress(UserError):  # damaged
                 found.append((read_fold(path.parent)[0]["dev/ccc_mean"], path.parent))
     return max(found)[1] if found else None
@@ -430,11 +434,11 @@ def fold_blocks(e: Experiment) -> list[Block]:
             rows.append([name, *(f"{values[key]:{form.get(key, '.3f')}}" for key in COLUMNS)])
         elif name.isdigit():
             rows.append([name, "missing", *"-" * (len(COLUMNS) - 1)])
-    scope = f"{len(e.folds)} of {e.num_folds} folds, each on its own test set"
+    scope = f"{len(e.parts)} of {e.num_folds} folds, each on its own test set"
     blocks = [("heading", f"{e.name}: {scope}"), ("table", rows)]
     if e.problems:
         reasons = [f"fold {fold}: {why}" for fold, why in e.problems.items()]
-        return [*blocks, ("text", f"mean: {not_given(e)}"), ("list", reasons)]
+        return [*blocks, ("text", f"mean: {not_given(e)}"), ("list", reasons + e.notes)]
     everything = pooled_rows(e.parts.values())
     rows = [["pooled", "CCC", "95 % interval", "PCC", "RMSE"]]
     for name in (*TARGETS, "mean"):

@@ -109,7 +109,7 @@ def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
         model = EmotionModel(ModelConfig(**checkpoint["config"]))
         load_weights(model, checkpoint["model"], path.parent)
     except UserError as error:
-        raise UserError(f"{flag} {error} (give a run directory)") from None
+        raise UserError(f"{flag} {error} (give a run directory, NAME/foldK)") from None
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
         raise UserError(f"{flag} {path}: not a best.pt or an export ({reason})") from None
@@ -175,8 +175,12 @@ def prepare_run_dir(args: argparse.Namespace) -> TextIO:
     however that dies. UserError when another process holds it.
     """
     path = run_dir(args)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(path.with_name(f".{path.name}.lock"), "a+")  # noqa: SIM115 the caller keeps it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_name(f".{path.name}.lock"), "a+")  # noqa: SIM115 the caller keeps it
+    except OSError as error:
+        fault = f"--out {args.out}: {path.parent} cannot be written ({error.strerror})"
+        raise UserError(f"{fault}: give another --out") from None
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit it
     except OSError as error:

@@ -92,6 +92,7 @@ from runs import (
     load_weights,
     prepare_run_dir,
     read_checkpoint,
+    read_json,
     read_records,
     run_dir,
     save_checkpoint,
@@ -312,6 +313,9 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for flag, low in at_least.items():
         if not low <= getattr(args, flag) < math.inf:
             p.error(f"--{flag} {getattr(args, flag)}: must be at least {low}, and finite")
+    for flag in ("gradient_accumulation_steps", "global_batch_size", "gpu_gib"):
+        if not 0 < (1 if getattr(args, flag) is None else getattr(args, flag)) < math.inf:
+            p.error(f"--{flag} {getattr(args, flag)}: must be above 0")
     if args.max_steps == 0:
         p.error("--max_steps 0: must be at least 1, or -1 for no limit")
     for flag, high in (("warmup", 1.0), ("valence_weight", 1.0), ("memory_fraction", 1.0)):
@@ -322,8 +326,12 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             p.error(f"--{flag} {getattr(args, flag)}: must be in [0, 1)")
     if args.resume and args.overwrite:
         p.error("--resume and --overwrite exclude each other")
-    if args.label_range and not args.label_range[0] < args.label_range[1]:
-        p.error("--label_range LO HI: LO must be below HI")
+    if args.label_range and not -math.inf < args.label_range[0] < args.label_range[1] < math.inf:
+        p.error("--label_range LO HI: LO must be below HI, both finite")
+    if args.seed >= 2**63:
+        p.error(f"--seed {args.seed}: must be below 2^63")
+    if args.data.endswith(".csv") and not Path(args.data).is_file():
+        p.error(f"--data {args.data}: no such file")
     if args.encoder.endswith("transformer") and not args.features_dir:
         p.error(f"--encoder {args.encoder} reads feature files: give --features_dir DIR")
     if args.features_dir and not args.encoder.endswith("transformer"):
@@ -339,6 +347,10 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for flag in ("separation_every", "plot_every"):
         if getattr(args, flag) % args.eval_every:
             p.error(f"--{flag} {getattr(args, flag)}: must be a multiple of --eval_every")
+    if args.train_only and not args.init_from:
+        p.error(f"--train_only {args.train_only} needs --init_from, a model that is trained")
+    if args.train_only:
+        args.unfreeze = "none"
     if args.train_only == "film" and args.no_film:
         p.error("--train_only film needs FiLM: remove --no_film")
     if args.amp == "fp16" and args.device == "cpu":
@@ -361,6 +373,10 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         stages = parse_unfreeze(args.unfreeze)
     except ValueError as error:
         p.error(str(error))
+    if stages[-1][0] > args.epochs:
+        p.error(
+            f"--unfreeze {args.unfreeze}: epoch {stages[-1][0]} is after --epochs {args.epochs}"
+        )
     if args.feature_cache == "on" and not any(is_frozen(args, what) for _, what in stages):
         p.error(f"--feature_cache on: --unfreeze {args.unfreeze} freezes WavLM in no epoch")
     corpus = Path(args.data).stem if args.data.endswith(".csv") else args.data
@@ -831,6 +847,24 @@ def load_data(
     return corpus, splits, dataset, prosody
 
 
+def check_unseen(args: argparse.Namespace, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
+    """UserError when the run to start from has seen what is dev or test here. Of an export, or a
+    run on another --data, nothing is known."""
+    directory = Path(args.init_from)
+    directory = directory if directory.is_dir() else directory.parent
+    seen = read_json(directory / "splits.json")
+    if read_json(directory / "args.json").get("data") != args.data:
+        return
+    for theirs, ours in (("train", "dev"), ("train", "test"), ("dev", "test")):
+        names = [corpus.utterances[row].utt_id for row in splits[ours]]
+        leaked = sorted({*names} & {*seen.get(theirs, ())})
+        if leaked:
+            raise UserError(
+                f"--init_from {args.init_from}: {len(leaked)} utterances of {ours} here (as "
+                f"{leaked[0]}) were in its {theirs} split: start from the run of this --fold"
+            )
+
+
 def input_widths(dataset: vadata.Batches) -> tuple[int, int]:
     """(speaker_dim, frame_dim) of the batches; 0 = absent."""
     speaker = 0 if dataset.speaker is None else dataset.speaker.shape[1]
@@ -927,6 +961,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         if args.init_from:
             model, _ = load_model(args.init_from, "--init_from")
+            check_unseen(args, corpus, splits)
             reads = (model.config.speaker_dim, model.config.frame_dim)
             if reads != input_widths(dataset):
                 raise UserError(
@@ -950,11 +985,11 @@ def main(args: argparse.Namespace) -> int:
     last, probed = load_last(directory) if args.resume else None, ""
     most = max(args.context, len(splits["train"]) // (LEAST_STEPS * world_size))  # in a micro-batch
     if last:
+        decisive = {k: v for k, v in flags.items() if k not in FREE_ON_RESUME}
+        check_resumable(decisive, last, directory, never_trains(args, schedule, 0))
         if (directory / "result.json").exists():
             log.info(f"{directory} is complete: nothing to resume")
             return 0
-        decisive = {k: v for k, v in flags.items() if k not in FREE_ON_RESUME}
-        check_resumable(decisive, last, directory, never_trains(args, schedule, 0))
         args.global_batch_size = last["state"]["global_batch_size"]
         args.gradient_accumulation_steps = None
         try:
@@ -980,8 +1015,9 @@ def main(args: argparse.Namespace) -> int:
 
     plan = batches_of_a_rank()
     total_steps = plan.steps_before(args.epochs)
-    if args.max_steps >= 0:
-        total_steps = min(total_steps, args.max_steps)
+    is_cut = 0 < args.max_steps < total_steps
+    if is_cut:
+        total_steps = args.max_steps
     try:
         optimizer = build_optimizer(model, args)
     except ValueError as error:  # --unfreeze top:K of fewer layers
@@ -1186,7 +1222,7 @@ def main(args: argparse.Namespace) -> int:
             "encoder": args.encoder, "wavlm": args.wavlm if args.encoder == "wavlm" else None,
             "wavlm_revision": args.wavlm_revision, "data": args.data, "seed": args.seed,
             "best_epoch": state["best_epoch"], "epochs_run": state["epoch"],
-            "stopped": state["stopped"] or ("max_steps" if args.max_steps >= 0 else "epochs"),
+            "stopped": state["stopped"] or ("max_steps" if is_cut else "epochs"),
             "seconds": state["seconds"],
             "audio_seconds_per_second": state["audio_seconds"] / max(state["seconds"], 1e-9),
             "peak_gib_predicted": planned.peak_gib, "peak_gib_measured": memory.peak_gib(device),

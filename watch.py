@@ -163,6 +163,10 @@ class Hints:
         self.dev = [record for record in records if record["event"] == "dev"]
         self.busy: list[float] = []
         self.said: set[str] = set()
+        if args.loss == "ccc" and args.global_batch_size < 2:
+            self.say(
+                "single", "--global_batch_size 1: a CCC of one utterance is 0, only MSE trains"
+            )
 
     def say(self, kind: str, text: str) -> None:
         if kind not in self.said:
@@ -317,7 +321,8 @@ def startup_block(
             *(f"skipped: {why}: {len(s)}" for why, s in skipped_by_kind(corpus).items()),
             f"batch {size} x accumulation {args.gradient_accumulation_steps} x ranks {ranks} = "
             f"{whole} per step | {plan.steps_in(0)} steps per epoch | {total_steps} steps in all",
-            f"unfreeze {args.unfreeze} | now {trainable_line(optimizer)}",
+            f"unfreeze {args.unfreeze} | " * (args.encoder == "wavlm")
+            + f"trains now {trainable_line(optimizer)}",
             "flags " + json.dumps(vars(args)),
         )
     )

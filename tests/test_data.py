@@ -301,6 +301,21 @@ def test_turns_without_times_on_a_common_clock_keep_the_order_of_the_file(tmp_pa
     assert tuple(u.utt_id for u in corpus.utterances) == names
 
 
+@pytest.mark.parametrize("speaker", ["", "Unknown"])
+def test_an_unknown_speaker_is_no_session(tmp_path, speaker):
+    text = f"utt_id,path,valence,arousal,speaker\na,a.wav,3,3,A\nb,a.wav,3,3,{speaker}\n"
+    with pytest.raises(UserError, match=r"row 3: speaker '.*' is unknown: without a column"):
+        corpora.read_corpus(str(write_csv(tmp_path, text)), None, (1, 5))
+
+
+def test_labels_in_a_corner_of_their_range_are_noted(tmp_path):
+    text = HEADER + "a,a.wav,1,5\nb,b.wav,2,3\n"
+    notes = corpora.read_corpus(str(write_csv(tmp_path, text)), None, (0, 100)).notes
+    assert notes[0] == "labels lie in 1..5 of 0..100: is --label_range right?"
+    notes = corpora.read_corpus(str(tmp_path / "manifest.csv"), None, (1, 5)).notes
+    assert not [note for note in notes if "lie in" in note]
+
+
 def test_the_demo_reads_no_folder(tmp_path):
     with pytest.raises(UserError, match="reads no --data_dir: give --data, iemocap"):
         corpora.read_corpus("demo", str(tmp_path), None, tmp_path)

@@ -346,7 +346,7 @@ def test_a_step_of_other_lengths_is_found_from_two(monkeypatch):
 def test_hours_follow_from_epochs_stages_and_cards():
     planner = planner_of(*TINY, "--device", "cuda", "--epochs", "6")
     clips = timing.clips(planner.args, from_data=False)
-    assert clips.seconds.mean() == pytest.approx(4.46, rel=0.05) or planner.args.max_seconds < 12
+    assert len(clips.splits["train"]) == 6409 and clips.seconds.max() == planner.args.max_seconds
     clock = timing.Clock(planner, timing.machine(planner.args, "a100"), clips)
     rows = {row["unfreeze"]: row for row in memory.costs(clock, 8, 1, gpus=2)}
     frozen, top, whole, progressive = rows.values()
@@ -494,7 +494,7 @@ def refused(capsys):
         (["--gpu", "t4", "--device", "cpu"], "--gpu"),
         (["--layers", "99"], "--layers"),
         (["--batch_size", "auto", "--unfreeze", "all", "--gpu_gib", "0.1"], "--batch_size auto"),
-        (["--data", "nowhere.csv"], "nowhere.csv"),
+        (["--data", "nowhere.csv"], "--data nowhere.csv"),
         (["--nonsense", "1"], "--nonsense"),
         (["--plot", "/nowhere/m.png"], "/nowhere/m.png"),
     ],

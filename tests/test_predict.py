@@ -391,13 +391,23 @@ def test_wrong_input_is_named(trained, corpus, tmp_path, argv, said):
         predicted([words.get(word, word) for word in argv], tmp_path / "out.csv")
 
 
+def test_what_is_read_is_not_written_over(trained, corpus, tmp_path):
+    before = corpus.read_bytes()
+    for out in (corpus, tmp_path / "folder.csv"):
+        (tmp_path / "folder.csv").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=r"--out .* is an input, or a folder"):
+            predicted(["--checkpoint", trained, "--data", corpus], out)
+    assert corpus.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ("a.wav", "give --out"),
+        ("a.wav --out a.wav", "--out a.wav: a file ending in .csv"),
         ("--out x.csv", "either audio files or --data"),
         ("a.wav --data b.csv --out x.csv", "either audio files or --data"),
-        ("a.wav --out nowhere/x.csv", "--out: no such folder"),
+        ("a.wav --out nowhere/x.csv", "--out nowhere/x.csv: no such folder"),
         ("a.wav --out x.csv --window 8 --hop 9", "0 < hop <= window"),
         ("a.wav --out x.csv --window 0.01", "0.1 s or more"),
         ("a.wav --out x.csv --hop 1", "give --window"),

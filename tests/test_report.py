@@ -127,10 +127,19 @@ def test_a_missing_fold_is_shown_and_no_mean_is_given(experiment, capsys):
     assert "fold 3: " in text and "result.json: not there, the run is not done" in text
 
 
-def test_folds_that_left_only_a_log_or_nothing_are_missing_too(experiment, capsys):
+def test_folds_that_left_only_a_log_or_nothing_are_missing_too(tmp_path, capsys):
+    write_fold(tmp_path / "some", 1, (0.2, 0.6), num_folds=5)
+    (tmp_path / "some" / "fold2.log").touch()
+    assert run(tmp_path / "some") == 1
+    text = capsys.readouterr().out
+    assert "folds 2, 3, 4, 5 are missing" in text and "1 of 5 folds" in text
+
+
+def test_a_fold_that_the_corpus_does_not_have_is_named_and_left_out(experiment, capsys):
     (experiment / "fold5.log").touch()
-    assert run(experiment) == 1
-    assert "folds 4, 5 are missing" in capsys.readouterr().out
+    assert run(experiment) == 0
+    text = capsys.readouterr().out
+    assert "3 of 3 folds" in text and "what is there of fold 5 is left out" in text
 
 
 def test_folds_asked_for_are_averaged_alone_and_the_heading_says_so(experiment, capsys):
@@ -751,6 +760,11 @@ def test_a_verifying_run_ends_with_what_it_gained_over_the_best_frozen_one(flags
     assert "frozen" not in last_line(*frozen, "--name", "weak", "--lr", "0", "--fold", "2")
     last_line(*frozen, "--name", "better", "--lr", "0.01", "--fold", "2", "--epochs", "4")
     last_line(*frozen, "--name", "another_fold", "--lr", "0.01", "--fold", "3")
+    start = ["--init_from", str(tmp_path / "runs" / "verify" / "fold2"), "--unfreeze", "none"]
+    last_line(*start, "--name", "tuned", "--fold", "2")  # its frozen WavLM is a fine-tuned one
+    content = result(tmp_path / "runs" / "tuned")
+    content["dev"]["ccc_mean"] = 0.99
+    (tmp_path / "runs" / "tuned" / "fold2" / "result.json").write_text(json.dumps(content))
     devs = {name: result(tmp_path / "runs" / name)["dev"] for name in ("weak", "better")}
     best = max(devs, key=lambda name: devs[name]["ccc_mean"])
 
