@@ -400,7 +400,7 @@ def read_csv(
         for u in corpus.utterances
     ]
     ratings = [getattr(u, target) for u in corpus.utterances for target in targets]
-    if ratings and max(ratings) - min(ratings) < (hi - lo) / 4:
+    if ratings and 0 < max(ratings) - min(ratings) < (hi - lo) / 4:
         where = f"{min(ratings):g}..{max(ratings):g} of {lo:g}..{hi:g}"
         corpus.notes.append(f"labels lie in {where}: is --label_range right?")
     if ignored:

@@ -308,60 +308,22 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         "num_blocks": 1, "epochs": 1, "max_steps": -1, "lr": 0, "encoder_lr": 0, "weight_decay": 0,
         "max_grad_norm": 0, "patience": 0, "eval_every": 1, "separation_every": 0, "plot_every": 0,
         "log_every": 1, "lr_reference_batch": 0, "batch_seconds": 0, "mse_weight": 0, "seed": 0,
-        "max_seconds": 0.1, "save_every": 0, "timeout": 1,
+        "max_seconds": 0.1, "save_every": 0, "timeout": 1, "gpu_gib": 0.1,
+        "gradient_accumulation_steps": 1, "global_batch_size": 1,
     }  # fmt: skip
     for flag, low in at_least.items():
-        if not low <= getattr(args, flag) < math.inf:
-            p.error(f"--{flag} {getattr(args, flag)}: must be at least {low}, and finite")
-    for flag in ("gradient_accumulation_steps", "global_batch_size", "gpu_gib"):
-        if not 0 < (1 if getattr(args, flag) is None else getattr(args, flag)) < math.inf:
-            p.error(f"--{flag} {getattr(args, flag)}: must be above 0")
-    if args.max_steps == 0:
-        p.error("--max_steps 0: must be at least 1, or -1 for no limit")
-    for flag, high in (("warmup", 1.0), ("valence_weight", 1.0), ("memory_fraction", 1.0)):
-        if not 0 <= getattr(args, flag) <= high:
-            p.error(f"--{flag} {getattr(args, flag)}: must be in 0..{high:g}")
+        value = getattr(args, flag)
+        if value is not None and not low <= value < math.inf:
+            p.error(f"--{flag} {value}: must be at least {low}, and finite")
+    for flag in ("warmup", "valence_weight", "memory_fraction"):
+        if not 0 <= getattr(args, flag) <= 1:
+            p.error(f"--{flag} {getattr(args, flag)}: must be in 0..1")
     for flag in ("dropout", "wavlm_dropout"):
         if not 0 <= (getattr(args, flag) or 0) < 1:
             p.error(f"--{flag} {getattr(args, flag)}: must be in [0, 1)")
-    if args.resume and args.overwrite:
-        p.error("--resume and --overwrite exclude each other")
-    if args.label_range and not -math.inf < args.label_range[0] < args.label_range[1] < math.inf:
-        p.error("--label_range LO HI: LO must be below HI, both finite")
-    if args.seed >= 2**63:
-        p.error(f"--seed {args.seed}: must be below 2^63")
-    if args.data.endswith(".csv") and not Path(args.data).is_file():
-        p.error(f"--data {args.data}: no such file")
-    if args.encoder.endswith("transformer") and not args.features_dir:
-        p.error(f"--encoder {args.encoder} reads feature files: give --features_dir DIR")
-    if args.features_dir and not args.encoder.endswith("transformer"):
-        p.error(f"--features_dir is not used by --encoder {args.encoder}: remove it")
-    if args.encoder.endswith("transformer") and args.d_model % 64:
-        p.error(f"--d_model {args.d_model}: must be a multiple of 64")
-    if args.encoder == "lightweight_transformer" and args.d_model % 256:
-        p.error(f"--d_model {args.d_model}: must be a multiple of 256, a quarter of it is used")
-    if args.feedback and (args.context == 1 or not args.d_state):
-        p.error("--feedback feeds back the turn before: give --context above 1 and --d_state")
-    if args.speaker != "none" and args.no_film:
-        p.error(f"--speaker {args.speaker} is read by FiLM alone: remove it, or --no_film")
     for flag in ("separation_every", "plot_every"):
         if getattr(args, flag) % args.eval_every:
             p.error(f"--{flag} {getattr(args, flag)}: must be a multiple of --eval_every")
-    if args.train_only and not args.init_from:
-        p.error(f"--train_only {args.train_only} needs --init_from, a model that is trained")
-    if args.train_only:
-        args.unfreeze = "none"
-    if args.train_only == "film" and args.no_film:
-        p.error("--train_only film needs FiLM: remove --no_film")
-    if args.amp == "fp16" and args.device == "cpu":
-        p.error("--amp fp16 needs a GPU: use --amp bf16 or off with --device cpu")
-    if args.feature_cache == "on" and args.augment:
-        p.error(
-            "--feature_cache on keeps what WavLM makes of the plain recording, --augment changes "
-            "the recording every epoch: remove one of the two"
-        )
-    if args.feature_cache == "on" and args.encoder != "wavlm":
-        p.error(f"--feature_cache on is for a frozen WavLM, not for --encoder {args.encoder}")
     if args.ema_alpha != "learned":
         try:
             valid = 0 <= float(args.ema_alpha) < 1
@@ -369,20 +331,63 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             valid = False
         if not valid:
             p.error(f"--ema_alpha {args.ema_alpha}: a number in [0, 1) or learned")
+    if args.train_only:
+        args.unfreeze = "none"
     try:
         stages = parse_unfreeze(args.unfreeze)
     except ValueError as error:
         p.error(str(error))
-    if stages[-1][0] > args.epochs:
-        p.error(
-            f"--unfreeze {args.unfreeze}: epoch {stages[-1][0]} is after --epochs {args.epochs}"
-        )
-    if args.feature_cache == "on" and not any(is_frozen(args, what) for _, what in stages):
-        p.error(f"--feature_cache on: --unfreeze {args.unfreeze} freezes WavLM in no epoch")
-    corpus = Path(args.data).stem if args.data.endswith(".csv") else args.data
-    args.name = args.name or f"{corpus}-{args.encoder}"
-    if "/" in args.name or args.name in (".", ".."):
-        p.error(f"--name {args.name}: a directory name without slashes")
+    is_csv = args.data.endswith(".csv")
+    args.name = args.name or f"{Path(args.data).stem if is_csv else args.data}-{args.encoder}"
+
+    low, high = args.label_range or (0, 1)
+    reads_features, cached = args.encoder.endswith("transformer"), args.feature_cache == "on"
+    late, never = stages[-1][0] > args.epochs, not any(is_frozen(args, what) for _, what in stages)
+    for wrong, message in (
+        (args.max_steps == 0, "--max_steps 0: must be at least 1, or -1 for no limit"),
+        (args.seed >= 2**63, f"--seed {args.seed}: must be below 2^63"),
+        (not -math.inf < low < high < math.inf, "--label_range LO HI: LO must be below HI"),
+        (is_csv and not Path(args.data).is_file(), f"--data {args.data}: no such file"),
+        (args.resume and args.overwrite, "--resume and --overwrite exclude each other"),
+        ("/" in args.name or args.name in (".", ".."), f"--name {args.name}: without slashes"),
+        (reads_features and not args.features_dir, "the Transformers need --features_dir DIR"),
+        (
+            args.features_dir and not reads_features,
+            f"--features_dir is not used by --encoder {args.encoder}: remove it",
+        ),
+        (reads_features and args.d_model % 64, "--d_model: must be a multiple of 64"),
+        (
+            args.encoder == "lightweight_transformer" and args.d_model % 256,
+            "--d_model: must be a multiple of 256, of which a quarter is used",
+        ),
+        (
+            args.feedback and (args.context == 1 or not args.d_state),
+            "--feedback feeds back the turn before: give --context above 1 and --d_state",
+        ),
+        (
+            args.speaker != "none" and args.no_film,
+            f"--speaker {args.speaker} is read by FiLM alone: remove it, or --no_film",
+        ),
+        (args.train_only and not args.init_from, "--train_only needs --init_from, a trained model"),
+        (args.train_only and args.no_film, "--train_only film needs FiLM: remove --no_film"),
+        (
+            args.amp == "fp16" and args.device == "cpu",
+            "--amp fp16 needs a GPU: use --amp bf16 or off with --device cpu",
+        ),
+        (late, f"--unfreeze {args.unfreeze}: its last epoch is after --epochs {args.epochs}"),
+        (
+            cached and args.augment,
+            "--feature_cache on keeps what WavLM makes of the plain recording, --augment changes "
+            "the recording every epoch: remove one of the two",
+        ),
+        (
+            cached and args.encoder != "wavlm",
+            f"--feature_cache on is for a frozen WavLM, not for --encoder {args.encoder}",
+        ),
+        (cached and never, f"--feature_cache on: --unfreeze {args.unfreeze} never freezes WavLM"),
+    ):
+        if wrong:
+            p.error(message)
 
 
 def fill_batch_sizes(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
