@@ -231,7 +231,8 @@ def test_a_stream_equals_the_batch_and_its_state_survives_the_process(
     directory = run(flags, *DIALOGUES, *feedback, "--prosody", "egemaps")
     table = [{"utt_id": f"s1d{d}t{t}"} for d in (0, 1) for t in range(4)]
     manifest = manifest_of(table, corpus, "two.csv")
-    expected = values(predicted(["--checkpoint", directory, "--data", manifest], tmp_path / "o.csv"))
+    argv = ["--checkpoint", directory, "--data", manifest]
+    expected = values(predicted(argv, tmp_path / "o.csv"))
     files = [str(corpus.parent / f"{row['utt_id']}.wav") for row in table]
     run_flags = ["--checkpoint", directory]
 
