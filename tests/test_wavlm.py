@@ -652,18 +652,18 @@ def test_a_compiled_layer_keeps_no_attention_bias(monkeypatch):
         bw_compiler=lambda graph, _: graph.forward,
         partition_fn=min_cut_rematerialization_partition,
     )
-    model = SimpleNamespace(config=SimpleNamespace(encoder="cnn"))
     with torch.device("meta"):
         layer = wavlm.Layer(NARROW, True).half().train()
-        model.encoder = SimpleNamespace(blocks=[layer])
-        monkeypatch.setattr(layer, "compile", lambda dynamic: None)
-        train.compile_layers(model)  # its settings of torch
-        compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
         frames, padded, heads = 65, 72, NARROW.num_attention_heads
         x = torch.randn(2, frames, NARROW.hidden_size, dtype=torch.half, requires_grad=True)
         position = torch.randn(heads, frames + padded - 1, requires_grad=True)
         key_bias = torch.zeros(2, 1, 1, padded, dtype=torch.half)
-        compiled(x, position, key_bias, "fused").sum().backward()
+    model = SimpleNamespace(config=SimpleNamespace(encoder="cnn"))
+    model.encoder = SimpleNamespace(blocks=[layer])
+    monkeypatch.setattr(layer, "compile", lambda dynamic: None)
+    train.compile_layers(model)  # its settings of torch
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    compiled(x, position, key_bias, "fused").sum().backward()
     assert kept and not [s for s in kept if len(s) > 3 and min(s[-2:]) >= frames]  # (B, H, T, T)
 
 
