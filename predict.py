@@ -210,8 +210,8 @@ def build_inputs(
     )
 
 
-def autocast(flags: dict, device: torch.device) -> torch.autocast:
-    """The precision that the run was evaluated in; fp16 and TF32 only on a GPU."""
+def evaluated_as(flags: dict, device: torch.device) -> torch.autocast:
+    """Autocast, and TF32 set, as the run was evaluated; both fp16 and TF32 only on a GPU."""
     memory.allow_tf32(flags["tf32"] == "on")
     amp = flags["amp"] if device.type == "cuda" or flags["amp"] == "bf16" else "off"
     return torch.autocast(device.type, AUTOCAST[amp], enabled=amp != "off")
@@ -277,7 +277,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
             if flags["context"] > 1 and args.data and not args.window:
                 dialogs = [u.dialog for u in corpus.utterances]
                 order.sort(key=lambda row: turn_order(corpus.utterances[row]))
-            with autocast(flags, device):
+            with evaluated_as(flags, device):
                 turns = encode(model.to(device), dataset, device)
                 tracked = track_dialogues(model, turns[order], [dialogs[row] for row in order])
             preds.append(torch.empty_like(tracked))
@@ -347,7 +347,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
                     skipped += 1
                     continue
                 dataset = build_inputs(corpus, pack, cache_dir, args, model, flags, device)
-                with torch.no_grad(), autocast(flags, device):
+                with torch.no_grad(), evaluated_as(flags, device):
                     turns = encode(model, dataset, device)  # (K, U), K = 1 unless it is a folder
                     if device.type == "cuda":
                         torch.cuda.synchronize()

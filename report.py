@@ -123,7 +123,9 @@ def read_experiment(
     parts = {fold: read[fold][1] for fold in folds if fold not in missing}
     experiment = Experiment(str(directory), num_folds, folds, missing, parts)
     for fold in {*read, *problems} - {*range(1, num_folds + 1)}:
-        experiment.notes.append(f"{directory}: what is there of fold {fold} is left out: no such")
+        experiment.notes.append(
+            f"{directory}: what is there of fold {fold} is left out: there are {num_folds}"
+        )
     if not missing:
         columns = {key: [figures[key] for figures in folds.values()] for key in FIGURES}
         experiment.mean = {key: statistics.mean(values) for key, values in columns.items()}

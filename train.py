@@ -505,7 +505,7 @@ def seed_micro_step(seed: int, step: int, micro_step: int, rank: int) -> None:
 def set_trainable(model: EmotionModel, what: str, train_only: str | None = None) -> None:
     """requires_grad of every parameter for a stage of the schedule."""
     if model.config.encoder == "wavlm":
-        model.encoder.wavlm.set_trainable("none" if train_only else what)
+        model.encoder.wavlm.set_trainable(what)
     if train_only == "film":
         model.requires_grad_(False)
         model.film.requires_grad_(True)
@@ -723,7 +723,7 @@ def evaluate(
 
 def is_frozen(args: argparse.Namespace, stage: str) -> bool:
     """Does nothing of WavLM train in this stage?"""
-    return args.encoder == "wavlm" and bool(args.train_only or stage == "none")
+    return args.encoder == "wavlm" and stage == "none"
 
 
 def reads_cache(args: argparse.Namespace, stage: str) -> bool:
