@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from demo import demo_corpus
-from files import UserError, replace_text
+from util.files import UserError, replace_text
 
 MOST_SKIPPED = 0.05  # of a corpus' utterances; with more left out, it is not the corpus [guess]
 SPLITS = ("train", "dev", "test")

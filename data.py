@@ -50,7 +50,7 @@ from corpora import (
     skipped_by_kind,
     write_skipped,
 )
-from files import (
+from util.files import (
     UserError,
     build_cache,
     cached_array,

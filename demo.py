@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from files import build_dir, progress
+from util.files import build_dir, progress
 
 RATE = 16_000  # Hz of the files
 DEMO_VERSION = 4  # raise it with every change below: it is the cache key

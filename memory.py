@@ -40,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 import data as vadata
 from model import AUTOCAST
 from timing import GPUS, Clock, calibrate, clips, device_name, machine
-from tracing import KINDS, Trace, blend, meta_batch, on_cuda, real_step, trace
+from util.tracing import KINDS, Trace, blend, meta_batch, on_cuda, real_step, trace
 
 log = logging.getLogger("vatune")
 

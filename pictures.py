@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corpora import Corpus
 from model import TARGETS, metrics
-from runs import Columns, pooled_rows, read_predictions, read_records, tensors
+from util.runs import Columns, pooled_rows, read_predictions, read_records, tensors
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "o^sDv<>"

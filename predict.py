@@ -43,10 +43,10 @@ from tqdm import tqdm
 import data as vadata
 import memory
 from corpora import Corpus, Utterance, read_csv, turn_order
-from files import UserError, digest, replace_text, replacing, weights_digest
 from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
 from pictures import plot_windows
-from runs import MODEL_FLAGS, load_model
+from util.files import UserError, digest, replace_text, replacing, weights_digest
+from util.runs import MODEL_FLAGS, load_model
 from wavlm import save_wavlm
 
 

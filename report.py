@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 
 from corpora import known_speaker
-from files import UserError, replace_text
 from model import TARGETS, concordance, metrics, moment_sums
 from pictures import plot_all
-from runs import (
+from util.files import UserError, replace_text
+from util.runs import (
     Columns,
     pooled_rows,
     read_json,

@@ -25,7 +25,7 @@ import torch
 
 import data as vadata
 from corpora import make_splits, num_folds, read_corpus
-from tracing import on_cuda, real_step, trace
+from util.tracing import on_cuda, real_step, trace
 
 if TYPE_CHECKING:
     from memory import Planner

@@ -48,7 +48,6 @@ import data as vadata
 import memory
 import report
 from corpora import Corpus, make_splits, num_folds, read_corpus, write_skipped
-from files import UserError, digest, progress, weights_digest
 from model import (
     AUTOCAST,
     ENCODERS,
@@ -61,7 +60,7 @@ from model import (
     track_dialogues,
 )
 from pictures import plot_run
-from processes import (
+from util.distributed import (
     RETRY_EXIT_CODE,
     START_SECONDS,
     StepTooLarge,
@@ -81,7 +80,19 @@ from processes import (
     until_stopped,
     wrap_ddp,
 )
-from runs import (
+from util.files import UserError, digest, progress, weights_digest
+from util.log import (
+    Hints,
+    Meter,
+    git_commit,
+    score_line,
+    start_logging,
+    startup_block,
+    step_line,
+    trainable_line,
+    versions,
+)
+from util.runs import (
     MODEL_FLAGS,
     WAVLM,
     RunFiles,
@@ -97,17 +108,6 @@ from runs import (
     run_dir,
     save_checkpoint,
     wavlm_weights,
-)
-from watch import (
-    Hints,
-    Meter,
-    git_commit,
-    score_line,
-    start_logging,
-    startup_block,
-    step_line,
-    trainable_line,
-    versions,
 )
 from wavlm import ATTENTIONS, SIZES, WavLM, load_wavlm, read_config
 

@@ -28,7 +28,7 @@ import train
 import wavlm
 from memory import GIB, allow_tf32
 from model import AUTOCAST
-from tracing import meta_batch
+from util.tracing import meta_batch
 
 
 def synchronise(device: torch.device) -> None:

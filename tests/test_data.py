@@ -20,7 +20,6 @@ import torch
 import corpora
 import data
 import demo
-import files
 from data import (
     SAMPLE_RATE,
     AudioPack,
@@ -30,7 +29,8 @@ from data import (
     TrainPlan,
     groups_of_like_length,
 )
-from files import UserError
+from util import files
+from util.files import UserError
 
 TARGETS = ("valence", "arousal")
 REPO = Path(data.__file__).parent

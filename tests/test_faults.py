@@ -25,12 +25,12 @@ from fault_kills import (
 )
 
 import data
-import files
 import train
 from data import BatchSpec
 from model import WavLMEncoder
-from runs import load_last, read_checkpoint, save_checkpoint
 from train import main, parse_args, run
+from util import files
+from util.runs import load_last, read_checkpoint, save_checkpoint
 
 
 @pytest.fixture(autouse=True)

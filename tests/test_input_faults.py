@@ -34,9 +34,9 @@ import soundfile
 
 import corpora
 import data
-import files
 from data import SAMPLE_RATE
-from files import UserError
+from util import files
+from util.files import UserError
 
 KEPT, FIXED, SKIPPED, REFUSED = "kept", "fixed", "skipped", "refused"
 REPO = Path(data.__file__).parent

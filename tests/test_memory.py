@@ -12,10 +12,10 @@ import torch
 
 import memory
 import timing
-import tracing
 import train
 from memory import FITS, GIB, Planner, plan
-from tracing import KINDS, Segment, blend
+from util import tracing
+from util.tracing import KINDS, Segment, blend
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--wavlm", "tiny", "--prosody", "none", "--batch_size", "4", "--max_seconds", "2.5"]

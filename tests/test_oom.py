@@ -14,10 +14,10 @@ from fault_kills import run_ranks
 
 import data
 import memory
-import processes
 import train
 from model import EmotionModel, ModelConfig, WavLMEncoder
-from runs import read_checkpoint, read_records
+from util import distributed as processes
+from util.runs import read_checkpoint, read_records
 from wavlm import SIZES, WavLMConfig
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ import soundfile
 import torch
 
 import predict
-import runs
 import train
-from files import UserError
 from model import EmotionModel
+from util import runs
+from util.files import UserError
 from wavlm import load_wavlm
 
 ROOT = Path(__file__).parent.parent

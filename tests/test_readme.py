@@ -30,7 +30,7 @@ import torch
 import train
 from demo import DEMO_VERSION, demo_voice, synthesise
 from report import fold_list
-from runs import run_dir
+from util.runs import run_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

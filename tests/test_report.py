@@ -20,13 +20,12 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-import files
 import pictures
 import report
-import runs
 import train
 from model import TARGETS
-from runs import run_dir
+from util import files, runs
+from util.runs import run_dir
 
 
 def write_fold(directory, fold, cccs, num_folds=3, speakers=2, utterances=8, **changes):

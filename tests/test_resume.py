@@ -17,7 +17,7 @@ import torch
 from fault_kills import EVERYTHING, Run, assert_same_outcome, run_ranks
 
 import train
-from runs import read_checkpoint
+from util.runs import read_checkpoint
 
 SETTINGS = {  # utterances of a step, flags
     "dialogues, feedback, augmentation": (8, [*EVERYTHING, "--epochs", "3"]),

@@ -18,9 +18,9 @@ import soundfile
 import torch
 from fault_kills import run_ranks
 
-import runs
 import train
-from files import UserError
+from util import runs
+from util.files import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -18,9 +18,7 @@ import torch
 import data as vadata
 import train
 from data import BatchSpec
-from files import UserError
 from model import moment_sums
-from runs import read_checkpoint, run_dir
 from train import (
     build_model,
     build_optimizer,
@@ -36,6 +34,8 @@ from train import (
     train_step,
     unfreeze_at,
 )
+from util.files import UserError
+from util.runs import read_checkpoint, run_dir
 
 ROOT = Path(__file__).parent.parent
 NO_DROPOUT = ("--dropout", "0", "--wavlm_dropout", "0")

@@ -11,10 +11,10 @@ import torch
 
 import memory
 import train
-import watch
 from data import Batches
-from runs import run_dir
 from train import main, parse_args
+from util import log as watch
+from util.runs import run_dir
 
 WAITING = "of the time is spent waiting for data"
 

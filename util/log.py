@@ -24,7 +24,7 @@ import memory
 from corpora import Corpus, describe_splits, skipped_by_kind
 from data import TrainPlan
 from model import TARGETS
-from processes import all_reduce
+from util.distributed import all_reduce
 
 log = logging.getLogger("vatune")
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 import memory
 from model import EmotionModel
-from runs import run_dir
+from util.runs import run_dir
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 RETRY_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal, resume me

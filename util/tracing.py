@@ -529,7 +529,7 @@ def trace(
         rules.in_recomputation() if emulated else contextlib.nullcontext(),
         mock.patch("torch.autocast", rules.autocast),
         mock.patch("train.all_reduce", lambda tensor, _: tensor),
-        mock.patch("processes.all_reduce", lambda tensor, _: tensor),
+        mock.patch("util.distributed.all_reduce", lambda tensor, _: tensor),
         mock.patch("torch.nn.utils.clip_grad_norm_", lambda *_: torch.zeros(())),  # few bytes, slow
         contextlib.nullcontext() if on_gpu else mock.patch("wavlm.KernelAttention", BlockAttention),
         rules if emulated else contextlib.nullcontext(),

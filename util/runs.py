@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from corpora import Corpus
-from files import UserError, replace_text, replacing, sha256
 from model import TARGETS, EmotionModel, ModelConfig
+from util.files import UserError, replace_text, replacing, sha256
 
 log = logging.getLogger("vatune")
 
