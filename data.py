@@ -67,6 +67,7 @@ MAX_CLIP_SECONDS = 600  # longer is taken for a forgotten start/end, not for an 
 RATES = (4_000, 384_000)  # Hz; a header that says anything else is taken for a damaged one [guess]
 MOST_MISSING = 0.1  # of a clip's samples; with more lost, its label may belong to the rest [guess]
 GROUP_SECONDS = 2.0  # of audio, which one more pass of an encoder costs on its own [guess]
+PREFETCH_FACTOR = 4  # micro-batches that a loader worker holds ready
 EVAL_SECONDS = 64  # padded seconds per evaluation batch; fixed, so that results do not move
 CORES = len(os.sched_getaffinity(0))
 
@@ -507,6 +508,7 @@ class BatchSpec:
 
     chunks: tuple[tuple[int, ...], ...]  # rows of the corpus
     epoch: int = -1  # -1 = evaluation: no augmentation, no random window
+    step_size: int = 0  # utterances in the global batch that this one is a part of
 
 
 class Batches(torch.utils.data.Dataset):
@@ -558,6 +560,7 @@ class Batches(torch.utils.data.Dataset):
             "rows": rows,
             "chunk_index": torch.from_numpy(chunk_index),
             "labels": torch.from_numpy(self.labels[rows]),
+            "step_size": spec.step_size,
         }
         batch["audio_seconds"] = float(self.lengths[rows].sum()) / self.rate
         batch["padded_share"], real = 0.0, None
@@ -694,6 +697,10 @@ class TrainPlan:
         """Choose the epoch, and the step to start at (resume inside an epoch)."""
         self.epoch, self.first_step = epoch, first_step
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.steps_in(0)
+
     def steps_in(self, epoch: int) -> int:
         if epoch not in self._counts:
             self._counts[epoch] = len(self._steps(epoch)[1])
@@ -757,27 +764,27 @@ class TrainPlan:
         longest = np.array([max(self.lengths[row] for row in chunk) for chunk in chunks])
         for step in steps[self.first_step :]:
             step = step[np.argsort(longest[step], kind="stable")]
+            step_size = sum(len(chunks[i]) for i in step)
             micro_batches = step.reshape(self.micro_batches, -1)
             for micro_batch in micro_batches[self.rank :: self.world_size]:
-                yield BatchSpec(tuple(chunks[i] for i in micro_batch), self.epoch)
+                yield BatchSpec(tuple(chunks[i] for i in micro_batch), self.epoch, step_size)
 
 
 def eval_plan(
-    lengths: np.ndarray,
-    rows: np.ndarray,
-    rank: int,
-    world_size: int,
-    budget: int = EVAL_SECONDS * SAMPLE_RATE,
+    dataset: Batches, rows: np.ndarray, rank: int, world_size: int, unpadded: bool = False
 ) -> list[BatchSpec]:
     """This rank's batches for evaluation; over all ranks, every row once.
 
-    Batches hold utterances of like length, at most `budget` padded samples (for frame features
-    pass EVAL_SECONDS * dataset.rate) and at least one utterance. Which utterances share a batch
-    depends on no flag and not on world_size; ranks get whole batches of about equal total cost.
+    Batches hold utterances of like length, EVAL_SECONDS of audio at most with their padding, and at
+    least one utterance; `unpadded`: of equal length. Which utterances share a batch depends on no
+    flag and not on world_size; ranks get batches of about equal total cost.
     """
+    lengths, budget = dataset.lengths, EVAL_SECONDS * dataset.rate
     batches: list[list[int]] = []
     for row in sorted(np.asarray(rows).tolist(), key=lambda row: (-lengths[row], row)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+        longest = lengths[batches[-1][0]] if batches else 0
+        full = not batches or (len(batches[-1]) + 1) * longest > budget
+        if full or (unpadded and lengths[row] != longest):
             batches.append([])
         batches[-1].append(row)
     load = [0] * world_size

@@ -41,10 +41,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data as vadata
-import memory
 from corpora import Corpus, Utterance, read_csv, turn_order
 from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
 from pictures import plot_windows
+from util import distributed
 from util.files import UserError, digest, replace_text, replacing, weights_digest
 from util.runs import MODEL_FLAGS, load_model
 from wavlm import save_wavlm
@@ -212,7 +212,7 @@ def build_inputs(
 
 def evaluated_as(flags: dict, device: torch.device) -> torch.autocast:
     """Autocast, and TF32 set, as the run was evaluated; both fp16 and TF32 only on a GPU."""
-    memory.allow_tf32(flags["tf32"] == "on")
+    distributed.allow_tf32(flags["tf32"] == "on")
     amp = flags["amp"] if device.type == "cuda" or flags["amp"] == "bf16" else "off"
     return torch.autocast(device.type, AUTOCAST[amp], enabled=amp != "off")
 
@@ -224,12 +224,12 @@ def encode(model: EmotionModel, dataset: vadata.Batches, device: torch.device) -
     UserError when memory does not suffice for one utterance.
     """
     everything = np.arange(len(dataset.lengths))
-    plan = vadata.eval_plan(dataset.lengths, everything, 0, 1, vadata.EVAL_SECONDS * dataset.rate)
+    plan = vadata.eval_plan(dataset, everything, 0, 1)
     quiet = not sys.stderr.isatty() or len(plan) < 2
     batches = tqdm((dataset[spec] for spec in plan), total=len(plan), unit="batch", disable=quiet)
     turns = torch.zeros(len(everything), model.width, device=device)
     try:
-        for rows, vectors in memory.encode_in_pieces(model.encode, batches, device):
+        for rows, vectors in distributed.encode_in_pieces(model.encode, batches, device):
             turns[rows] = vectors
     except torch.OutOfMemoryError as error:
         raise UserError(f"{error} or --window") from None

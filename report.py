@@ -38,7 +38,7 @@ from torch import Tensor
 
 from corpora import known_speaker
 from model import TARGETS, concordance, metrics, moment_sums
-from pictures import plot_all
+from pictures import plot_all, plot_run  # noqa: F401
 from util.files import UserError, replace_text
 from util.runs import (
     Columns,
