@@ -1,4 +1,4 @@
-"""Where a batch comes from: audio, its caches, features, batches. Nothing here knows the model.
+"""Where a batch comes from: audio, its caches, features, batches.
 
     python data.py --data demo                                    # synthesise, inspect (seconds)
     python data.py --data my.csv --label_range 1 7                # your own manifest
@@ -50,6 +50,7 @@ from corpora import (
     skipped_by_kind,
     write_skipped,
 )
+from model import TARGETS
 from util.files import (
     UserError,
     build_cache,
@@ -795,6 +796,94 @@ def eval_plan(
         if lightest == rank:
             mine.append(BatchSpec(tuple((row,) for row in batch)))
     return mine
+
+
+# ---------------------------------------------------------------------------------------------
+# A fold of a corpus
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """Sizes of the inputs that the flags alone do not tell."""
+
+    speaker_dim: int  # width of the speaker vectors; 0 = none
+    frame_dim: int  # width of the feature files; 0 = none
+    length: int  # samples of the longest utterance, or frames where features are read
+    rate: float  # samples or frames per second
+
+
+@dataclass
+class Fold:
+    """One fold of a corpus, ready to be batched."""
+
+    corpus: Corpus
+    splits: dict[str, np.ndarray]  # train, dev, test: rows of the corpus
+    dataset: Batches
+    dialogs: list[str]  # of every row
+    labels: torch.Tensor  # (N, 2) in [0, 1]
+    shape: InputShape
+
+    def in_label_scale(self, preds: torch.Tensor) -> torch.Tensor:
+        """Predictions (n, 2) in [0, 1] in the units of the labels."""
+        low, high = self.corpus.label_range
+        return low + (high - low) * preds
+
+    def plan_batches(self, args: argparse.Namespace, rank: int, world_size: int) -> TrainPlan:
+        """The train split's batches of this rank."""
+        return TrainPlan(
+            lengths=self.dataset.lengths,
+            rows=self.splits["train"],
+            dialogs=self.dialogs,
+            batch_size=args.batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            context=args.context,
+            rank=rank,
+            world_size=world_size,
+            seed=args.seed,
+        )
+
+    def speakers(self, split: str) -> list[str]:
+        return [self.corpus.utterances[row].speaker for row in self.splits[split]]
+
+
+def load_fold(args: argparse.Namespace) -> Fold:
+    """The corpus, its splits for --fold and the inputs of the model; builds missing caches.
+
+    Nothing is normalised here: the model's normaliser sees the train split alone.
+    """
+    label_range = tuple(args.label_range) if args.label_range else None
+    corpus = read_corpus(args.data, args.data_dir, label_range, Path(args.cache_dir))
+    corpus, pack = load_audio(corpus, args.cache_dir)
+    features = prosody = speaker = None
+    if args.features_dir:
+        features = FrameFeatures(corpus, args.features_dir)
+    if args.prosody == "egemaps":
+        prosody = egemaps(corpus, pack, args.cache_dir)
+    if args.speaker != "none" and not args.no_film:
+        speaker = speaker_embeddings(corpus, pack, args.speaker, args.cache_dir)
+    dataset = Batches(
+        labels=corpus.labels(TARGETS),
+        pack=None if features else pack,
+        features=features,
+        prosody=prosody,
+        speaker=speaker,
+        max_seconds=args.max_seconds,
+        augment=args.augment,
+        seed=args.seed,
+    )
+    return Fold(
+        corpus=corpus,
+        splits=make_splits(corpus, args.fold),
+        dataset=dataset,
+        dialogs=[utterance.dialog for utterance in corpus.utterances],
+        labels=torch.from_numpy(dataset.labels),
+        shape=InputShape(
+            speaker_dim=0 if speaker is None else speaker.shape[1],
+            frame_dim=0 if features is None else features.dim,
+            length=int(dataset.lengths.max()),
+            rate=dataset.rate,
+        ),
+    )
 
 
 # ---------------------------------------------------------------------------------------------

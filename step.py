@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import data as vadata
+import data
 from model import (
     AUTOCAST,
     TARGETS,
@@ -114,17 +114,9 @@ def lr_at(step: int, total_steps: int, warmup: float, scheduler: str) -> float:
 # Model and optimizer
 
 
-@dataclass(frozen=True)
-class InputShape:
-    """Sizes of the inputs that the flags alone do not tell."""
-
-    speaker_dim: int  # width of the speaker vectors; 0 = none
-    frame_dim: int  # width of the feature files; 0 = none
-    length: int  # samples of the longest utterance, or frames where features are read
-    rate: float  # samples or frames per second
-
-
-def build_model(args: argparse.Namespace, shape: InputShape, load: bool = True) -> EmotionModel:
+def build_model(
+    args: argparse.Namespace, shape: data.InputShape, load: bool = True
+) -> EmotionModel:
     """The model that the flags describe; load=False builds WavLM without its weights (for meta)."""
     names = {f.name for f in fields(ModelConfig)} & vars(args).keys() - {"wavlm"}
     settings = {name: getattr(args, name) for name in names}
@@ -310,14 +302,14 @@ def train_step(
 
 
 def make_loader(
-    dataset: vadata.Batches, plan: object, args: argparse.Namespace, device: torch.device
+    dataset: data.Batches, plan: object, args: argparse.Namespace, device: torch.device
 ) -> DataLoader:
     """The batches of `plan` in order, decoded by num_workers processes; hidden states by this
     one."""
     workers = {}
     num_workers = args.num_workers if dataset.hidden is None else 0
     if num_workers:
-        workers = {"prefetch_factor": vadata.PREFETCH_FACTOR, "persistent_workers": True}
+        workers = {"prefetch_factor": data.PREFETCH_FACTOR, "persistent_workers": True}
         workers["worker_init_fn"] = distributed.start_worker
     return DataLoader(
         dataset,
@@ -371,7 +363,7 @@ class Evaluation:
 
 def evaluate(
     model: EmotionModel,
-    dataset: vadata.Batches,
+    dataset: data.Batches,
     rows: np.ndarray,
     dialogs: list[str],
     args: argparse.Namespace,
@@ -386,7 +378,7 @@ def evaluate(
     """
     alone = evaluates_unpadded(model)
     plans = [
-        vadata.eval_plan(dataset, rows, rank, distributed.world_size(), alone)
+        data.eval_plan(dataset, rows, rank, distributed.world_size(), alone)
         for rank in range(distributed.world_size())
     ]
     plan = plans[distributed.rank()]
@@ -419,11 +411,11 @@ def evaluates_unpadded(model: EmotionModel) -> bool:
 
 def frozen_states(
     model: EmotionModel,
-    dataset: vadata.Batches,
+    dataset: data.Batches,
     args: argparse.Namespace,
     stage: str,
     device: torch.device,
-) -> vadata.HiddenStates | None:
+) -> data.HiddenStates | None:
     """WavLM's hidden states of all utterances if `stage` freezes it and they are cached, else None.
 
     Computed on first use, under a key of everything that decides them; folds share them. A clip
@@ -433,7 +425,7 @@ def frozen_states(
         return None
     wavlm, pooled = model.encoder.wavlm, model.pooling.score is None
     key = digest(
-        vadata.HIDDEN_VERSION, dataset.pack.key, len(dataset.lengths), args.max_seconds, args.amp,
+        data.HIDDEN_VERSION, dataset.pack.key, len(dataset.lengths), args.max_seconds, args.amp,
         weights_digest(wavlm), wavlm.config.to_dict(), list(model.encoder.layers), pooled,
     )  # fmt: skip
 
@@ -445,7 +437,7 @@ def frozen_states(
 
     def compute() -> Iterator[tuple[int, np.ndarray]]:
         rows = np.arange(len(dataset.lengths))
-        plan = vadata.eval_plan(dataset, rows, 0, 1, evaluates_unpadded(model))
+        plan = data.eval_plan(dataset, rows, 0, 1, evaluates_unpadded(model))
         loader = distributed.with_timeout(make_loader(dataset, plan, args, device), args.timeout)
         batches = progress_bar(loader, len(plan), "hidden states")
         with inference(model):
@@ -454,4 +446,4 @@ def frozen_states(
                 for row, values, count in zip(batch_rows, hidden, counts):
                     yield row, values[None] if pooled else values[:count]
 
-    return vadata.HiddenStates(key, args.cache_dir, compute, pooled)
+    return data.HiddenStates(key, args.cache_dir, compute, pooled)

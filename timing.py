@@ -127,7 +127,7 @@ def calibrate(args: argparse.Namespace) -> Machine:
         flags = {"wavlm": "large", "layers": [2], "unfreeze": "transformer", "amp": amp}
         flags |= {"prosody": "none", "gradient_accumulation_steps": 1, "batch_size": 4}
         setting = argparse.Namespace(**vars(args) | flags)
-        model = updates.build_model(setting, updates.InputShape(0, 0, 0, 0)).to(device)
+        model = updates.build_model(setting, vadata.InputShape(0, 0, 0, 0)).to(device)
         run, _ = real_step(model, setting, (0, 0), 5.0, "transformer", device)
         measured = median_seconds(run, cuda, 3)
         work = sum(trace(setting, (0, 0), 4, 5.0, "transformer").work.values())

@@ -14,6 +14,7 @@ import logging
 import math
 import multiprocessing
 import os
+import platform
 import re
 import resource
 import select
@@ -382,6 +383,14 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def device_name(device: torch.device) -> str:
+    """Model of the GPU, or of the processor with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return f"{model[1] if model else platform.machine()} x {torch.get_num_threads()} threads"
 
 
 def capacity_gib(device: str, gpu_gib: float | None, memory_fraction: float) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from corpora import Corpus, describe_splits, skipped_by_kind
-from data import TrainPlan
+from data import Fold, TrainPlan
 from model import TARGETS
 from util import distributed
 
@@ -290,28 +290,27 @@ def start_logging(path: Path | None, console: bool) -> None:
 
 def startup_block(
     args: argparse.Namespace,
-    corpus: Corpus,
-    splits: dict[str, np.ndarray],
+    fold: Fold,
     plan: TrainPlan,
     total_steps: int,
     optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    ranks: distributed.Ranks,
 ) -> str:
     """Lines that a person checks before leaving a run alone."""
     precision = {"fp16": "fp16 autocast with GradScaler", "bf16": "bf16 autocast", "off": "fp32"}
-    ranks = args.global_batch_size // (args.batch_size * args.gradient_accumulation_steps)
+    corpus, count = fold.corpus, ranks.world_size
     unfreeze = f"unfreeze {args.unfreeze} | " if args.encoder == "wavlm" else ""
     software = " | ".join(f"{name} {version}" for name, version in versions().items())
     return "\n".join(
         (
             f"vatune {git_commit()} | {software}",
-            f"device {device} x {ranks} | {precision[args.amp]} | seed {args.seed}",
-            describe_splits(corpus, splits),
+            f"device {ranks.device} x {count} | {precision[args.amp]} | seed {args.seed}",
+            describe_splits(corpus, fold.splits),
             *(f"note: {note}" for note in corpus.notes),
             *(f"skipped: {why}: {len(s)}" for why, s in skipped_by_kind(corpus).items()),
             f"batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x ranks "
-            f"{ranks} = {args.global_batch_size} utterances per step | {plan.steps_per_epoch} "
-            f"steps per epoch | {total_steps} steps in total",
+            f"{count} = {args.global_batch_size} utterances per step | {plan.steps_per_epoch} steps "
+            f"per epoch | {total_steps} steps in total",
             f"{unfreeze}trains now {trainable_line(optimizer)}",
             "flags " + json.dumps(vars(args)),
         )
@@ -327,9 +326,9 @@ def trainable_line(optimizer: torch.optim.Optimizer) -> str:
     return ", ".join(parts)
 
 
-def step_line(
-    record: dict[str, float], step: int, total_steps: int, scaler: torch.amp.GradScaler
-) -> str:
+def step_line(record: dict[str, float], step: int, scaler: torch.amp.GradScaler) -> str:
+    """The log line of a record."""
+    total_steps = record["total_steps"]
     rates = dict.fromkeys(f"{v:.1e}" for k, v in record.items() if k.startswith("lr/"))
     line = (
         f"step {step:>5}/{total_steps} | epoch {record['epoch']:.2f} | loss {record['loss']:.4f} | "

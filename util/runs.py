@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from corpora import Corpus, Utterance, write_skipped
+from data import Fold
 from model import TARGETS, EmotionModel, ModelConfig
 from util import distributed
 from util.files import UserError, replace_text, replacing, sha256
@@ -393,16 +394,15 @@ class RunFiles:
         if self.writes:
             write_skipped(self.directory / "skipped.csv", corpus)
 
-    def write_predictions(
-        self, split: str, corpus: Corpus, rows: np.ndarray, preds: Tensor
-    ) -> None:
-        """predictions_<split>.csv of preds (n, 2) in the label's own scale, and the labels."""
+    def write_predictions(self, split: str, fold: Fold, preds: Tensor) -> None:
+        """predictions_<split>.csv of preds (n, 2) in [0, 1], in the label's scale, and labels."""
         if not self.writes:
             return
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         writer.writerow([*TEXTS, *NUMBERS])
-        for row, pred in zip(rows.tolist(), preds.tolist()):
+        corpus, scaled = fold.corpus, fold.in_label_scale(preds)
+        for row, pred in zip(fold.splits[split].tolist(), scaled.tolist()):
             utt = corpus.utterances[row]
             labels = [getattr(utt, target) for target in TARGETS]
             cells = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]

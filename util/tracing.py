@@ -477,7 +477,7 @@ def trace(
 
     adamw = functools.partial(without_fused, on_gpu)
     with torch.device("meta"), mock.patch("torch.optim.AdamW", adamw):
-        model = updates.build_model(args, updates.InputShape(*widths, 0, 0), load=False)
+        model = updates.build_model(args, vadata.InputShape(*widths, 0, 0), load=False)
         optimizer = updates.build_optimizer(model, args)
     updates.set_trainable(model, stage, args.train_only)
     tag("parameters", (tensor.data for tensor in (*model.parameters(), *model.buffers())))
