@@ -309,8 +309,8 @@ def startup_block(
             *(f"note: {note}" for note in corpus.notes),
             *(f"skipped: {why}: {len(s)}" for why, s in skipped_by_kind(corpus).items()),
             f"batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x ranks "
-            f"{count} = {args.global_batch_size} utterances per step | {plan.steps_per_epoch} steps "
-            f"per epoch | {total_steps} steps in total",
+            f"{count} = {args.global_batch_size} utterances per step | {plan.steps_per_epoch} "
+            f"steps per epoch | {total_steps} steps in total",
             f"{unfreeze}trains now {trainable_line(optimizer)}",
             "flags " + json.dumps(vars(args)),
         )
