@@ -18,9 +18,9 @@ import math
 import os
 import platform
 import shutil
+import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -51,40 +51,6 @@ Columns = dict[str, np.ndarray]  # TEXTS as text, NUMBERS as float64, (N,)
 
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
-
-
-@dataclass
-class Progress:
-    """How far a run is; saved in last.pt."""
-
-    step: int = 0  # optimizer updates done
-    epoch: int = 0  # epochs done, with their evaluation
-    best_ccc: float = -math.inf  # mean dev CCC of best_epoch
-    best_epoch: int = 0  # from 1
-    bad_evals: int = 0  # evaluations since best_epoch
-    plateau_evals: int = 0  # evaluations without a better CCC since lr_factor fell
-    lr_factor: float = 1.0
-    seconds: float = 0.0
-    audio_seconds: float = 0.0
-    stopped: str = ""  # why the run ended before its last epoch
-    records: int = 0  # lines of metrics.jsonl
-    batch_size: int = 0  # as found by --batch_size auto or after a lack of memory
-    global_batch_size: int = 0
-
-    def update(self, ccc: float, patience: int, scheduler: str) -> bool:
-        """Counts an evaluation for --patience and --scheduler plateau; True if it is the best."""
-        better = ccc > self.best_ccc
-        if better:
-            self.best_ccc, self.best_epoch = ccc, self.epoch
-            self.bad_evals = self.plateau_evals = 0
-        else:
-            self.bad_evals += 1
-            self.plateau_evals += 1
-        if scheduler == "plateau" and self.plateau_evals == 3:
-            self.lr_factor, self.plateau_evals = self.lr_factor / 2, 0
-        if patience and self.bad_evals >= patience:
-            self.stopped = "patience"
-        return better
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -153,9 +119,9 @@ def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
     return model.eval(), checkpoint
 
 
-def load_last(directory: Path) -> dict | None:
-    """The content of last.pt or, where that is missing or damaged, of previous.pt; None without
-    either. UserError when none of what is there is good."""
+def load_last(directory: Path, writes: bool) -> dict | None:
+    """The content of last.pt or, if that is missing or damaged, of previous.pt; None without
+    either. UserError if all are damaged. The rank that `writes` sets a damaged last.pt aside."""
     faults = []
     for path in (directory / "last.pt", directory / "previous.pt"):
         try:
@@ -163,9 +129,10 @@ def load_last(directory: Path) -> dict | None:
         except UserError as error:
             faults.append(str(error))
         else:
-            if faults:  # the next save must not put the bad one in place of the good one
+            if faults:
                 log.warning(f"{faults[0]}: continuing from {path}, the one before")
-                with contextlib.suppress(OSError):  # it is missing, or another rank was first
+            if faults and writes:  # the next save must not put the bad one over the good one
+                with contextlib.suppress(FileNotFoundError):
                     (directory / "last.pt").rename(directory / "damaged.pt")
             return content
     if not any((directory / name).exists() for name in ("last.pt", "previous.pt")):
@@ -180,6 +147,11 @@ def check_resumable(flags: dict, last: dict, directory: Path, frozen: bool) -> N
     Flags that are new in the code since the run began are logged and nothing else.
     """
     needed = []
+    if last["world_size"] != distributed.world_size():
+        raise UserError(
+            f"--resume: the interrupted run had {last['world_size']} ranks, this one has "
+            f"{distributed.world_size()}: start as many"
+        )
     if last["progress"]["best_epoch"]:
         needed.append("best.pt")
     if frozen:
@@ -209,7 +181,7 @@ def wavlm_weights(model: EmotionModel) -> dict[str, Tensor]:
 
 
 def other_weights(model: EmotionModel) -> dict[str, Tensor]:
-    """Weights beside those of a WavLM that has not trained: they are in frozen.pt, once."""
+    """All weights except those of a WavLM that has not trained, which are in frozen.pt, once."""
     return {k: v for k, v in model.state_dict().items() if not k.startswith(WAVLM)}
 
 
@@ -273,6 +245,14 @@ def open_run(args: argparse.Namespace, writes: bool) -> "RunFiles":
     return RunFiles(directory, lock)
 
 
+def refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UserError(
+            f"{path} exists: give --resume to continue it, --overwrite to delete it, "
+            "or another --name"
+        )
+
+
 def claim(path: Path, resume: bool, overwrite: bool) -> TextIO:
     """An open file whose lock is this run's claim on the directory `path`, which is there then.
 
@@ -300,23 +280,24 @@ def claim(path: Path, resume: bool, overwrite: bool) -> TextIO:
         if any(path.iterdir()) and not (path / "train.log").exists():
             raise UserError(f"{path} is not a run directory: --overwrite will not delete it")
         shutil.rmtree(path)
-    try:
-        path.mkdir(exist_ok=resume)
-    except FileExistsError:
-        raise UserError(
-            f"{path} exists: give --resume to continue it, --overwrite to delete it, "
-            "or another --name"
-        ) from None
+    if not resume:
+        refuse_existing(path)
+    path.mkdir(exist_ok=resume)
     for aside in path.glob(".*.aside"):  # left by a run that was killed while it wrote
         aside.unlink()
     return lock
 
 
 def end_status(directory: Path, exit_code: int, reason: str) -> None:
-    """Completes status.json if this process wrote it: torchrun turns every exit code into 1."""
+    """Completes status.json of this process or its torchrun, which turns every exit code into 1.
+
+    The first rank that ends says why: torchrun ends the others by a signal.
+    """
     with contextlib.suppress(OSError, ValueError):  # no such file, or no room for a new one
         status = json.loads((directory / "status.json").read_text())
-        if (status["host"], status["pid"]) == (platform.node(), os.getpid()):
+        same_launcher = "TORCHELASTIC_RUN_ID" in os.environ and status["launcher"] == os.getppid()
+        ours = status["pid"] == os.getpid() or same_launcher
+        if ours and status["host"] == platform.node() and status["exit_code"] is None:
             now = {"exit_code": exit_code, "reason": reason, "time": time.time()}
             replace_text(directory / "status.json", json.dumps(status | now, indent=1) + "\n")
 
@@ -377,10 +358,9 @@ class RunFiles:
 
     def write_status(self, step: int) -> None:
         """status.json of a run that goes on and has saved `step`; end_status completes it."""
-        process = {"time": time.time(), "host": platform.node(), "pid": os.getpid()}
-        self.write_json(
-            "status.json", {"exit_code": None, "reason": "running", "step": step, **process}
-        )
+        status = {"exit_code": None, "reason": "running", "step": step, "time": time.time()}
+        status |= {"host": platform.node(), "pid": os.getpid(), "launcher": os.getppid()}
+        self.write_json("status.json", status)
 
     def write_splits(self, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
         """splits.json: per split {utt_id: (audio path, start, end)}; skipped.csv."""
@@ -443,6 +423,13 @@ def read_records(directory: Path) -> list[dict]:
             if all(isinstance(value, (int, float)) for value in numbers):
                 records.append(record)
     return records
+
+
+def median_speed(directory: Path) -> float | None:
+    """Median of the log lines' audio seconds per second; None if no line has it."""
+    name = "audio_seconds_per_second"
+    speeds = [record[name] for record in read_records(directory) if name in record]
+    return statistics.median(speeds) if speeds else None
 
 
 def read_predictions(path: Path) -> Columns:
