@@ -237,7 +237,7 @@ class Clock:
         plan = vadata.TrainPlan(
             (self.clips.seconds * rate).astype(np.int64), self.clips.splits["train"],
             self.clips.dialogs, batch_size, accumulation, args.context, 0,
-            self.planner.world_size, args.seed, args.batch_seconds * rate or None,
+            self.planner.world_size, args.seed,
         )  # fmt: skip
         counts, longest = [], []
         for spec in plan:
@@ -256,7 +256,7 @@ class Clock:
             if not train.reads_cache(args, stage):
                 total += self.forward(stage, np.repeat(longest, counts), **flags)
         step = self.planner.trace(8 * args.context, stage, self.long, **flags)
-        return total + plan.steps_in(0) * float(self.machine.seconds(step.work["optimizer"]))
+        return total + plan.steps_per_epoch * float(self.machine.seconds(step.work["optimizer"]))
 
     def fold(
         self, unfreeze: str, batch_size: int, accumulation: int, **flags: object

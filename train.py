@@ -131,7 +131,7 @@ PRESETS = {
 
 # A resumed run may differ from the interrupted one in these flags and in no other.
 FREE_ON_RESUME = {
-    "resume", "overwrite", "num_workers", "prefetch_factor", "log_every", "cache_dir", "out",
+    "resume", "overwrite", "num_workers", "log_every", "cache_dir", "out",
     "data_dir", "dry_run", "gpu_gib", "memory_fraction", "preset", "device", "plot_every",
     "save_every", "timeout",
 }  # fmt: skip
@@ -169,7 +169,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of a longer clip, training takes a random window and evaluation the beginning")
     add("--context", type=int, default=1, help="turns per dialogue chunk; 1 = single utterances")
     add("--num_workers", type=int, default=2, help="loader processes per rank")
-    add("--prefetch_factor", type=int, default=4, help="micro-batches a loader process holds ready")
     add("--cache_dir", default="cache", help="decoded audio, eGeMAPS, speaker embeddings")
     add("--feature_cache", choices=("auto", "on", "off"), default="auto",
         help="while WavLM is frozen, run it once per utterance and keep its hidden states in "
@@ -210,9 +209,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", default="8",
         help="utterances per GPU and micro-step; auto: the most that fit, by plan and probe, and "
         f"leave {LEAST_STEPS} steps in an epoch")
-    add("--batch_seconds", type=float, default=0.0,
-        help="in place of --batch_size: as many utterances as fit into so many seconds of audio, "
-        "padding included, per GPU and micro-step; 0 = off")
     add("--gradient_accumulation_steps", type=int, help="micro-steps per step; default 1")
     add("--global_batch_size", type=int, help="= batch_size x accumulation x ranks; default: that")
     add("--lr", type=float, default=1e-4, help="peak learning rate of all that starts from scratch")
@@ -303,11 +299,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exits with code 2 on a value outside its range or on flags that exclude each other."""
     at_least = {
-        "fold": 1, "context": 1, "num_workers": 0, "prefetch_factor": 1, "d_prosody": 1,
+        "fold": 1, "context": 1, "num_workers": 0, "d_prosody": 1,
         "d_hidden": 2, "d_state": 0, "mamba_layers": 0, "num_layers": 1, "base_channels": 1,
         "num_blocks": 1, "epochs": 1, "max_steps": -1, "lr": 0, "encoder_lr": 0, "weight_decay": 0,
         "max_grad_norm": 0, "patience": 0, "eval_every": 1, "separation_every": 0, "plot_every": 0,
-        "log_every": 1, "lr_reference_batch": 0, "batch_seconds": 0, "mse_weight": 0, "seed": 0,
+        "log_every": 1, "lr_reference_batch": 0, "mse_weight": 0, "seed": 0,
         "max_seconds": 0.1, "save_every": 0, "timeout": 1, "gpu_gib": 0.1,
         "gradient_accumulation_steps": 1, "global_batch_size": 1,
     }  # fmt: skip
@@ -393,19 +389,6 @@ def check_flags(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def fill_batch_sizes(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Sets accumulation and global batch size from each other and the number of ranks."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_seconds:
-        if args.global_batch_size or args.lr_reference_batch:
-            p.error(
-                "--batch_seconds has no fixed number of utterances per step: remove "
-                "--global_batch_size and --lr_reference_batch"
-            )
-        fewest = int(args.batch_seconds / args.max_seconds)  # what memory is planned for
-        if fewest < args.context:
-            p.error(
-                f"--batch_seconds {args.batch_seconds:g} does not hold --context {args.context} "
-                f"utterances of --max_seconds {args.max_seconds:g}: raise it, or lower those"
-            )
-        args.batch_size = fewest // args.context * args.context
     if args.batch_size == "auto":  # known once there is a model and a device
         return
     try:
@@ -451,11 +434,10 @@ def halve_batch(args: argparse.Namespace, world_size: int) -> None:
         if n % args.context == 0 and args.global_batch_size % (n * world_size) == 0
     )
     size = next(fitting, 0)
-    if not size or args.batch_seconds:
-        what = "--batch_seconds" if args.batch_seconds else "--max_seconds or --context"
+    if not size:
         raise torch.OutOfMemoryError(
             f"no room for --batch_size {args.batch_size}, which cannot be split further: lower "
-            f"{what}, unfreeze less, or give --gradient_checkpointing"
+            "--max_seconds or --context, unfreeze less, or give --gradient_checkpointing"
         )
     args.gradient_accumulation_steps = None
     split_batch(args, size, world_size)
@@ -753,7 +735,7 @@ def frozen_states(
     args: argparse.Namespace,
     stage: str,
     device: torch.device,
-) -> vadata.HiddenStates | None:
+) -> vadata.PackedRows | None:
     """The encoder's hidden states of all utterances while `stage` freezes it, else None.
 
     Computed on first use, under a key of everything that decides them; folds share them. Of a
@@ -783,10 +765,14 @@ def frozen_states(
         batches = progress(patiently(loader, args.timeout), len(plan), "hidden states")
         for some, (hidden, counts) in memory.encode_in_pieces(encode, batches, device):
             for row, values, count in zip(some, hidden, counts):
-                yield row, values[None] if pooled else values[:count]
+                yield row, values if pooled else values[:count]
         model.train()
 
-    return vadata.HiddenStates(key, args.cache_dir, compute, pooled)
+    frames = len(dataset.lengths)  # one vector of each utterance, or one per frame
+    if not pooled:
+        frames = int(wavlm.frame_lengths(dataset.lengths).sum())
+    num_bytes = 2 * frames * len(model.encoder.layers) * wavlm.config.hidden_size
+    return vadata.hidden_states(key, args.cache_dir, compute, num_bytes)
 
 
 def make_loader(
@@ -796,7 +782,7 @@ def make_loader(
     num_workers = args.num_workers if dataset.hidden is None else 0
     workers = {}
     if num_workers:
-        workers = {"prefetch_factor": args.prefetch_factor, "persistent_workers": True}
+        workers = {"prefetch_factor": vadata.PREFETCH, "persistent_workers": True}
         workers |= {"worker_init_fn": start_worker}
     return DataLoader(
         dataset,
@@ -1015,11 +1001,10 @@ def main(args: argparse.Namespace) -> int:
         return vadata.TrainPlan(
             dataset.lengths, splits["train"], dialogs, args.batch_size,
             args.gradient_accumulation_steps, args.context, rank, world_size, args.seed,
-            args.batch_seconds * dataset.rate if args.batch_seconds else None,
         )  # fmt: skip
 
     plan = batches_of_a_rank()
-    total_steps = plan.steps_before(args.epochs)
+    total_steps = args.epochs * plan.steps_per_epoch
     is_cut = 0 < args.max_steps < total_steps
     if is_cut:
         total_steps = args.max_steps
@@ -1083,7 +1068,7 @@ def main(args: argparse.Namespace) -> int:
 
     first_step = state["step"]
     handle_signals(at_once=False)  # from here on all ranks stop at the same step, and save it
-    while not state["stopped"] and plan.steps_before(state["epoch"]) < total_steps:
+    while not state["stopped"] and state["epoch"] * plan.steps_per_epoch < total_steps:
         epoch = state["epoch"]
         if unfreeze_at(schedule, epoch) != stage:
             handle_signals(at_once=True)  # last.pt is of this very step, filling a cache takes long
@@ -1096,7 +1081,7 @@ def main(args: argparse.Namespace) -> int:
             loader = make_loader(dataset, plan, args, device)
             handle_signals(at_once=False)
             log.info(f"epoch {epoch + 1} | unfreeze {stage} | {trainable_line(optimizer)}")
-        epoch_start = plan.steps_before(epoch)
+        epoch_start = epoch * plan.steps_per_epoch
         plan.set_epoch(epoch, first_step=state["step"] - epoch_start)
         teacher_forcing = 1 - epoch / max(1, args.epochs - 1)
         interrupted = any_rank(bool(stop_signals), world_size)
@@ -1128,7 +1113,7 @@ def main(args: argparse.Namespace) -> int:
 
             if state["step"] % args.log_every == 0 or state["step"] == total_steps:
                 meter.check(scaler, optimizer, corpus)
-                progress = epoch + (state["step"] - epoch_start) / plan.steps_in(epoch)
+                progress = epoch + (state["step"] - epoch_start) / plan.steps_per_epoch
                 record = meter.read(progress, optimizer) | {"total_steps": total_steps}
                 log.info(step_line(record, state["step"], total_steps, scaler))
                 if files:

@@ -19,10 +19,9 @@ import torch
 
 import corpora
 import data
-import demo
+from corpora import demo
 from data import (
     SAMPLE_RATE,
-    AudioPack,
     Batches,
     BatchSpec,
     FrameFeatures,

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 import memory
 from model import EmotionModel
+from util.files import UserError
 from util.runs import run_dir
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -163,6 +164,8 @@ def patiently(loader: DataLoader, seconds: float) -> Iterator[dict]:
             signal.setitimer(signal.ITIMER_REAL, 0)
         if batch is None:
             return
+        if isinstance(batch, UserError):  # found by a loader process, see data.Batches
+            raise batch
         yield batch
 
 

@@ -224,7 +224,7 @@ class Hints:
         busy, card = statistics.median(self.busy), memory.capacity_gib(self.args)
         if busy < BUSY and waiting <= WAITING:
             self.say("gpu", f"the GPU computes {busy:.0%} of the time: raise --batch_size")
-        if record["peak_gib"] < FILLED * card and not self.args.batch_seconds:
+        if record["peak_gib"] < FILLED * card:
             anew = argparse.Namespace(**vars(self.args) | {"global_batch_size": None})
             size = 0
             with contextlib.suppress(ValueError):  # the plan disagrees with the card
@@ -308,9 +308,6 @@ def startup_block(
     precision = {"fp16": "fp16 autocast with GradScaler", "bf16": "bf16 autocast", "off": "fp32"}
     ranks = args.global_batch_size // (args.batch_size * args.gradient_accumulation_steps)
     size, whole = args.batch_size, f"{args.global_batch_size} utterances"
-    if args.batch_seconds:
-        size = f"{args.batch_seconds:g} s of audio"
-        whole = f"{args.batch_seconds * args.gradient_accumulation_steps * ranks:g} s"
     software = " | ".join(f"{name} {version}" for name, version in versions().items())
     return "\n".join(
         (
@@ -320,7 +317,8 @@ def startup_block(
             *(f"note: {note}" for note in corpus.notes),
             *(f"skipped: {why}: {len(s)}" for why, s in skipped_by_kind(corpus).items()),
             f"batch {size} x accumulation {args.gradient_accumulation_steps} x ranks {ranks} = "
-            f"{whole} per step | {plan.steps_in(0)} steps per epoch | {total_steps} steps in all",
+            f"{whole} per step | {plan.steps_per_epoch} steps per epoch | "
+            f"{total_steps} steps in all",
             f"unfreeze {args.unfreeze} | " * (args.encoder == "wavlm")
             + f"trains now {trainable_line(optimizer)}",
             "flags " + json.dumps(vars(args)),
