@@ -428,7 +428,8 @@ def test_the_pack_key_changes_with_the_files_content_and_with_start_and_end(tmp_
     def key(text="a,a.wav,0.5,0.5,0,0.4\n"):
         text = "utt_id,path,valence,arousal,start,end\n" + text
         path = write_csv(tmp_path, text, clips=())
-        return AudioPack(corpora.read_corpus(str(path), None, None), tmp_path / "cache").key
+        corpus = corpora.read_corpus(str(path), None, None)
+        return data.load_audio(corpus, tmp_path / "cache")[1].key
 
     write_wav(tmp_path / "a.wav")
     first = key()

@@ -352,15 +352,7 @@ def test_what_is_not_run_is_still_in_the_readme():
 
 
 def test_every_flag_in_the_text_exists():
-    programs = (
-        "train.py",
-        "data.py",
-        "faces.py",
-        "predict.py",
-        "report.py",
-        "memory.py",
-        "launch.sh",
-    )
+    programs = ("train.py", "data.py", "predict.py", "report.py", "memory.py", "launch.sh")
     benches = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/bench_*.py"))
     assert all(name in README for name in benches)
     known = "\n".join((ROOT / name).read_text() for name in (*programs, *benches))
