@@ -247,12 +247,14 @@ def identity(path: Path) -> tuple[int, int]:
 
 
 def decoded_bytes(u: Utterance) -> int:
-    """About how large the decoded clip will be, by its header."""
-    try:
-        seconds = soundfile.info(u.path).duration if u.end is None else u.end
-    except (soundfile.SoundFileError, OSError, TypeError, UnicodeError):
-        seconds = u.start  # it will be skipped
-    return 2 * SAMPLE_RATE * round(min(seconds - u.start, MAX_CLIP_SECONDS))
+    """About how large the decoded clip will be, by its header; 0 if it cannot be read."""
+    end = u.end
+    if end is None:
+        try:
+            end = soundfile.info(u.path).duration if u.path.is_file() else u.start
+        except (soundfile.SoundFileError, OSError, TypeError, UnicodeError):
+            end = u.start
+    return 2 * round(SAMPLE_RATE * min(end - u.start, MAX_CLIP_SECONDS))
 
 
 def load_audio(
