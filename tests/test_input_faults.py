@@ -31,9 +31,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import soundfile
+from conftest import tiny_vision_model
 
 import corpora
 import data
+import train
 from data import SAMPLE_RATE
 from util import files
 from util.files import UserError
@@ -1052,6 +1054,35 @@ def test_a_cache_that_was_damaged_afterwards_is_refused_whichever_file_and_damag
             shutil.rmtree(tmp_path / "copy")
 
 
+def test_one_flipped_bit_in_a_file_of_100_mb_is_found_and_an_intact_cache_is_hashed_once(tmp_path):
+    def fill(aside):
+        (aside / "values.bin").write_bytes(bytes(10**8))
+
+    cache = tmp_path / "cache" / "x"
+    files.build_cache(cache, fill)
+    began = time.perf_counter()
+    files.build_cache(cache, fill)
+    assert time.perf_counter() - began < 0.02  # sizes and times alone
+    with open(cache / "values.bin", "r+b") as file:
+        file.seek(8 * 10**7)
+        file.write(b"\1")
+    with pytest.raises(UserError, match="x is damaged: delete it"):
+        files.build_cache(cache, fill)
+    with open(cache / "values.bin", "r+b") as file:
+        file.seek(8 * 10**7)
+        file.write(b"\0")
+    assert files.build_cache(cache, fill) == cache  # another time, the same bytes
+
+
+def test_a_cache_that_does_not_fit_the_disk_is_refused_before_anything_is_computed(tmp_path):
+    def compute():
+        raise AssertionError("computed")
+
+    fault = rf"would need 1048576.00 GiB in {tmp_path}/new, where .* GiB are free: free disk .*off"
+    with pytest.raises(UserError, match=fault):
+        data.hidden_states("key", tmp_path / "new", compute, num_bytes=2**50)
+
+
 CHILD = """
 import sys, test_input_faults as t
 from pathlib import Path
@@ -1116,3 +1147,49 @@ def test_a_full_disk_is_one_line_that_names_cache_dir(tmp_path):
     assert lines[0].startswith(f"data.py: error: --cache_dir {cache}: ")
     assert "No space left on device" in lines[0]
     assert all(name.startswith(".") and name.endswith(".lock") for name in lines[1:])
+
+
+# ---------------------------------------------------------------- processes of a loader, pipes
+
+
+def write_training_corpus(root, clips=24, frames=6):
+    """Path of a manifest with three sessions, and <utt_id>.npy of each utterance in npy/."""
+    sound("a.wav", samples=tone(seconds=0.3))(root)
+    (root / "npy").mkdir()
+    rows = [("utt_id", "path", "valence", "arousal", "session")]
+    for i in range(clips):
+        np.save(root / f"npy/u{i:02}.npy", np.random.default_rng(i).standard_normal((frames, 8)))
+        rows.append((f"u{i:02}", "a.wav", i / clips, 1 - i / clips, f"s{i % 3}"))
+    return manifest(root, *rows)
+
+
+@pytest.mark.parametrize("num_workers", ["0", "2"])
+def test_nan_that_a_loader_process_finds_is_one_line_with_the_name_of_the_file(
+    tmp_path, num_workers, capfd, monkeypatch
+):
+    path = write_training_corpus(tmp_path)
+    bad = tmp_path / "npy/u11.npy"  # of the train split of fold 1: read in the middle of the epoch
+    np.save(bad, np.full((6, 8), np.nan))
+    flags = ["--data", path, "--encoder", "lightweight_transformer", "--prosody", "none"]
+    flags += ["--features_dir", str(tmp_path / "npy"), "--d_model", "256", "--num_layers", "1"]
+    flags += ["--batch_size", "1", "--num_workers", num_workers, "--device", "cpu"]
+    flags += ["--cache_dir", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
+    assert train.run(flags) == 2
+    assert capfd.readouterr().err == f"train.py: error: {bad}: holds NaN or infinite values\n"
+
+
+@pytest.mark.parametrize("script", ["data.py", "faces.py"])
+def test_output_into_a_closed_pipe_ends_quietly(tmp_path, script):
+    path = write_training_corpus(tmp_path)
+    command = f"{sys.executable} {REPO / script} --data {path} --cache_dir {tmp_path}/cache"
+    if script == "faces.py":
+        image = pytest.importorskip("PIL.Image")
+        tiny_vision_model(tmp_path / "model")
+        for i in range(24):
+            (tmp_path / f"faces/u{i:02}").mkdir(parents=True)
+            image.new("RGB", (224, 224)).save(tmp_path / f"faces/u{i:02}/1.png")
+        command += f" --face_dir {tmp_path}/faces --vision_model {tmp_path}/model"
+        command += f" --features_dir {tmp_path}/out"
+    command += " | (exec <&-; sleep 0); exit ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (141, "")
