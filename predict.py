@@ -158,9 +158,9 @@ def cut_windows(corpus: Corpus, window: float, hop: float) -> Corpus:
     return dataclasses.replace(corpus, utterances=cut)
 
 
-def decode(corpus: Corpus, cache_dir: str) -> tuple[Corpus, vadata.AudioPack]:
+def decode(corpus: Corpus, cache_dir: str) -> tuple[Corpus, vadata.PackedRows]:
     """data.load_audio, however much has to be left out; that is named on stderr."""
-    corpus, pack = vadata.load_audio(corpus, cache_dir, most_bad=1.0)
+    corpus, pack = vadata.load_audio(corpus, cache_dir, max_skipped=1.0)
     for utt_id, *_, reason in corpus.skipped:
         print(f"skipped {utt_id}: {reason}", file=sys.stderr)
     return corpus, pack
@@ -168,7 +168,7 @@ def decode(corpus: Corpus, cache_dir: str) -> tuple[Corpus, vadata.AudioPack]:
 
 def build_inputs(
     corpus: Corpus,
-    pack: vadata.AudioPack,
+    pack: vadata.PackedRows,
     cache_dir: str,
     args: argparse.Namespace,
     model: EmotionModel,

@@ -75,3 +75,15 @@ def quick_flags(corpus, small_wavlm, directory):
 @pytest.fixture
 def flags(corpus, small_wavlm, tmp_path):
     return quick_flags(corpus, small_wavlm, tmp_path)
+
+
+def tiny_vision_model(folder, seed=0):
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(seed)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    size = {"height": 56, "width": 56}
+    BitImageProcessor(size={"shortest_edge": 64}, crop_size=size).save_pretrained(folder)

@@ -13,9 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Behaves as told by the environment; leaves one JSON line per attempt in STUB_LOG.
-TRAIN = """
-import argparse, json, os, pathlib, signal, subprocess, sys, time
+FLAGS = """
+import argparse, os, sys, time
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(allow_abbrev=False)
@@ -26,65 +25,70 @@ def parse_args(argv=None):
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--resume", action="store_true")
     p.add_argument("--overwrite", action="store_true")
+    if "train" not in sys.modules["__main__"].__dict__:  # launch.sh asks
+        time.sleep(float(os.environ.get("STUB_ASK_SECONDS", 0)))
     return p.parse_args(argv)
+"""
+RUNS = """
+from pathlib import Path
 
 def run_dir(args):
-    return pathlib.Path(args.out) / args.name / f"fold{args.fold}"
+    return Path(args.out) / args.name / f"fold{args.fold}"
+"""
+# What it does is in the environment; it leaves one JSON line per attempt in STUB_LOG.
+TRAIN = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+from flags import parse_args
+
+train = True  # and not launch.sh's question
+args, env, start = parse_args(), os.environ, time.time()
+fold, run = args.fold, Path(args.out) / args.name / f"fold{args.fold}"
+run.mkdir(parents=True, exist_ok=True)
+print("hello from fold", fold, flush=True)
 
 def record(**values):
-    with open(os.environ["STUB_LOG"], "a") as file:
+    values |= {"fold": fold, "argv": sys.argv[1:], "rank": env.get("RANK"),
+               "gpus": env.get("CUDA_VISIBLE_DEVICES"), "threads": env.get("OMP_NUM_THREADS")}
+    with open(env["STUB_LOG"], "a") as file:
         file.write(json.dumps(values) + "\\n")
 
-def finish(args):
-    names = [f"{m}_{t}" for m in ("ccc", "pcc", "rmse") for t in ("valence", "arousal")]
-    scores = dict.fromkeys([*names, "ccc_mean"], 0.1 * args.fold)
-    result = {"fold": args.fold, "num_folds": 3, "best_epoch": 1, "seconds": 1, "dev": scores,
-              "test": scores, "peak_gib_measured": 1, "parameters_trainable": 1}
-    (run_dir(args) / "result.json").write_text(json.dumps(result))
-    rows = "".join(f"u{args.fold}{i},d,s{i},,2,{i},{i},{i},{i}\\n" for i in range(6))
-    header = "utt_id,dialog,speaker,emotion,seconds,valence,arousal,pred_valence,pred_arousal\\n"
-    (run_dir(args) / "predictions_test.csv").write_text(header + rows)
+def save_and_exit(*_):
+    (run / "last.pt").write_text("saved")
+    sys.exit(75)
 
-if __name__ != "__main__":  # launch.sh asks for the run directory
-    time.sleep(float(os.environ.get("STUB_IMPORT_SECONDS", 0)))
-else:
-    args, env = parse_args(), os.environ
-    start = time.time()
-    about = dict(fold=args.fold, argv=sys.argv[1:], rank=env.get("RANK"),
-                 world=env.get("WORLD_SIZE"), gpus=env.get("CUDA_VISIBLE_DEVICES"),
-                 threads=env.get("OMP_NUM_THREADS"))
-    run_dir(args).mkdir(parents=True, exist_ok=True)
-    print("hello from fold", args.fold, flush=True)
-    if env.get("STUB_HANG"):
-        # "polite" saves on SIGTERM; "deaf" ignores it; either has a child that ignores it
-        def stop(number, frame):
-            if env["STUB_HANG"] == "polite":
-                (run_dir(args) / "last.pt").write_text("saved")
-                sys.exit(75)
-        signal.signal(signal.SIGTERM, stop)
-        deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-        child = subprocess.Popen([sys.executable, "-c", deaf])
-        record(pids=[os.getpid(), child.pid], **about)
-        while True:
-            time.sleep(0.1)
-    time.sleep(float(env.get("STUB_SECONDS", 0.1)))
-    record(start=start, end=time.time(), **about)
-    codes = json.loads(env.get("STUB_CODES", "{}")).get(str(args.fold), 0)
-    if args.resume and env.get("STUB_RESUMES"):
-        codes = 0
-    if env.get("STUB_SAVES"):
-        (run_dir(args) / "last.pt").write_text("saved")
-    if env.get("STUB_STATUS"):
-        status = {"exit_code": json.loads(env["STUB_STATUS"]), "reason": "as told"}
-        (run_dir(args) / "status.json").write_text(json.dumps(status))
-    if codes == -9:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if codes:
-        print("fold", args.fold, "broke here", file=sys.stderr)
-        sys.exit(codes)
-    finish(args)
+if env.get("STUB_HANG"):  # with a child that ignores SIGTERM
+    saves = env["STUB_HANG"] == "saves on SIGTERM"
+    ignores = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    signal.signal(signal.SIGTERM, save_and_exit if saves else signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-c", ignores])
+    record(pids=[os.getpid(), child.pid])
+    while True:
+        time.sleep(0.1)
+time.sleep(float(env.get("STUB_SECONDS", 0.1)))
+record(start=start, end=time.time())
+if env.get("STUB_SAVES"):
+    (run / "last.pt").write_text("saved")
+if env.get("STUB_STATUS"):
+    status = {"exit_code": json.loads(env["STUB_STATUS"]), "reason": "a test"}
+    (run / "status.json").write_text(json.dumps(status))
+code = json.loads(env.get("STUB_CODES", "{}")).get(str(fold), 0)
+if code == -9:
+    os.kill(os.getpid(), signal.SIGKILL)
+if code and not (args.resume and env.get("STUB_RESUMES")):
+    print("fold", fold, "broke here", file=sys.stderr)
+    sys.exit(code)
+names = [f"{m}_{t}" for m in ("ccc", "pcc", "rmse") for t in ("valence", "arousal")]
+scores = dict.fromkeys([*names, "ccc_mean"], 0.1 * fold)
+result = {"fold": fold, "num_folds": 3, "best_epoch": 1, "seconds": 1, "dev": scores,
+          "test": scores, "peak_gib_measured": 1, "parameters_trainable": 1}
+(run / "result.json").write_text(json.dumps(result))
+header = "utt_id,dialog,speaker,emotion,seconds,valence,arousal,pred_valence,pred_arousal\\n"
+rows = [f"u{fold}{i},d,s{i},,2,{i},{i},{i},{i}\\n" for i in range(6)]
+(run / "predictions_test.csv").write_text("".join([header, *rows]))
 """
 REPORT = "import sys; print('report', sys.argv[1:])\n"
+CPU = ("--", "--device", "cpu")
 
 
 class Box:

@@ -28,7 +28,7 @@ import soundfile
 import torch
 
 import train
-from demo import DEMO_VERSION, demo_voice, synthesise
+from corpora.demo import DEMO_VERSION, demo_voice, synthesise
 from report import fold_list
 from util.runs import run_dir
 
@@ -196,6 +196,8 @@ class Clone:
         self.ahead = {}  # command -> future of what it prints
         for file in (*ROOT.glob("*.py"), ROOT / "launch.sh"):
             shutil.copy(file, directory)
+        for package in ("corpora", "util"):
+            shutil.copytree(ROOT / package, directory / package)
         shutil.copytree(small_wavlm, directory / "small_wavlm")
         write_iemocap(directory / f"cache/demo-v{DEMO_VERSION}")
 
@@ -372,13 +374,21 @@ def apply_example(title, clone):
     """Puts the example's lines where their comments say; its command, made quick."""
     (text,) = re.findall(rf"^\*\*{title}\.\*\*(.*?)(?=^\*\*|^## )", HACKING, flags=re.M | re.S)
     (code,) = fences("python", text)
-    places = re.split(r"^# (\w+\.py), (above|below) `(.*)`\n", code, flags=re.MULTILINE)
-    assert places[0] == ""
-    for file, where, mark, lines in zip(*[iter(places[1:])] * 4):
-        source = (clone.directory / file).read_text().splitlines()
+    for part in re.split(r"^(?=# \S+\.py, )", code, flags=re.MULTILINE):
+        if not part:
+            continue
+        place, lines = part.split("\n", 1)
+        file, where = re.fullmatch(r"# (\S+\.py), (.*)", place).groups()
+        path = clone.directory / file
+        if where == "a new file":
+            assert not path.exists()
+            path.write_text(lines)
+            continue
+        where, mark = re.fullmatch("(above|below) `(.*)`", where).groups()
+        source = path.read_text().splitlines()
         (at,) = [i for i, line in enumerate(source) if mark in line]
         source.insert(at + (where == "below"), lines.rstrip())
-        (clone.directory / file).write_text("\n".join(source) + "\n")
+        path.write_text("\n".join(source) + "\n")
     (command,) = inline(re.sub("```.*```", "", text, flags=re.DOTALL))
     return shrunk(command)
 

@@ -224,7 +224,7 @@ SETTINGS = {
         "2",
     ],
     "workers": ["--num_workers", "2", "--augment", "--patience", "3"],
-    "frozen": ["--unfreeze", "none", "--max_seconds", "1.5", "--batch_seconds", "6"],
+    "frozen": ["--unfreeze", "none", "--max_seconds", "1.5", "--batch_size", "4"],
 }
 
 
@@ -360,7 +360,7 @@ def test_a_damaged_cache_is_refused_and_a_full_disk_named(flags, tmp_path, monke
     args = parse_args(flags)
     assert main(args) == 0
     (cache,) = caches(args)
-    with open(cache / "values.f16", "ab") as file:
+    with open(cache / "values.bin", "ab") as file:
         file.write(b"xx")
     with pytest.raises(UserError, match="is damaged: delete it"):
         main(parse_args([*flags, "--overwrite"]))
@@ -368,8 +368,8 @@ def test_a_damaged_cache_is_refused_and_a_full_disk_named(flags, tmp_path, monke
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.vadata.HiddenStates, "_write", full)
-    with pytest.raises(UserError, match=r"--cache_dir .*: hidden-.*No space left.*make room"):
+    monkeypatch.setattr(train.vadata.PackedRows, "write", full)
+    with pytest.raises(UserError, match=r"--cache_dir .*: hidden-.*No space left.*free disk space"):
         main(parse_args([*flags, "--overwrite", "--layers", "1"]))
     assert caches(args) == [cache]
 
@@ -587,8 +587,6 @@ def test_batch_sizes_are_derived_from_each_other(monkeypatch):
         (["--name", "a/b"], "--name"),
         (["--epochs", "0"], "--epochs 0: must be at least 1"),
         (["--label_range", "5", "1"], "LO must be below HI"),
-        (["--batch_seconds", "5"], "does not hold --context 1 utterances of --max_seconds 12"),
-        (["--batch_seconds", "60", "--global_batch_size", "8"], "remove --global_batch_size"),
         (["--feature_cache", "on", "--augment"], "remove one of the two"),
         (["--init_from", "/nowhere"], "--init_from /nowhere"),
         (["--feature_cache", "on", "--encoder", "convnext"], "not for --encoder convnext"),

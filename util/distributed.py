@@ -451,6 +451,8 @@ def with_timeout(loader: DataLoader, seconds: float) -> Iterator[dict]:
             signal.setitimer(signal.ITIMER_REAL, 0)
         if batch is None:
             return
+        if isinstance(batch, UserError):  # found by a loader process, see data.Batches
+            raise batch
         yield batch
 
 
