@@ -346,7 +346,7 @@ def make_loader(
     workers = {}
     num_workers = args.num_workers if dataset.hidden is None else 0
     if num_workers:
-        workers = {"prefetch_factor": data.PREFETCH_FACTOR, "persistent_workers": True}
+        workers = {"prefetch_factor": data.PREFETCH, "persistent_workers": True}
         workers["worker_init_fn"] = distributed.start_worker
     return DataLoader(
         dataset,
@@ -452,7 +452,7 @@ def frozen_states(
     args: argparse.Namespace,
     stage: str,
     device: torch.device,
-) -> data.HiddenStates | None:
+) -> data.PackedRows | None:
     """WavLM's hidden states of all utterances if `stage` freezes it and they are cached, else None.
 
     Computed on first use, under a key of everything that decides them; folds share them. A clip
@@ -481,6 +481,10 @@ def frozen_states(
             encoded = distributed.encode_in_pieces(encode, batches, device)
             for batch_rows, (hidden, counts) in encoded:
                 for row, values, count in zip(batch_rows, hidden, counts):
-                    yield row, values[None] if pooled else values[:count]
+                    yield row, values if pooled else values[:count]
 
-    return data.HiddenStates(key, args.cache_dir, compute, pooled)
+    vectors = len(dataset.lengths)  # one per utterance, or one per frame
+    if not pooled:
+        vectors = int(wavlm.frame_lengths(dataset.lengths).sum())
+    num_bytes = 2 * vectors * len(model.encoder.layers) * wavlm.config.hidden_size
+    return data.hidden_states(key, args.cache_dir, compute, num_bytes)
