@@ -109,7 +109,7 @@ from util.runs import (
     save_checkpoint,
     wavlm_weights,
 )
-from wavlm import ATTENTIONS, SIZES, WavLM, load_wavlm, read_config
+from wavlm import ATTENTIONS, SIZES, WavLM, WavLMError, load_wavlm, read_config
 
 log = logging.getLogger("vatune")
 
@@ -505,7 +505,10 @@ def seed_micro_step(seed: int, step: int, micro_step: int, rank: int) -> None:
 def set_trainable(model: EmotionModel, what: str, train_only: str | None = None) -> None:
     """requires_grad of every parameter for a stage of the schedule."""
     if model.config.encoder == "wavlm":
-        model.encoder.wavlm.set_trainable(what)
+        try:
+            model.encoder.wavlm.set_trainable(what)
+        except WavLMError as error:
+            raise UserError(str(error)) from error
     if train_only == "film":
         model.requires_grad_(False)
         model.film.requires_grad_(True)
@@ -563,7 +566,10 @@ def build_model(
     wavlm = None
     if args.encoder == "wavlm":
         source = (args.wavlm, args.wavlm_revision, args.wavlm_dropout)
-        wavlm = load_wavlm(*source) if load else WavLM(read_config(*source))
+        try:
+            wavlm = load_wavlm(*source) if load else WavLM(read_config(*source))
+        except WavLMError as error:
+            raise UserError(f"--wavlm {error}") from error
         flags["wavlm"] = wavlm.config.to_dict()
     model = EmotionModel(ModelConfig(**flags), wavlm)
     set_checkpointing(model, args.gradient_checkpointing)
