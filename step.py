@@ -35,7 +35,7 @@ from model import (
 from util import distributed
 from util.files import UserError, digest, weights_digest
 from util.files import progress as progress_bar
-from wavlm import WavLM, load_wavlm, read_config
+from wavlm import WavLM, WavLMError, load_wavlm, read_config
 
 log = logging.getLogger("vatune")
 
@@ -94,7 +94,10 @@ def reads_cache(args: argparse.Namespace, stage: str) -> bool:
 def set_trainable(model: EmotionModel, stage: str, train_only: str | None = None) -> None:
     """Sets requires_grad of every parameter for a stage of --unfreeze."""
     if model.config.encoder == "wavlm":
-        model.encoder.wavlm.set_trainable(stage)
+        try:
+            model.encoder.wavlm.set_trainable(stage)
+        except WavLMError as error:  # top:K of fewer layers
+            raise UserError(str(error)) from error
     if train_only == "film":
         model.requires_grad_(False)
         model.film.requires_grad_(True)
@@ -132,7 +135,10 @@ def build_model(
     wavlm = None
     if args.encoder == "wavlm":
         source = (args.wavlm, args.wavlm_revision, args.wavlm_dropout)
-        wavlm = load_wavlm(*source) if load else WavLM(read_config(*source))
+        try:
+            wavlm = load_wavlm(*source) if load else WavLM(read_config(*source))
+        except WavLMError as error:
+            raise UserError(f"--wavlm {error}") from error
         settings["wavlm"] = wavlm.config.to_dict()
     model = EmotionModel(ModelConfig(**settings), wavlm)
     set_checkpointing(model, args.gradient_checkpointing)
@@ -413,9 +419,8 @@ def evaluate(
     then tracked turn after turn, else each utterance is one. All ranks together raise Stopped if
     one has got a signal, and StepTooLarge if one has no memory for a single utterance.
     """
-    alone = evaluates_unpadded(model)
     plans = [
-        data.eval_plan(dataset, rows, rank, distributed.world_size(), alone)
+        data.eval_plan(dataset, rows, rank, distributed.world_size(), model.sees_padding)
         for rank in range(distributed.world_size())
     ]
     plan = plans[distributed.rank()]
@@ -438,12 +443,6 @@ def evaluate(
         groups = rows.tolist() if args.context == 1 else [dialogs[row] for row in rows]
         preds = track_dialogues(model, vectors, groups)
     return Evaluation(preds, vectors.cpu())
-
-
-def evaluates_unpadded(model: EmotionModel) -> bool:
-    """True for Base-type WavLM, whose first norm ("group") sees padding: evaluation then pads
-    nothing, so that an utterance's result does not depend on what shares its batch."""
-    return model.config.encoder == "wavlm" and not model.encoder.takes_mask
 
 
 def frozen_states(
@@ -474,7 +473,7 @@ def frozen_states(
 
     def compute() -> Iterator[tuple[int, np.ndarray]]:
         rows = np.arange(len(dataset.lengths))
-        plan = data.eval_plan(dataset, rows, 0, 1, evaluates_unpadded(model))
+        plan = data.eval_plan(dataset, rows, 0, 1, model.sees_padding)
         loader = distributed.with_timeout(make_loader(dataset, plan, args, device), args.timeout)
         batches = progress_bar(loader, len(plan), "hidden states")
         with inference(model):
