@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from pictures import plot_windows
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
@@ -44,7 +45,6 @@ import data as vadata
 import memory
 from corpora import Corpus, Utterance, read_csv, turn_order
 from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
-from pictures import plot_windows
 from util.files import UserError, digest, replace_text, replacing, weights_digest
 from util.runs import MODEL_FLAGS, load_model
 from wavlm import save_wavlm

@@ -59,7 +59,7 @@ from model import (
     moment_sums,
     track_dialogues,
 )
-from pictures import plot_run
+from report import plot_run
 from util.distributed import (
     RETRY_EXIT_CODE,
     START_SECONDS,

@@ -16,11 +16,11 @@ import time
 from io import BytesIO
 
 import numpy as np
+import report as pictures
 import pytest
 import torch
 from matplotlib.image import imread
 
-import pictures
 import report
 import train
 from model import TARGETS
