@@ -1,4 +1,4 @@
-"""Where a batch comes from: audio, its caches, features, batches. Nothing here knows the model.
+"""Where a batch comes from: audio, its caches, features, batches.
 
     python data.py --data demo                                    # synthesise, inspect (seconds)
     python data.py --data my.csv --label_range 1 7                # your own manifest
@@ -50,6 +50,7 @@ from corpora import (
     skipped_by_kind,
     write_skipped,
 )
+from model import TARGETS
 from util.files import (
     UserError,
     build_cache,
@@ -67,6 +68,7 @@ MAX_CLIP_SECONDS = 600  # longer is taken for a forgotten start/end, not for an 
 RATES = (4_000, 384_000)  # Hz; a header that says anything else is taken for a damaged one [guess]
 MOST_MISSING = 0.1  # of a clip's samples; with more lost, its label may belong to the rest [guess]
 GROUP_SECONDS = 2.0  # of audio, which one more pass of an encoder costs on its own [guess]
+PREFETCH_FACTOR = 4  # micro-batches that a loader worker holds ready
 EVAL_SECONDS = 64  # padded seconds per evaluation batch; fixed, so that results do not move
 CORES = len(os.sched_getaffinity(0))
 
@@ -507,6 +509,7 @@ class BatchSpec:
 
     chunks: tuple[tuple[int, ...], ...]  # rows of the corpus
     epoch: int = -1  # -1 = evaluation: no augmentation, no random window
+    step_size: int = 0  # utterances in the global batch that this one is a part of
 
 
 class Batches(torch.utils.data.Dataset):
@@ -558,6 +561,7 @@ class Batches(torch.utils.data.Dataset):
             "rows": rows,
             "chunk_index": torch.from_numpy(chunk_index),
             "labels": torch.from_numpy(self.labels[rows]),
+            "step_size": spec.step_size,
         }
         batch["audio_seconds"] = float(self.lengths[rows].sum()) / self.rate
         batch["padded_share"], real = 0.0, None
@@ -694,6 +698,10 @@ class TrainPlan:
         """Choose the epoch, and the step to start at (resume inside an epoch)."""
         self.epoch, self.first_step = epoch, first_step
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.steps_in(0)
+
     def steps_in(self, epoch: int) -> int:
         if epoch not in self._counts:
             self._counts[epoch] = len(self._steps(epoch)[1])
@@ -757,27 +765,27 @@ class TrainPlan:
         longest = np.array([max(self.lengths[row] for row in chunk) for chunk in chunks])
         for step in steps[self.first_step :]:
             step = step[np.argsort(longest[step], kind="stable")]
+            step_size = sum(len(chunks[i]) for i in step)
             micro_batches = step.reshape(self.micro_batches, -1)
             for micro_batch in micro_batches[self.rank :: self.world_size]:
-                yield BatchSpec(tuple(chunks[i] for i in micro_batch), self.epoch)
+                yield BatchSpec(tuple(chunks[i] for i in micro_batch), self.epoch, step_size)
 
 
 def eval_plan(
-    lengths: np.ndarray,
-    rows: np.ndarray,
-    rank: int,
-    world_size: int,
-    budget: int = EVAL_SECONDS * SAMPLE_RATE,
+    dataset: Batches, rows: np.ndarray, rank: int, world_size: int, unpadded: bool = False
 ) -> list[BatchSpec]:
     """This rank's batches for evaluation; over all ranks, every row once.
 
-    Batches hold utterances of like length, at most `budget` padded samples (for frame features
-    pass EVAL_SECONDS * dataset.rate) and at least one utterance. Which utterances share a batch
-    depends on no flag and not on world_size; ranks get whole batches of about equal total cost.
+    Batches hold utterances of like length, EVAL_SECONDS of audio at most with their padding, and at
+    least one utterance; `unpadded`: of equal length. Which utterances share a batch depends on no
+    flag and not on world_size; ranks get batches of about equal total cost.
     """
+    lengths, budget = dataset.lengths, EVAL_SECONDS * dataset.rate
     batches: list[list[int]] = []
     for row in sorted(np.asarray(rows).tolist(), key=lambda row: (-lengths[row], row)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+        longest = lengths[batches[-1][0]] if batches else 0
+        full = not batches or (len(batches[-1]) + 1) * longest > budget
+        if full or (unpadded and lengths[row] != longest):
             batches.append([])
         batches[-1].append(row)
     load = [0] * world_size
@@ -788,6 +796,94 @@ def eval_plan(
         if lightest == rank:
             mine.append(BatchSpec(tuple((row,) for row in batch)))
     return mine
+
+
+# ---------------------------------------------------------------------------------------------
+# A fold of a corpus
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """Sizes of the inputs that the flags alone do not tell."""
+
+    speaker_dim: int  # width of the speaker vectors; 0 = none
+    frame_dim: int  # width of the feature files; 0 = none
+    length: int  # samples of the longest utterance, or frames where features are read
+    rate: float  # samples or frames per second
+
+
+@dataclass
+class Fold:
+    """One fold of a corpus, ready to be batched."""
+
+    corpus: Corpus
+    splits: dict[str, np.ndarray]  # train, dev, test: rows of the corpus
+    dataset: Batches
+    dialogs: list[str]  # of every row
+    labels: torch.Tensor  # (N, 2) in [0, 1]
+    shape: InputShape
+
+    def in_label_scale(self, preds: torch.Tensor) -> torch.Tensor:
+        """Predictions (n, 2) in [0, 1] in the units of the labels."""
+        low, high = self.corpus.label_range
+        return low + (high - low) * preds
+
+    def plan_batches(self, args: argparse.Namespace, rank: int, world_size: int) -> TrainPlan:
+        """The train split's batches of this rank."""
+        return TrainPlan(
+            lengths=self.dataset.lengths,
+            rows=self.splits["train"],
+            dialogs=self.dialogs,
+            batch_size=args.batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            context=args.context,
+            rank=rank,
+            world_size=world_size,
+            seed=args.seed,
+        )
+
+    def speakers(self, split: str) -> list[str]:
+        return [self.corpus.utterances[row].speaker for row in self.splits[split]]
+
+
+def load_fold(args: argparse.Namespace) -> Fold:
+    """The corpus, its splits for --fold and the inputs of the model; builds missing caches.
+
+    Nothing is normalised here: the model's normaliser sees the train split alone.
+    """
+    label_range = tuple(args.label_range) if args.label_range else None
+    corpus = read_corpus(args.data, args.data_dir, label_range, Path(args.cache_dir))
+    corpus, pack = load_audio(corpus, args.cache_dir)
+    features = prosody = speaker = None
+    if args.features_dir:
+        features = FrameFeatures(corpus, args.features_dir)
+    if args.prosody == "egemaps":
+        prosody = egemaps(corpus, pack, args.cache_dir)
+    if args.speaker != "none" and not args.no_film:
+        speaker = speaker_embeddings(corpus, pack, args.speaker, args.cache_dir)
+    dataset = Batches(
+        labels=corpus.labels(TARGETS),
+        pack=None if features else pack,
+        features=features,
+        prosody=prosody,
+        speaker=speaker,
+        max_seconds=args.max_seconds,
+        augment=args.augment,
+        seed=args.seed,
+    )
+    return Fold(
+        corpus=corpus,
+        splits=make_splits(corpus, args.fold),
+        dataset=dataset,
+        dialogs=[utterance.dialog for utterance in corpus.utterances],
+        labels=torch.from_numpy(dataset.labels),
+        shape=InputShape(
+            speaker_dim=0 if speaker is None else speaker.shape[1],
+            frame_dim=0 if features is None else features.dim,
+            length=int(dataset.lengths.max()),
+            rate=dataset.rate,
+        ),
+    )
 
 
 # ---------------------------------------------------------------------------------------------

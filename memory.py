@@ -6,7 +6,7 @@
     python memory.py --calibrate        # measures this machine's speed once, in under a minute
     python memory.py --measure          # predicted against real, over a grid of settings
 
-Bytes come from tracing.py, which runs the project's own training step without data, so that a
+Bytes come from util.tracing.py, which runs the project's own training step without data, so that a
 changed model is planned right without a line changed here. Seconds are the operations of that step
 at a machine's rates (timing.py).
 
@@ -22,32 +22,37 @@ import gc
 import json
 import logging
 import math
-import os
-import re
-import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 import data as vadata
+import flags
+import step as updates
 from model import AUTOCAST
 from timing import GPUS, Clock, calibrate, clips, device_name, machine
+from util.distributed import (
+    GIB,
+    allow_tf32,
+    capacity_gib,
+    is_out_of_memory,
+    peak_gib,
+    reset_peak,
+    smallest,
+)
+from util.files import UserError
 from util.tracing import KINDS, Trace, blend, meta_batch, on_cuda, real_step, trace
+from wavlm import read_config
 
 log = logging.getLogger("vatune")
 
-GIB = 2**30
 CONTEXT_GIB, NCCL_GIB = 0.45, 0.4  # outside the allocator: CUDA context with its kernels [guess]
 FITS, TIGHT = 0.90, 0.97  # shares of the card: clips of many lengths fragment what is reserved
-GPU_GIB = 24.0  # of a card that is not here
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 # Shapes of hub checkpoints, so that planning needs no network
@@ -55,101 +60,6 @@ KNOWN_SHAPES = {
     "microsoft/wavlm-large": "large", "microsoft/wavlm-base": "base",
     "microsoft/wavlm-base-plus": "base",
 }  # fmt: skip
-
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts
-
-
-# ---------------------------------------------------------------------------------------------
-# Run time
-
-
-def configure(args: argparse.Namespace, device: torch.device) -> None:
-    """Applies --tf32 and --memory_fraction, and starts the measurement of the peak."""
-    allow_tf32(args.tf32 == "on")
-    if device.type == "cuda" and args.memory_fraction:
-        torch.cuda.set_per_process_memory_fraction(args.memory_fraction, device)
-    reset_peak(device)
-
-
-def allow_tf32(on: bool) -> None:
-    """In matrix products and convolutions of what is float32 on a GPU."""
-    torch.backends.cuda.matmul.allow_tf32 = on
-    torch.backends.cudnn.allow_tf32 = on
-
-
-def reset_peak(device: torch.device) -> None:
-    """Starts the measurement of the peak anew; on a CPU it is that of the process's life."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_gib(device: torch.device) -> float:
-    """Measured peak: allocated tensors on CUDA, resident memory of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-
-
-def capacity_gib(args: argparse.Namespace) -> float:
-    """What there is to fill: --gpu_gib or else the GPU here, or free RAM."""
-    if on_cuda(args):
-        whole = args.gpu_gib or GPU_GIB
-        if torch.cuda.is_available() and not args.gpu_gib:
-            whole = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[1] / GIB
-        return whole * (args.memory_fraction or 1.0)
-    free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(free[1]) * 1024 / GIB
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of CUDA's allocator and libraries, torch on a CPU, numpy; a collective's is another fault."""
-    words = r"(out of|not enough|can't allocate) memory|_ALLOC_FAILED"
-    words += "|unable to find an engine"  # cuDNN's, when none of its workspaces found room
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError)
-        and not isinstance(error, dist.DistError)
-        and re.search(words, str(error)) is not None
-    )
-
-
-def encode_in_pieces(
-    encode: Callable[[dict], Any], batches: Iterable[dict], device: torch.device
-) -> Iterator[tuple[list[int], Any]]:
-    """(rows, encode(batch on the device)) of batches of evaluation, in pieces if memory is short.
-
-    A piece is some of the batch's utterances with the padding that they have in it, so what comes
-    back differs by rounding alone, also where an encoder sees padding. What failed is not tried
-    again: later pieces hold no more audio. That ends with this call, which therefore depends on no
-    earlier one. torch.OutOfMemoryError when one utterance is too much.
-    """
-    most = math.inf  # seconds of audio in a piece, padding included
-    for batch in batches:
-        count = len(batch["rows"])
-        each = batch["audio_seconds"] / (1 - batch["padded_share"]) / count  # seconds
-        start, size = 0, max(1, int(min(count, most / each)))
-        while start < count:
-            rows = slice(start, start + size)
-            try:
-                piece = {
-                    key: value[rows].to(device, non_blocking=True)
-                    for key, value in batch.items()
-                    if isinstance(value, torch.Tensor)
-                }
-                encoded = encode(piece)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if size == 1:
-                    raise torch.OutOfMemoryError(
-                        f"not enough memory for {each:.1f} s of audio at once: lower --max_seconds"
-                    ) from None
-                size //= 2
-                most = size * each
-                what = str(error).partition("\n")[0][:120]
-                log.info(f"evaluation: out of memory ({what}): going on with {most:.1f} s at once")
-                continue
-            yield batch["rows"][rows], encoded
-            start += size
 
 
 # ---------------------------------------------------------------------------------------------
@@ -210,7 +120,7 @@ class Planner:
         world_size: int = 1,
     ) -> None:
         self.args, self.widths, self.seconds, self.world_size = args, widths, seconds, world_size
-        self.capacity_gib = capacity_gib(args)
+        self.capacity_gib = capacity_gib(args.device, args.gpu_gib, args.memory_fraction)
         self.traces: dict[str, Trace] = {}
 
     def trace(
@@ -238,10 +148,8 @@ class Planner:
         Of a schedule, each phase's heaviest stage. Evaluation runs beside optimizer states. With
         `between`, a step is a blend of those of two other sizes; None where there is none.
         """
-        import train
-
         peaks: dict[str, np.ndarray] = {}
-        for stage in sorted({what for _, what in train.parse_unfreeze(unfreeze)}):
+        for stage in sorted({what for _, what in updates.parse_unfreeze(unfreeze)}):
             if between:
                 ends = (self.trace(n, stage, **flags) for n in between)
                 step = blend(*ends, (size - between[0]) / (between[1] - between[0]))
@@ -320,18 +228,10 @@ class Planner:
         return fitting
 
 
-def plan(
-    args: argparse.Namespace,
-    speaker_dim: int,
-    frame_dim: int,
-    seconds: float,
-    world_size: int = 1,
-) -> Plan:
-    """The heaviest stage's worst moment with utterances of `seconds`, evaluation included.
-
-    ValueError, naming the flag, as train.build_model.
-    """
-    planner = Planner(args, (speaker_dim, frame_dim), seconds, world_size)
+def plan(args: argparse.Namespace, shape: vadata.InputShape, world_size: int = 1) -> Plan:
+    """The heaviest stage's worst moment with utterances of `seconds`, evaluation included."""
+    widths, seconds = (shape.speaker_dim, shape.frame_dim), shape.length / shape.rate
+    planner = Planner(args, widths, seconds, world_size)
     return planner.plan(args.batch_size, args.unfreeze)
 
 
@@ -353,7 +253,7 @@ def largest_batch(
     """The plan of the largest micro-batch up to `most` that fits; ValueError when none does."""
     sizes = batch_sizes(args, world_size, most)
     if not sizes:
-        raise ValueError(
+        raise UserError(
             f"--global_batch_size {args.global_batch_size} is not a multiple of "
             f"--context {args.context} x {world_size} ranks"
         )
@@ -363,7 +263,7 @@ def largest_batch(
     best = planner.largest(sizes, args.unfreeze)
     if best is None:
         needed = planner.plan(sizes[0], args.unfreeze).needed_gib
-        raise ValueError(
+        raise UserError(
             f"--batch_size auto: {sizes[0]} utterances of {seconds:g} s need {needed:.1f} GiB, "
             f"more than {FITS:.0%} of {planner.capacity_gib:.1f}: lower --max_seconds, unfreeze "
             "less, or give --gradient_checkpointing"
@@ -386,13 +286,11 @@ def probe(
 
     Forward, backward, optimizer, and a batch of evaluation; the second step has all states.
     """
-    import train
-
     before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
     run = None
     reset_peak(device)
     try:
-        for stage in {what for _, what in train.parse_unfreeze(args.unfreeze)}:
+        for stage in {what for _, what in updates.parse_unfreeze(args.unfreeze)}:
             run, _ = real_step(model, args, widths, seconds, stage, device)
             run()
             run()
@@ -419,8 +317,7 @@ def probe(
 def auto_batch(
     model: torch.nn.Module,
     args: argparse.Namespace,
-    widths: tuple[int, int],
-    seconds: float,
+    shape: vadata.InputShape,
     device: torch.device,
     world_size: int,
     most: int,
@@ -431,16 +328,11 @@ def auto_batch(
     fits.
     """
 
-    def smallest(number: int) -> int:
-        tensor = torch.tensor(number)
-        if world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
-        return int(tensor)
-
+    widths, seconds = (shape.speaker_dim, shape.frame_dim), shape.length / shape.rate
     sizes, fault = batch_sizes(args, world_size, most), ""
     try:
         size = largest_batch(args, widths, seconds, world_size, most).batch_size
-    except ValueError as error:
+    except UserError as error:
         size, fault = 0, str(error)
     size = proposed = smallest(size)
     while size:
@@ -456,7 +348,7 @@ def auto_batch(
             reset_peak(device)
             return size, found
         size = max((n for n in sizes if n <= 0.85 * size), default=0)
-    raise ValueError(
+    raise UserError(
         fault
         or "--batch_size auto: nothing fits: lower --max_seconds, unfreeze less, "
         "or give --gradient_checkpointing"
@@ -471,8 +363,6 @@ def measure(
     On CUDA by the allocator's own count; on a CPU by the profiler's record of every allocation,
     which shares nothing with `Tracker`.
     """
-    import train
-
     torch.manual_seed(0)
     gc.collect()
     held = 0
@@ -480,7 +370,7 @@ def measure(
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated(device)
-    model = train.build_model(args, *widths).to(device)
+    model = updates.build_model(args, vadata.InputShape(*widths, 0, 0)).to(device)
     run, between = real_step(model, args, widths, seconds, args.unfreeze, device)
     run()
     if device.type == "cuda":
@@ -548,17 +438,15 @@ def widths(args: argparse.Namespace) -> tuple[int, int]:
     if args.features_dir:
         frames = width_of(args.features_dir)
         if frames is None:
-            raise ValueError(f"--features_dir {args.features_dir}: no <utt_id>.npy there")
+            raise UserError(f"--features_dir {args.features_dir}: no <utt_id>.npy there")
     return speaker, frames
 
 
 def comparable(args: argparse.Namespace) -> list[str]:
     """What --unfreeze is compared with; an encoder other than WavLM has nothing to freeze."""
-    import train
-
     if args.encoder != "wavlm" or args.train_only:
         return [args.unfreeze]
-    depth = max(args.layers or [train.read_config(args.wavlm).num_hidden_layers])
+    depth = max(args.layers or [read_config(args.wavlm).num_hidden_layers])
     top = min(6, depth)
     third = max(1, args.epochs // 3)
     progressive = f"1:none,{third + 1}:top:{top},{2 * third + 1}:all"
@@ -570,8 +458,6 @@ def comparable(args: argparse.Namespace) -> list[str]:
 
 def switches(args: argparse.Namespace) -> dict[str, dict[str, object]]:
     """Flags that save memory or time, one at a time, as changes to `args`."""
-    import train
-
     found: dict[str, dict[str, object]] = {}
     if on_cuda(args):
         half = args.amp != "off"
@@ -584,7 +470,7 @@ def switches(args: argparse.Namespace) -> dict[str, dict[str, object]]:
     if args.encoder == "wavlm":
         kinds = [kind for kind in ("fused", "eager") if kind != args.attention]
         found |= {f"--attention {kind}": {"attention": kind} for kind in kinds}
-        depth = max(args.layers or [train.read_config(args.wavlm).num_hidden_layers])
+        depth = max(args.layers or [read_config(args.wavlm).num_hidden_layers])
         half = sorted({max(1, round(depth * q / 8)) for q in (1, 2, 3, 4)})
         found["--layers " + " ".join(map(str, half))] = {"layers": half}
     return found
@@ -755,10 +641,8 @@ def plot(planner: Planner, found: dict, path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    import train
-
     args, plan = planner.args, found["plan"]
-    stage = train.unfreeze_at(train.parse_unfreeze(args.unfreeze), args.epochs - 1)
+    stage = updates.stage_at(args.unfreeze, args.epochs - 1)
     step = planner.trace(args.batch_size, stage)
     alive = step.timeline[step.start - 1 :] / GIB
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
@@ -789,20 +673,18 @@ def plot(planner: Planner, found: dict, path: str) -> None:
 
 def measured_table(args: argparse.Namespace) -> str:
     """Predicted against real peaks of a training step, over `grid`."""
-    import train
-
     device = torch.device("cuda" if on_cuda(args) else "cpu")
     rows = [["setting", "predicted MiB", "allocated", "error", "predicted reserve", "reserved"]]
     errors = []
-    for flags, seconds in grid(device.type == "cuda"):
-        setting = train.parse_args(["--prosody", "none", "--device", device.type, *flags])
+    for words, seconds in grid(device.type == "cuda"):
+        setting = flags.parse_args(["--prosody", "none", "--device", device.type, *words])
         setting.amp = setting.amp or ("fp16" if device.type == "cuda" else "off")
         step = Planner(setting, (0, 0), seconds).trace(setting.batch_size, setting.unfreeze)
         predicted, reserve = step.timeline.sum(1).max(), step.reserved_bytes()
         real, reserved = measure(setting, (0, 0), seconds, device)
         errors.append(predicted / real - 1)
         numbers = [f"{n / 2**20:.1f}" for n in (predicted, real, reserve, reserved)]
-        name = " ".join(flags) + f" ({seconds:g} s)"
+        name = " ".join(words) + f" ({seconds:g} s)"
         rows.append([name, *numbers[:2], f"{errors[-1]:+.2%}", *numbers[2:]])
         print(rows[-1][0], file=sys.stderr, flush=True)
     worst = f"errors {min(errors):+.2%} to {max(errors):+.2%} over {len(errors)} settings"
@@ -814,8 +696,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
 
     Exits with code 2 and one line on a wrong flag.
     """
-    import train
-
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         epilog="and every flag of train.py (python train.py --help)",
@@ -844,8 +724,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     own.wants_global = "--global_batch_size" in given
     if own.gpu and "--gpu_gib" not in given:
         rest += ["--gpu_gib", str(GPUS[own.gpu][0])]
-    with mock.patch.dict(os.environ, WORLD_SIZE=str(own.world_size)):
-        args = train.parse_args(rest)
+    if True:
+        args = flags.parse_args(rest, own.world_size)
         args.wavlm = KNOWN_SHAPES.get(args.wavlm, args.wavlm)
         if own.gpu and args.device == "cpu":
             p.error("--gpu is a card to plan for: remove it, or --device cpu")
@@ -854,7 +734,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
         args.amp = args.amp or ("fp16" if on_cuda(args) else "off")
         if args.batch_size == "auto" and not (own.calibrate or own.measure):
             best = largest_batch(args, widths(args), args.max_seconds, own.world_size)
-            train.split_batch(args, best.batch_size, own.world_size)
+            flags.split_batch(args, best.batch_size, own.world_size)
     return args, own
 
 

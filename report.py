@@ -669,13 +669,13 @@ def plot_all(
     return figures
 
 
-def new_figure(columns: int, rows: int = 1) -> tuple["Figure", list["Axes"]]:
-    """A figure and its panels, row by row."""
+def new_figure(columns: int, rows: int = 1, width: float = 4.4) -> tuple["Figure", list["Axes"]]:
+    """A figure and its panels, row by row, each `width` inches wide."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["text.parse_math"] = False  # names of files and speakers may hold a $
-    figure = Figure(figsize=(4.4 * columns, 3.6 * rows), dpi=110, layout="constrained")
+    figure = Figure(figsize=(width * columns, 3.6 * rows), dpi=110, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -705,6 +705,7 @@ def plot_curves(runs: dict[str, list[dict]]) -> "Figure":
             axis.plot(x, y, style, ms=3, lw=1.2, color=colour, label=name)
     for axis, label in zip(axes, panels.values()):
         axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     if len(runs) > 1:
         handles = axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside right upper", frameon=False)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import data as vadata
+import step as updates
 from corpora import make_splits, num_folds, read_corpus
 from util.tracing import on_cuda, real_step, trace
 
@@ -116,8 +117,6 @@ def calibrate(args: argparse.Namespace) -> Machine:
     Bandwidth and the cost of an operator come from loops over one operator; the two rates of
     matrix products are those at which a real step of two layers of WavLM-Large takes its time.
     """
-    import train
-
     cuda = on_cuda(args)
     device = torch.device("cuda" if cuda else "cpu")
     large, small = torch.ones(2**26, device=device), torch.ones(1, device=device)
@@ -127,11 +126,11 @@ def calibrate(args: argparse.Namespace) -> Machine:
     for rate, amp in (("single", "off"), ("half", "fp16" if cuda else "bf16")):
         flags = {"wavlm": "large", "layers": [2], "unfreeze": "transformer", "amp": amp}
         flags |= {"prosody": "none", "gradient_accumulation_steps": 1, "batch_size": 4}
-        step = argparse.Namespace(**vars(args) | flags)
-        model = train.build_model(step, 0, 0).to(device)
-        run, _ = real_step(model, step, (0, 0), 5.0, "transformer", device)
+        setting = argparse.Namespace(**vars(args) | flags)
+        model = updates.build_model(setting, vadata.InputShape(0, 0, 0, 0)).to(device)
+        run, _ = real_step(model, setting, (0, 0), 5.0, "transformer", device)
         measured = median_seconds(run, cuda, 3)
-        work = sum(trace(step, (0, 0), 4, 5.0, "transformer").work.values())
+        work = sum(trace(setting, (0, 0), 4, 5.0, "transformer").work.values())
         other = work.copy()
         other[0 if rate == "half" else 1] = 0
         left = max(measured - float(found.seconds(other)), 0.1 * measured)
@@ -209,10 +208,8 @@ class Clock:
 
     def slower(self, **flags: object) -> float:
         """Seconds of a step of the longest clips with `flags`, over those without."""
-        import train
-
         args = self.planner.args
-        stage = train.unfreeze_at(train.parse_unfreeze(args.unfreeze), args.epochs - 1)
+        stage = updates.stage_at(args.unfreeze, args.epochs - 1)
 
         def seconds(**flags: object) -> float:
             step = self.planner.trace(args.batch_size, stage, **flags)
@@ -237,7 +234,7 @@ class Clock:
         plan = vadata.TrainPlan(
             (self.clips.seconds * rate).astype(np.int64), self.clips.splits["train"],
             self.clips.dialogs, batch_size, accumulation, args.context, 0,
-            self.planner.world_size, args.seed, args.batch_seconds * rate or None,
+            self.planner.world_size, args.seed,
         )  # fmt: skip
         counts, longest = [], []
         for spec in plan:
@@ -250,11 +247,9 @@ class Clock:
             longest += [most for *_, most in groups]
         counts, longest = np.array(counts), np.array(longest)
         total = self.micro_steps(stage, counts, longest, **flags)
-        if accumulation > 1 and args.exact_ccc == "on" and args.loss == "ccc":
-            import train
-
-            if not train.reads_cache(args, stage):
-                total += self.forward(stage, np.repeat(longest, counts), **flags)
+        twice = accumulation > 1 and args.exact_ccc == "on" and args.loss == "ccc"
+        if twice and not updates.reads_cache(args, stage):
+            total += self.forward(stage, np.repeat(longest, counts), **flags)
         step = self.planner.trace(8 * args.context, stage, self.long, **flags)
         return total + plan.steps_in(0) * float(self.machine.seconds(step.work["optimizer"]))
 
@@ -262,17 +257,14 @@ class Clock:
         self, unfreeze: str, batch_size: int, accumulation: int, **flags: object
     ) -> tuple[float, float]:
         """Seconds of (the last epoch, the whole fold with evaluations and hidden states)."""
-        import train
-
         args = argparse.Namespace(**vars(self.planner.args) | flags)
-        schedule = train.parse_unfreeze(unfreeze)
-        epochs = Counter(train.unfreeze_at(schedule, epoch) for epoch in range(args.epochs))
+        epochs = Counter(updates.stage_at(unfreeze, epoch) for epoch in range(args.epochs))
         everything, dev = self.clips.seconds, self.clips.seconds[self.clips.splits["dev"]]
         total = 0.0
         for stage, count in epochs.items():
             seconds = self.epoch(stage, batch_size, accumulation, **flags)
             total += count * seconds
-            if train.reads_cache(args, stage):
+            if updates.reads_cache(args, stage):
                 total += self.forward(stage, everything, **flags)
             else:
                 ranks = self.planner.world_size  # which share the dev split

@@ -16,12 +16,12 @@ import time
 from io import BytesIO
 
 import numpy as np
-import report as pictures
 import pytest
 import torch
 from matplotlib.image import imread
 
 import report
+import report as pictures
 import train
 from model import TARGETS
 from util import files, runs

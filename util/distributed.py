@@ -1,23 +1,31 @@
-"""Processes of a run: ranks, loader workers, the signals they get, and how they end.
+"""Processes of a run: ranks, signals, loader workers, and memory that runs out.
 
-All ranks decide alike: a stop, or memory that has run out, on one of them is told to the others by
-one small all-reduce over the CPU. Whatever waits has a time-out, and no process outlives the one
-that started it.
+All ranks decide alike: a stop, or a lack of memory, on one rank reaches the others through one
+small all-reduce over the CPU. Everything that waits has a time-out, and no process outlives the one
+that started it. Nothing here knows the model or the run's files.
 """
 
-import argparse
 import contextlib
 import ctypes
 import datetime
 import errno
 import itertools
+import logging
+import math
 import multiprocessing
 import os
+import platform
+import re
+import resource
+import select
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,32 +34,46 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-import memory
-from model import EmotionModel
-from util.runs import run_dir
+from util.files import UserError
+
+log = logging.getLogger("vatune")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 RETRY_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal, resume me
-START_SECONDS = 1800  # for the first step, before --timeout holds: compiling, cold disks [guess]
+START_SECONDS = 1800  # time-out up to the first step: compiling, cold disks [guess]
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}
-stop_signals: list[int] = []  # that came; ranks agree on them after a step and in evaluation
+GIB = 2**30
+GPU_GIB = 24.0  # assumed size of a GPU that is not in this machine
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts
+
+stop_signals: list[int] = []  # received so far; ranks agree on them after a step
 Averaged = torch.futures.Future[torch.Tensor]
+Result = TypeVar("Result")
 
 
 class Stopped(BaseException):
-    """A signal ended the run where there is nothing to save; run exits with RETRY_EXIT_CODE."""
+    """A signal ended the run where there is nothing to save; the exit code is RETRY_EXIT_CODE."""
 
 
 class StepTooLarge(torch.OutOfMemoryError):
-    """A step found no memory, on all ranks together and before anything was updated."""
+    """A step ran out of memory on some rank; raised on all ranks, before anything was updated."""
+
+
+class FaultOnOtherRank(UserError):
+    """Another rank found something wrong and has printed it; this one ends without a message."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Signals
 
 
 def handle_signals(at_once: bool) -> None:
-    """Raise Stopped wherever a signal strikes, or only note it for any_rank to find."""
+    """Raise Stopped wherever a signal arrives, or only note it for the ranks to agree on."""
 
     def handler(number: int, _: object) -> None:
         stop_signals.append(number)
-        if at_once and len(stop_signals) == 1:  # a second one must not break the clearing up
+        if at_once and len(stop_signals) == 1:  # a second one must not interrupt the clean-up
             raise Stopped
 
     for number in SIGNALS:
@@ -64,65 +86,322 @@ def handle_signals(at_once: bool) -> None:
 # Ranks
 
 
-def start_ranks(cuda: bool, world_size: int, seconds: float) -> None:
-    """The process group; torchrun has set the addresses. Within one machine it stays on it."""
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size) and sys.platform == "linux":
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run, as torchrun's variables tell; alone without them."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def uses_cuda(device: str) -> bool:
+    """Does --device auto, cpu or cuda mean a GPU here?"""
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
+def find_ranks(device: str) -> Ranks:
+    """Rank and device of this process; UserError if its GPU is not there. CUDA starts here, since
+    the first look at its memory needs it."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if not uses_cuda(device):
+        return Ranks(rank, local_rank, world_size, torch.device("cpu"))
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU (torch.cuda.is_available() is False)")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"--nproc_per_node: rank {local_rank} of this machine finds no GPU, there are "
+            f"{torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(local_rank)
+    return Ranks(rank, local_rank, world_size, torch.device("cuda", local_rank))
+
+
+def start_ranks(ranks: Ranks, seconds: float) -> None:
+    """Starts the process group (all ranks participate); within one machine it stays on loopback."""
+    if ranks.world_size == 1:
+        return
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks.world_size) and sys.platform == "linux":
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if ranks.cuda else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
 
 
-def set_rank_timeout(limit: datetime.timedelta) -> None:
-    """Of every collective from now on; torch below 2.15 has it under another name."""
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-    set_timeout(limit)
+def end_ranks() -> None:
+    """Waits for all ranks and ends the process group (all ranks participate)."""
+    wait_for_ranks()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def all_reduce(tensor: Tensor, world_size: int) -> Tensor:
+def wait_for_ranks() -> None:
+    """Returns when every rank has come here (all ranks participate)."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def set_rank_timeout(seconds: float) -> None:
+    """Time-out of every later collective; torch below 2.15 has it under another name."""
+    if dist.is_initialized():
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(datetime.timedelta(seconds=seconds))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place (all ranks participate)."""
-    if world_size > 1:
+    if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def any_rank(flag: bool, world_size: int) -> bool:
-    """True on every rank when it is on one (all ranks participate, over CPU: no wait for GPUs)."""
-    return all_reduce(torch.tensor(float(flag)), world_size).item() > 0
+def any_rank(flag: bool) -> bool:
+    """True on every rank if it is on one (all ranks participate, over the CPU)."""
+    return all_reduce(torch.tensor(float(flag))).item() > 0
 
 
-def agree_on_memory(faults: list[str], world_size: int) -> None:
-    """StepTooLarge on every rank when one is out of memory (all ranks participate)."""
-    if any_rank(bool(faults), world_size):
-        raise StepTooLarge(faults[0] if faults else "another rank is out of memory")
+def smallest(number: int) -> int:
+    """The smallest of the ranks' numbers (all ranks participate)."""
+    tensor = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return int(tensor)
 
 
-def wrap_ddp(model: EmotionModel, device: torch.device, world_size: int) -> torch.nn.Module:
-    if world_size == 1:
+def gather(value: object) -> list:
+    """The values of all ranks, in their order (all ranks participate)."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def raise_together(fault: UserError | None) -> None:
+    """Raises a rank's own fault, and FaultOnOtherRank on the others (all ranks participate)."""
+    if any_rank(fault is not None):
+        raise fault or FaultOnOtherRank("another rank has printed the reason")
+
+
+def wrap_ddp(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """DistributedDataParallel over the parameters that train now; the model itself without ranks.
+
+    Buffers are normalisers, fitted before and never changed: none is broadcast.
+    """
+    if not dist.is_initialized():
         return model
     ids = [device.index] if device.type == "cuda" else None
     ddp_model = DistributedDataParallel(
         model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-    )  # buffers are normalisers, fitted before
-    ddp_model.exchanged = []  # indices of this step's buckets
-    ddp_model.register_comm_hook(ddp_model.exchanged, exchange)
+    )
+    ddp_model.register_comm_hook(None, average_bucket)
     return ddp_model
 
 
-def exchange(exchanged: list[int], bucket: dist.GradBucket) -> Averaged:
-    """DDP's own average of a bucket of gradients, noted."""
-    exchanged.append(bucket.index())
-    return allreduce_hook(None, bucket)
+def synchronised(ddp_model: torch.nn.Module, on: bool) -> contextlib.AbstractContextManager:
+    """Gradients are averaged over ranks in the backward that begins here, or only accumulated."""
+    if on or not isinstance(ddp_model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return ddp_model.no_sync()
 
 
-def exchange_nothing(ddp_model: DistributedDataParallel, device: torch.device) -> None:
-    """Zeros for the buckets of this step that a rank still owes the others: without them these
-    would wait in backward for one that has run out of memory."""
+# ---------------------------------------------------------------------------------------------
+# A step that runs out of memory on one rank ends alike on all
+#
+# The others wait for it in the collectives of the step, which are always these, in this order:
+# the batch's sums (sum_over_ranks), DDP's buckets of gradients, and the agreement (agree_on_step).
+# So the rank records what it has exchanged, and sends zeros for the rest.
+
+
+@dataclass
+class Exchanged:
+    """What this rank has exchanged with the others in the current step."""
+
+    sums: bool = False
+    buckets: int = 0
+    agreed: bool = False
+
+    def clear(self) -> None:
+        self.sums, self.buckets, self.agreed = False, 0, False
+
+
+exchanged = Exchanged()
+
+
+def sum_over_ranks(sums: Tensor) -> Tensor:
+    """The batch's moment sums over all ranks; once in every step (all ranks participate)."""
+    all_reduce(sums)
+    exchanged.sums = True
+    return sums
+
+
+def average_bucket(state: None, bucket: dist.GradBucket) -> Averaged:
+    """DDP's own average of a bucket of gradients, recorded."""
+    exchanged.buckets += 1
+    return allreduce_hook(state, bucket)
+
+
+def agree_on_step(fault: str = "") -> bool:
+    """After backward and before the update: has any rank got a signal to stop?
+
+    All ranks participate. StepTooLarge on all of them if one has run out of memory (`fault`).
+    """
+    faults, stops = all_reduce(torch.tensor([float(bool(fault)), float(bool(stop_signals))]))
+    exchanged.agreed = True
+    if faults:
+        raise StepTooLarge(fault or "another rank is out of memory")
+    return bool(stops)
+
+
+def guard_memory(
+    update: Callable[[], Result], ddp_model: torch.nn.Module, zero_sums: Tensor
+) -> Result:
+    """update(), a training step; StepTooLarge on all ranks if one of them runs out of memory.
+
+    `zero_sums`: zeros like the sums that the step exchanges.
+    """
+    exchanged.clear()
+    try:
+        return update()
+    except (RuntimeError, MemoryError) as error:
+        if exchanged.agreed or not is_out_of_memory(error):
+            raise
+        fault = str(error) or "MemoryError"  # Python's own has no text
+    # The error and the step's tensors in its traceback are gone here, which makes room.
+    exchange_zeros(ddp_model, zero_sums)
+    agree_on_step(fault)
+    raise AssertionError("agree_on_step raises for a fault")
+
+
+def exchange_zeros(ddp_model: torch.nn.Module, zero_sums: Tensor) -> None:
+    """Completes the step's collectives, so that the other ranks do not wait for this one."""
+    if not exchanged.sums:
+        sum_over_ranks(zero_sums)
+    if not isinstance(ddp_model, DistributedDataParallel):
+        return
+    ddp_model.reducer._rebuild_buckets()  # in the second step ranks agree on the buckets' order
     ddp_model.logger.set_runtime_stats_and_log()  # its record is older than the rebuilt buckets
     logged = ddp_model._get_ddp_logging_data()
-    sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]  # bytes
-    for size in sizes.split(", ")[len(ddp_model.exchanged) :]:
-        dist.all_reduce(torch.zeros(int(size) // 4, device=device))
+    sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]  # bytes, as text
+    for size in sizes.split(", ")[exchanged.buckets :]:
+        dist.all_reduce(torch.zeros(int(size) // 4, device=zero_sums.device))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for CUDA's allocator and libraries, torch on a CPU and numpy; not for a collective."""
+    words = r"(out of|not enough|can't allocate) memory|_ALLOC_FAILED"
+    words += "|unable to find an engine"  # cuDNN's, if none of its workspaces found room
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError)
+        and not isinstance(error, dist.DistError)
+        and re.search(words, str(error)) is not None
+    )
+
+
+def encode_in_pieces(
+    encode: Callable[[dict], Any], batches: Iterable[dict], device: torch.device
+) -> Iterator[tuple[list[int], Any]]:
+    """(rows, encode(batch on the device)) of evaluation batches, in pieces if memory is short.
+
+    A piece is some of the batch's utterances with the padding that they have in it, so results
+    differ by rounding alone, also if an encoder sees padding. After a failure no later piece holds
+    more audio; that ends with this call, which therefore depends on no earlier one.
+    torch.OutOfMemoryError if there is no memory for one utterance.
+    """
+    limit = math.inf  # seconds of audio in a piece, padding included
+    for batch in batches:
+        count = len(batch["rows"])
+        seconds = batch["audio_seconds"] / (1 - batch["padded_share"]) / count  # per utterance
+        start, size = 0, max(1, int(min(count, limit / seconds)))
+        while start < count:
+            rows = slice(start, start + size)
+            try:
+                piece = {
+                    key: value[rows].to(device, non_blocking=True)
+                    for key, value in batch.items()
+                    if isinstance(value, Tensor)
+                }
+                encoded = encode(piece)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise torch.OutOfMemoryError(
+                        f"not enough memory for {seconds:.1f} s of audio at once: lower "
+                        "--max_seconds"
+                    ) from None
+                size //= 2
+                limit = size * seconds
+                reason = str(error).partition("\n")[0][:120]
+                log.info(
+                    f"evaluation: out of memory ({reason}): going on with {limit:.1f} s at once"
+                )
+                continue
+            yield batch["rows"][rows], encoded
+            start += size
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory and precision of the device
+
+
+def configure_device(device: torch.device, tf32: bool, memory_fraction: float) -> None:
+    """Applies --tf32 and --memory_fraction, and starts the measurement of the peak."""
+    allow_tf32(tf32)
+    if device.type == "cuda" and memory_fraction:
+        torch.cuda.set_per_process_memory_fraction(memory_fraction, device)
+    reset_peak(device)
+
+
+def allow_tf32(on: bool) -> None:
+    """TF32 in matrix products and convolutions of float32 tensors on a GPU."""
+    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cudnn.allow_tf32 = on
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts the measurement of the peak anew; a CPU's peak is that of the process's life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Measured peak: allocated tensors on CUDA, resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def device_name(device: torch.device) -> str:
+    """Model of the GPU, or of the processor with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return f"{model[1] if model else platform.machine()} x {torch.get_num_threads()} threads"
+
+
+def capacity_gib(device: str, gpu_gib: float | None, memory_fraction: float) -> float:
+    """Memory there is to fill: --gpu_gib, or else the GPU here, or the free RAM of a CPU."""
+    if not uses_cuda(device):
+        free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(free[1]) * 1024 / GIB
+    gib = gpu_gib or GPU_GIB
+    if torch.cuda.is_available() and not gpu_gib:
+        gib = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[1] / GIB
+    return gib * (memory_fraction or 1.0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -130,20 +409,29 @@ def exchange_nothing(ddp_model: DistributedDataParallel, device: torch.device) -
 
 
 def start_worker(_: int) -> None:
-    """A loader process dies with its rank and not before: the rank's checkpoint needs it."""
+    """A loader worker ends when its rank does, and not before: a checkpoint may need it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if not multiprocessing.parent_process().is_alive():  # it was faster
-            os.kill(os.getpid(), signal.SIGKILL)
+    if sys.platform != "linux":
+        return
+    rank_process = multiprocessing.parent_process()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != rank_process.pid:  # a forkserver's child, or the rank has ended already
+        threading.Thread(target=end_with, args=(rank_process.pid,), daemon=True).start()
 
 
-def patiently(loader: DataLoader, seconds: float) -> Iterator[dict]:
-    """The loader's batches; RuntimeError when one takes longer, or its worker died.
+def end_with(pid: int) -> None:
+    """Ends this process at once when process `pid` has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(pid)], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def with_timeout(loader: DataLoader, seconds: float) -> Iterator[dict]:
+    """The loader's batches; RuntimeError if one takes longer than `seconds`, or its worker died.
 
     DataLoader's own time-out does not reach into the passing of a tensor, where a stopped worker
-    blocks, and hides a dead one until it is over.
+    blocks, and reports a dead one only when it is over.
     """
 
     def handler(*_: object) -> None:
@@ -167,16 +455,17 @@ def patiently(loader: DataLoader, seconds: float) -> Iterator[dict]:
 
 
 def kill_workers() -> None:
-    """At once: a stopped one, or one that waits for a disk, would be waited for."""
+    """Ends loader workers at once: a stopped one, or one waiting for a disk, would block exit."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
-def until_stopped(batches: Iterator[dict], polls: int, world_size: int) -> Iterator[dict]:
-    """At most `polls` batches; Stopped on all ranks when one has got a signal."""
+def until_stopped(batches: Iterator[dict], polls: int) -> Iterator[dict]:
+    """At most `polls` batches, the same number on every rank; Stopped on all if one has got a
+    signal."""
     for _ in range(polls):
-        if any_rank(bool(stop_signals), world_size):
+        if any_rank(bool(stop_signals)):
             raise Stopped
         yield from itertools.islice(batches, 1)
 
@@ -185,27 +474,28 @@ def until_stopped(batches: Iterator[dict], polls: int, world_size: int) -> Itera
 # What ended the run
 
 
-def machine_fault(error: Exception, args: argparse.Namespace) -> str:
-    """One or two lines on a fault that is not the code's, with what to do; "" for any other."""
+def machine_fault(error: Exception, directory: Path, timeout: float) -> str:
+    """One or two lines on a fault of the machine, with what to do; "" for any other error."""
     text = str(error) or type(error).__name__
+    first_line = text.splitlines()[0]
     if isinstance(error, FloatingPointError):
         return text
-    if memory.is_out_of_memory(error):
-        return f"out of memory: {text.splitlines()[0]}"
+    if is_out_of_memory(error):
+        return f"out of memory: {first_line}"
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
-        where = error.filename or run_dir(args)
-        return f"{where}: {error.strerror}: make room or mend the disk, then --resume"
+        where = error.filename or directory
+        return f"{where}: {error.strerror}: free disk space, then rerun with --resume"
     if text.startswith("DataLoader"):
-        return f"{text.splitlines()[0].strip(' .')}{odd_children()}: continue with --resume"
+        return f"{first_line.strip(' .')}{faulty_children()}: rerun with --resume"
     if isinstance(error, dist.DistError) or "gloo" in text:
         return (
-            f"a rank died, or gave no answer for --timeout {args.timeout:g} s; look for its own "
-            f"message, then continue with --resume ({text.splitlines()[0][:120]})"
+            f"a rank died, or gave no answer for --timeout {timeout:g} s; look for its own "
+            f"message, then rerun with --resume ({first_line[:120]})"
         )
     return ""
 
 
-def odd_children() -> str:
+def faulty_children() -> str:
     """Pids and states of child processes that are dead, stopped or waiting for a disk, on Linux."""
     stats = []
     time.sleep(0.2)  # one that dies closes its connections before it counts as dead
@@ -214,5 +504,5 @@ def odd_children() -> str:
         stats = [Path(f"/proc/{pid}/stat").read_text() for pid in children]
     states = [(stat.split()[0], stat.rpartition(")")[2].split()[0]) for stat in stats]
     names = {"Z": "is dead", "T": "is stopped", "D": "waits for a disk"}
-    odd = [f"worker {pid} {names[state]}" for pid, state in states if state in names]
-    return f" ({', '.join(odd)})" * bool(odd)
+    faulty = [f"worker {pid} {names[state]}" for pid, state in states if state in names]
+    return f" ({', '.join(faulty)})" if faulty else ""

@@ -1,7 +1,6 @@
-"""What a run says while it goes on: the start-up block, log lines, and what is wrong with it."""
+"""Log of a run: speed and losses between two lines, the start-up block, hints on what is wrong."""
 
 import argparse
-import contextlib
 import datetime
 import json
 import logging
@@ -16,26 +15,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-import memory
 from corpora import Corpus, describe_splits, skipped_by_kind
-from data import TrainPlan
+from data import Fold, TrainPlan
 from model import TARGETS
-from util.distributed import all_reduce
+from util import distributed
 
 log = logging.getLogger("vatune")
 
-MAX_SKIPPED = 20  # steps in a row that GradScaler may skip; a start skips about ten [guess]
+MAX_SKIPPED = 20  # steps in a row that GradScaler may skip; the first ten or so are usual [guess]
 
 # When a hint is given [all guesses]
 WAITING = 0.2  # share of the step time spent waiting for data, in two log lines in a row
 PADDED = 0.35  # share of padding in the batches, in two log lines in a row
 SKIPPED = 0.1  # share of the steps that GradScaler skips, after its start
 BUSY = 0.5  # share of the time in which the GPU computes
-FILLED = 0.4  # share of the card's memory that is used
 RISEN = 1.25  # factor on the lowest loss; both are means of five log lines
 FALLING = 3  # evaluations in a row, each with a lower dev CCC than the one before
 FLAT, FLAT_WITHIN = 5, 0.01  # evaluations whose dev CCCs lie that close together
@@ -49,19 +45,26 @@ class Meter:
     after a start or an evaluation warms up and does not count for speed.
     """
 
-    def __init__(self, device: torch.device, world_size: int) -> None:
-        self.device, self.world_size = device, world_size
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.unread: list[tuple[int, Tensor, Tensor, list[int]]] = []  # steps on the device
-        self.losses, self.norms, self.skipped = [], [], 0  # floats, from check(); in a checkpoint
+        self.losses: list[float] = []  # from check(); these three are in a checkpoint
+        self.norms: list[float] = []
+        self.skipped = 0  # steps in a row
         self.restart()
 
     def state(self) -> dict:
         """What a resumed run needs for its next log line to be that of an uninterrupted one."""
         return {"losses": self.losses, "norms": self.norms, "skipped": self.skipped}
 
+    def load_state(self, state: dict) -> None:
+        self.losses, self.norms = state["losses"], state["norms"]
+        self.skipped = state["skipped"]
+
     def restart(self) -> None:
         """Start the clock at the end of the next step."""
-        self.steps, self.waited, self.heard, self.padded, self.start = -1, 0.0, 0.0, 0.0, 0.0
+        self.steps = -1
+        self.start = self.waited = self.audio_seconds = self.padded_seconds = 0.0
 
     def timed(self, steps: Iterator) -> Iterator:
         """Passes `steps` on and counts the time spent waiting for them."""
@@ -74,43 +77,52 @@ class Meter:
             yield item
 
     def add(self, step: int, loss: Tensor, norm: Tensor, batches: list[dict]) -> float:
-        """Seconds of audio in this rank's micro-batches."""
+        """Counts a step; returns the seconds of audio in this rank's micro-batches."""
         self.unread.append((step, loss, norm, [row for batch in batches for row in batch["rows"]]))
-        heard = sum(batch["audio_seconds"] for batch in batches)
+        audio_seconds = sum(batch["audio_seconds"] for batch in batches)
         self.steps += 1
-        self.heard += heard
-        self.padded += sum(b["audio_seconds"] / (1 - b["padded_share"]) for b in batches)
+        self.audio_seconds += audio_seconds
+        self.padded_seconds += sum(b["audio_seconds"] / (1 - b["padded_share"]) for b in batches)
         if self.steps == 0:
             self.restart()
             self.steps, self.start = 0, time.perf_counter()
-        return heard
+        return audio_seconds
 
     def check(
         self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, corpus: Corpus
     ) -> None:
         """FloatingPointError on a value that is not finite (all ranks participate).
 
-        It reads the steps since the last check, and the weights and moments: it waits for the
+        It reads the steps since the last check, the weights and AdamW's moments. It waits for the
         device, so it runs before a log line and before anything is saved, not in every step.
-        GradScaler skips steps of infinite gradients, within reason.
+        GradScaler skips steps of infinite gradients; up to MAX_SKIPPED in a row are accepted.
         """
-        tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        tensors += [moment for state in optimizer.state.values() for moment in state.values()]
-        weights = torch.nn.utils.get_total_norm(tensors).item() if self.unread else 0.0
+        if not self.unread:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = [
+            state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
+        ]
+        weight_norm = torch.nn.utils.get_total_norm(parameters).item()
+        moment_norm = torch.nn.utils.get_total_norm(moments).item()
+        finite = math.isfinite(weight_norm) and math.isfinite(moment_norm)
+        last_step = self.unread[-1][0]
         for step, loss, norm, rows in self.unread:
             self.losses.append(loss.item())
             self.norms.append(norm.item())
             self.skipped = 0 if math.isfinite(self.norms[-1]) else self.skipped + 1
             bad = self.skipped >= (MAX_SKIPPED if scaler.is_enabled() else 1)
-            bad |= step == self.unread[-1][0] and not math.isfinite(weights)
-            if bad or not math.isfinite(self.losses[-1]):
-                gathered = [rows] * self.world_size
-                if self.world_size > 1:
-                    dist.all_gather_object(gathered, rows)
-                names = [corpus.utterances[row].utt_id for rows in gathered for row in rows]
+            bad = bad or not math.isfinite(self.losses[-1])
+            if bad or (step == last_step and not finite):
+                names = [
+                    corpus.utterances[row].utt_id
+                    for rank_rows in distributed.gather(rows)
+                    for row in rank_rows
+                ]
                 raise FloatingPointError(
                     f"step {step}: loss {self.losses[-1]:.4g}, gradient norm {self.norms[-1]:.4g}, "
-                    f"weight norm {weights:.4g}, scale {scaler.get_scale():g} on "
+                    f"weight norm {weight_norm:.4g}, norm of AdamW's moments {moment_norm:.4g}, "
+                    f"scale {scaler.get_scale():g} on "
                     f"{' '.join(names[:32])}: lower --lr and --encoder_lr, or look at these"
                 )
         self.unread = []
@@ -127,13 +139,13 @@ class Meter:
         record |= {f"lr/{g['name']}": g["lr"] for g in optimizer.param_groups}
         elapsed = time.perf_counter() - self.start
         if self.steps > 0:
-            sums = torch.tensor([self.heard, self.padded, self.waited])  # on the CPU: over gloo
-            heard, padded, waited = all_reduce(sums, self.world_size).tolist()
-            record["audio_seconds_per_second"] = heard / elapsed
-            record["padded_share"] = 1 - heard / padded
-            record["data_share"] = waited / elapsed / self.world_size
+            sums = torch.tensor([self.audio_seconds, self.padded_seconds, self.waited])  # over gloo
+            real, padded, waited = distributed.all_reduce(sums).tolist()
+            record["audio_seconds_per_second"] = real / elapsed
+            record["padded_share"] = 1 - real / padded
+            record["data_share"] = waited / elapsed / distributed.world_size()
             record["ms_per_step"] = 1000 * elapsed / self.steps
-        record["peak_gib"] = memory.peak_gib(self.device)
+        record["peak_gib"] = distributed.peak_gib(self.device)
         self.losses, self.norms = [], []
         self.restart()
         self.steps, self.start = 0, time.perf_counter()
@@ -145,20 +157,13 @@ class Meter:
 
 
 class Hints:
-    """What is wrong with a run, and the remedy: a log line of each kind, once. For rank 0 alone.
+    """Log lines on what is wrong with a run and on the remedy, each kind once. For rank 0 alone.
 
-    `records` are those of metrics.jsonl so far; `where` are the arguments of memory.largest_batch
-    behind the flags.
+    `records` are those of metrics.jsonl so far.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        device: torch.device,
-        records: list[dict],
-        where: tuple,
-    ) -> None:
-        self.args, self.device, self.where = args, device, where
+    def __init__(self, args: argparse.Namespace, device: torch.device, records: list[dict]) -> None:
+        self.args, self.device = args, device
         self.train = [record for record in records if record["event"] == "train"]
         self.dev = [record for record in records if record["event"] == "dev"]
         self.busy: list[float] = []
@@ -173,23 +178,23 @@ class Hints:
             self.said.add(kind)
             log.warning(f"hint | {text}")
 
-    def lately(self, key: str) -> float:
+    def recent(self, key: str) -> float:
         """The lower value of the last two log lines; 0 before there are two."""
         return min(r.get(key, 0.0) for r in self.train[-2:]) if len(self.train) > 1 else 0.0
 
     def after_steps(self, record: dict, cached: bool = False) -> None:
         """Looks at the record of a log line; `cached`: hidden states are read, by no worker."""
         self.train.append(record)
-        args, waiting, padded = self.args, self.lately("data_share"), self.lately("padded_share")
+        args, waiting, padded = self.args, self.recent("data_share"), self.recent("padded_share")
         if waiting > WAITING:
-            workers = f"raise --num_workers ({args.num_workers}), or " * (not cached)
+            workers = "" if cached else f"raise --num_workers ({args.num_workers}), or "
             self.say(
                 "data",
                 f"{waiting:.0%} of the time is spent waiting for data: {workers}put --cache_dir "
                 "and --features_dir on a local disk",
             )
         if padded > PADDED:
-            why = " (--context mixes lengths)" * (args.context > 1)
+            why = " (--context mixes lengths)" if args.context > 1 else ""
             self.say(
                 "padding",
                 f"{padded:.0%} of the batches is padding{why}: lower --max_seconds, or "
@@ -221,21 +226,9 @@ class Hints:
         self.busy.append(gpu_busy_share(self.device))
         if len(self.busy) < 5:
             return
-        busy, card = statistics.median(self.busy), memory.capacity_gib(self.args)
+        busy = statistics.median(self.busy)
         if busy < BUSY and waiting <= WAITING:
             self.say("gpu", f"the GPU computes {busy:.0%} of the time: raise --batch_size")
-        if record["peak_gib"] < FILLED * card and not self.args.batch_seconds:
-            anew = argparse.Namespace(**vars(self.args) | {"global_batch_size": None})
-            size = 0
-            with contextlib.suppress(ValueError):  # the plan disagrees with the card
-                size = memory.largest_batch(anew, *self.where).batch_size  # takes seconds, once
-            if size > self.args.batch_size:
-                self.say(
-                    "memory",
-                    f"{record['peak_gib']:.1f} of {card:.1f} GiB are used: --batch_size {size} "
-                    "fits by plan (python memory.py), in place of accumulation or with a new "
-                    "learning rate",
-                )
 
     def after_evaluation(self, record: dict) -> None:
         """Looks at the record of an evaluation on dev."""
@@ -254,7 +247,7 @@ class Hints:
         last = cccs[-FLAT:]
         early = record["epoch"] <= FLAT_UNTIL * self.args.epochs
         if len(last) == FLAT and max(last) - min(last) < FLAT_WITHIN and early:
-            less = " or unfreeze more" * (self.args.encoder == "wavlm")
+            less = " or unfreeze more" if self.args.encoder == "wavlm" else ""
             self.say(
                 "flat",
                 f"dev CCC has been flat for {FLAT} evaluations, {min(last):.4f} to "
@@ -263,7 +256,7 @@ class Hints:
 
 
 def gpu_busy_share(device: torch.device) -> float:
-    """Of the last second or less, by nvidia-smi; 1 where that cannot tell."""
+    """Share of the last second in which the GPU computed, by nvidia-smi; 1 if that cannot tell."""
     query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i"]
     try:
         card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
@@ -297,32 +290,28 @@ def start_logging(path: Path | None, console: bool) -> None:
 
 def startup_block(
     args: argparse.Namespace,
-    corpus: Corpus,
-    splits: dict[str, np.ndarray],
+    fold: Fold,
     plan: TrainPlan,
     total_steps: int,
     optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    ranks: distributed.Ranks,
 ) -> str:
-    """What a person checks before they leave a run alone."""
+    """Lines that a person checks before leaving a run alone."""
     precision = {"fp16": "fp16 autocast with GradScaler", "bf16": "bf16 autocast", "off": "fp32"}
-    ranks = args.global_batch_size // (args.batch_size * args.gradient_accumulation_steps)
-    size, whole = args.batch_size, f"{args.global_batch_size} utterances"
-    if args.batch_seconds:
-        size = f"{args.batch_seconds:g} s of audio"
-        whole = f"{args.batch_seconds * args.gradient_accumulation_steps * ranks:g} s"
+    corpus, count = fold.corpus, ranks.world_size
+    unfreeze = f"unfreeze {args.unfreeze} | " if args.encoder == "wavlm" else ""
     software = " | ".join(f"{name} {version}" for name, version in versions().items())
     return "\n".join(
         (
             f"vatune {git_commit()} | {software}",
-            f"device {device} x {ranks} | {precision[args.amp]} | seed {args.seed}",
-            describe_splits(corpus, splits),
+            f"device {ranks.device} x {count} | {precision[args.amp]} | seed {args.seed}",
+            describe_splits(corpus, fold.splits),
             *(f"note: {note}" for note in corpus.notes),
             *(f"skipped: {why}: {len(s)}" for why, s in skipped_by_kind(corpus).items()),
-            f"batch {size} x accumulation {args.gradient_accumulation_steps} x ranks {ranks} = "
-            f"{whole} per step | {plan.steps_in(0)} steps per epoch | {total_steps} steps in all",
-            f"unfreeze {args.unfreeze} | " * (args.encoder == "wavlm")
-            + f"trains now {trainable_line(optimizer)}",
+            f"batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x ranks "
+            f"{count} = {args.global_batch_size} utterances per step | {plan.steps_per_epoch} "
+            f"steps per epoch | {total_steps} steps in total",
+            f"{unfreeze}trains now {trainable_line(optimizer)}",
             "flags " + json.dumps(vars(args)),
         )
     )
@@ -337,9 +326,9 @@ def trainable_line(optimizer: torch.optim.Optimizer) -> str:
     return ", ".join(parts)
 
 
-def step_line(
-    record: dict[str, float], step: int, total_steps: int, scaler: torch.amp.GradScaler
-) -> str:
+def step_line(record: dict[str, float], step: int, scaler: torch.amp.GradScaler) -> str:
+    """The log line of a record."""
+    total_steps = record["total_steps"]
     rates = dict.fromkeys(f"{v:.1e}" for k, v in record.items() if k.startswith("lr/"))
     line = (
         f"step {step:>5}/{total_steps} | epoch {record['epoch']:.2f} | loss {record['loss']:.4f} | "

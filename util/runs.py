@@ -1,6 +1,6 @@
 """A run on disk: its checkpoints, its directory, and what others read there.
 
-train.py writes, predict.py and report.py read. Files are whole at every moment (files.py); a
+train.py writes, predict.py and report.py read. No file is ever half-written (files.py); a
 checkpoint ends with its SHA-256 and is verified before it is unpickled, tensors and plain values
 only.
 """
@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -28,13 +29,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from corpora import Corpus
+from corpora import Corpus, Utterance, write_skipped
+from data import Fold
 from model import TARGETS, EmotionModel, ModelConfig
+from util import distributed
 from util.files import UserError, replace_text, replacing, sha256
 
 log = logging.getLogger("vatune")
 
-# train.py's flags that belong to a model, whatever it is trained on next
+# train.py's flags that belong to a model, also when it is trained further
 MODEL_FLAGS = {f.name for f in dataclasses.fields(ModelConfig)} | {
     "prosody", "speaker", "no_film", "wavlm_revision", "wavlm_dropout", "max_seconds", "context",
 }  # fmt: skip
@@ -47,6 +50,40 @@ NUMBERS = ("seconds", *TARGETS, *(f"pred_{target}" for target in TARGETS))
 
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved in last.pt."""
+
+    step: int = 0  # optimizer updates done
+    epoch: int = 0  # epochs done, with their evaluation
+    best_ccc: float = -math.inf  # mean dev CCC of best_epoch
+    best_epoch: int = 0  # from 1
+    bad_evals: int = 0  # evaluations since best_epoch
+    plateau_evals: int = 0  # evaluations without a better CCC since lr_factor fell
+    lr_factor: float = 1.0
+    seconds: float = 0.0
+    audio_seconds: float = 0.0
+    stopped: str = ""  # why the run ended before its last epoch
+    records: int = 0  # lines of metrics.jsonl
+    batch_size: int = 0  # as found by --batch_size auto or after a lack of memory
+    global_batch_size: int = 0
+
+    def update(self, ccc: float, patience: int, scheduler: str) -> bool:
+        """Counts an evaluation for --patience and --scheduler plateau; True if it is the best."""
+        better = ccc > self.best_ccc
+        if better:
+            self.best_ccc, self.best_epoch = ccc, self.epoch
+            self.bad_evals = self.plateau_evals = 0
+        else:
+            self.bad_evals += 1
+            self.plateau_evals += 1
+        if scheduler == "plateau" and self.plateau_evals == 3:
+            self.lr_factor, self.plateau_evals = self.lr_factor / 2, 0
+        if patience and self.bad_evals >= patience:
+            self.stopped = "patience"
+        return better
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -136,27 +173,75 @@ def load_last(directory: Path) -> dict | None:
 
 
 def check_resumable(flags: dict, last: dict, directory: Path, frozen: bool) -> None:
-    """UserError when a file of the interrupted run is damaged, missing, older than `last` or of
-    another run, or when one of `flags`, those that decide the result, was another one."""
+    """UserError if a file of the interrupted run is damaged, missing, older than `last` or of
+    another run, or if one of `flags`, those that decide the result, had another value.
+
+    Flags that are new in the code since the run began are logged and nothing else.
+    """
+    needed = []
+    if last["progress"]["best_epoch"]:
+        needed.append("best.pt")
+    if frozen:
+        needed.append("frozen.pt")
     contents = {"--resume": last}
-    for name in ["best.pt"] * bool(last["state"]["best_epoch"]) + ["frozen.pt"] * frozen:
+    for name in needed:
         try:
             contents[f"{directory / name}"] = read_checkpoint(directory / name)
         except UserError as error:
             raise UserError(f"--resume: {error}: start anew with --overwrite") from None
     for what, content in contents.items():
-        for flag, value in flags.items():
-            if content["args"].get(flag) != value:
+        before = content["args"]
+        for flag in sorted(flags.keys() & before.keys()):
+            if before[flag] != flags[flag]:
                 raise UserError(
-                    f"{what}: --{flag} was {content['args'].get(flag)} in the interrupted run and "
-                    f"is {value} now: give the old value, or start anew with --overwrite"
+                    f"{what}: --{flag} was {before[flag]} in the interrupted run and is "
+                    f"{flags[flag]} now: give the old value, or start anew with --overwrite"
                 )
-        if content.get("epoch", math.inf) < last["state"]["best_epoch"]:
+        if content.get("epoch", math.inf) < last["progress"]["best_epoch"]:
             raise UserError(f"{what} is older than last.pt: start anew with --overwrite")
+    for flag in sorted(flags.keys() - last["args"].keys()):
+        log.info(f"--resume: --{flag} {flags[flag]} is new since the run began")
 
 
 def wavlm_weights(model: EmotionModel) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict().items() if k.startswith(WAVLM)}
+
+
+def other_weights(model: EmotionModel) -> dict[str, Tensor]:
+    """Weights beside those of a WavLM that has not trained: they are in frozen.pt, once."""
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(WAVLM)}
+
+
+def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
+    """UserError if the run to start from has seen an utterance that is dev or test here.
+
+    It has if its splits.json holds the same part of the same file, or an utterance of the same name
+    in a file of the same name. An export has no splits.json: nothing is known of it.
+    """
+    directory = Path(init_from)
+    directory = directory if directory.is_dir() else directory.parent
+    seen = read_json(directory / "splits.json")
+    for theirs, ours in (("train", "dev"), ("train", "test"), ("dev", "test")):
+        sources = seen.get(theirs, {})
+        places = {tuple(source) for source in sources.values()}
+        leaked = []
+        for row in splits[ours]:
+            utterance = corpus.utterances[row]
+            path, start, end = audio_source(utterance)
+            known = sources.get(utterance.utt_id)
+            renamed = known is not None and Path(known[0]).name == Path(path).name
+            if renamed or (path, start, end) in places:
+                leaked.append(utterance.utt_id)
+        if leaked:
+            raise UserError(
+                f"--init_from {init_from}: {len(leaked)} utterances of {ours} here (as "
+                f"{min(leaked)}) were in its {theirs} split: start from the run of this --fold"
+            )
+
+
+def audio_source(utterance: Utterance) -> tuple[str, float, float | None]:
+    """(resolved path, start, end in seconds): what an utterance is cut from."""
+    return str(utterance.path.resolve()), utterance.start, utterance.end
 
 
 # ---------------------------------------------------------------------------------------------
@@ -167,23 +252,42 @@ def run_dir(args: argparse.Namespace) -> Path:
     return Path(args.out) / args.name / f"fold{args.fold}"
 
 
-def prepare_run_dir(args: argparse.Namespace) -> TextIO:
-    """Creates the run directory, clears it (--overwrite) or keeps it (--resume). Rank 0 only.
+def open_run(args: argparse.Namespace, writes: bool) -> "RunFiles":
+    """The files of the run (all ranks participate); the rank that `writes` claims the directory.
 
-    Returns an open file whose lock is this run's claim on the directory: it ends with the process,
-    however that dies. UserError when another process holds it.
+    It creates the directory, clears it (--overwrite) or keeps it (--resume). All ranks raise
+    UserError if another process holds it, if it exists without either flag, or if one of them does
+    not see it.
     """
-    path = run_dir(args)
+    directory, lock, fault = run_dir(args), None, None
+    if writes:
+        try:
+            lock = claim(directory, args.resume, args.overwrite)
+        except UserError as error:
+            fault = error
+    distributed.raise_together(fault)
+    if not args.dry_run and not directory.is_dir():
+        fault = UserError(f"{directory}, made by rank 0, is not seen here: --out on a shared disk?")
+    distributed.raise_together(fault)
+    return RunFiles(directory, lock)
+
+
+def claim(path: Path, resume: bool, overwrite: bool) -> TextIO:
+    """An open file whose lock is this run's claim on the directory `path`, which is there then.
+
+    The lock ends with the process, however that dies. UserError names what is in the way.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_name(f".{path.name}.lock"), "a+")  # noqa: SIM115 the caller keeps it
     except OSError as error:
-        fault = f"--out {args.out}: {path.parent} cannot be written ({error.strerror})"
-        raise UserError(f"{fault}: give another --out") from None
+        raise UserError(
+            f"--out: {path.parent} cannot be written ({error.strerror}): give another --out"
+        ) from None
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit it
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # and not: this disk knows no locks
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # otherwise this disk knows no locks
             lock.seek(0)
             raise UserError(
                 f"{path} is in use by another run ({lock.read().strip()}): wait for its end, or "
@@ -191,24 +295,24 @@ def prepare_run_dir(args: argparse.Namespace) -> TextIO:
             ) from None
     lock.truncate(0)
     print(f"pid {os.getpid()} on {platform.node()}", file=lock, flush=True)
-    if args.overwrite and path.exists():
+    if overwrite and path.exists():
         if any(path.iterdir()) and not (path / "train.log").exists():
             raise UserError(f"{path} is not a run directory: --overwrite will not delete it")
         shutil.rmtree(path)
     try:
-        path.mkdir(exist_ok=args.resume)
+        path.mkdir(exist_ok=resume)
     except FileExistsError:
         raise UserError(
             f"{path} exists: give --resume to continue it, --overwrite to delete it, "
             "or another --name"
         ) from None
-    for aside in path.glob(".*.aside"):  # of a run that was killed while it wrote
+    for aside in path.glob(".*.aside"):  # left by a run that was killed while it wrote
         aside.unlink()
     return lock
 
 
 def end_status(directory: Path, exit_code: int, reason: str) -> None:
-    """Completes status.json where this process wrote it: torchrun turns every exit code into 1."""
+    """Completes status.json if this process wrote it: torchrun turns every exit code into 1."""
     with contextlib.suppress(OSError, ValueError):  # no such file, or no room for a new one
         status = json.loads((directory / "status.json").read_text())
         if (status["host"], status["pid"]) == (platform.node(), os.getpid()):
@@ -217,29 +321,41 @@ def end_status(directory: Path, exit_code: int, reason: str) -> None:
 
 
 class RunFiles:
-    """What a run writes: metrics.jsonl, TensorBoard, JSON and CSV files. For rank 0 alone.
+    """What a run writes: checkpoints, metrics.jsonl, TensorBoard, JSON and CSV files.
 
-    `lock` is the claim on the directory; it is held as long as this object lives.
+    Only rank 0 has a `lock`, its claim on the directory, held as long as this object lives. On the
+    other ranks, and in a dry run, every method does nothing.
     """
 
-    def __init__(self, directory: Path, lock: TextIO) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second to import
-
+    def __init__(self, directory: Path, lock: TextIO | None) -> None:
         self.directory, self.lock = directory, lock
         self.metrics = directory / "metrics.jsonl"
-        self.records = 0  # in metrics.jsonl
-        self.board = SummaryWriter(directory / "tb")
+        self.records = 0  # lines of metrics.jsonl
+        self.board = None
 
-    def rewind(self, count: int) -> int:
-        """Keeps the first `count` records; the resumed run writes the later ones again. Returns
-        how many there are."""
+    @property
+    def writes(self) -> bool:
+        return self.lock is not None
+
+    def start(self, records: int, step: int) -> None:
+        """Keeps the first `records` lines of metrics.jsonl, and TensorBoard's points through
+        `step`: a resumed run writes the later ones again."""
+        if not self.writes:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
         lines = self.metrics.read_bytes().splitlines(True) if self.metrics.exists() else []
-        kept = [line for line in lines[:count] if line.endswith(b"\n")]
+        kept = [line for line in lines[:records] if line.endswith(b"\n")]
         replace_text(self.metrics, b"".join(kept).decode(errors="replace"))
         self.records = len(kept)
-        return self.records
+        if self.records < records:
+            log.warning(f"{self.metrics} lacks records from before step {step}")
+        self.board = SummaryWriter(self.directory / "tb", purge_step=step + 1)
 
     def record(self, event: str, step: int, values: dict[str, float]) -> None:
+        """Appends to metrics.jsonl, and to TensorBoard."""
+        if not self.writes:
+            return
         try:
             with open(self.metrics, "a") as file:
                 file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
@@ -249,32 +365,58 @@ class RunFiles:
         for key, value in values.items():
             self.board.add_scalar(key if "/" in key else f"{event}/{key}", value, step)
 
+    def save(self, name: str, content: dict) -> None:
+        """A checkpoint, see save_checkpoint."""
+        if self.writes:
+            save_checkpoint(self.directory / name, content)
+
     def write_json(self, name: str, content: dict) -> None:
-        replace_text(self.directory / name, json.dumps(content, indent=1) + "\n")
+        if self.writes:
+            replace_text(self.directory / name, json.dumps(content, indent=1) + "\n")
 
     def write_status(self, step: int) -> None:
-        """status.json of a run that goes on and has saved `step`; train.py's run completes it."""
-        about = {"time": time.time(), "host": platform.node(), "pid": os.getpid()}
-        status = {"exit_code": None, "reason": "running", "step": step, **about}
-        self.write_json("status.json", status)
+        """status.json of a run that goes on and has saved `step`; end_status completes it."""
+        process = {"time": time.time(), "host": platform.node(), "pid": os.getpid()}
+        self.write_json(
+            "status.json", {"exit_code": None, "reason": "running", "step": step, **process}
+        )
 
-    def write_predictions(
-        self, split: str, corpus: Corpus, rows: np.ndarray, preds: Tensor
-    ) -> None:
-        """predictions_<split>.csv of preds (n, 2) in the label's own scale, and the labels."""
+    def write_splits(self, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
+        """splits.json: per split {utt_id: (audio path, start, end)}; skipped.csv."""
+        sources = {
+            split: {
+                corpus.utterances[row].utt_id: audio_source(corpus.utterances[row]) for row in rows
+            }
+            for split, rows in splits.items()
+        }
+        self.write_json("splits.json", sources)
+        if self.writes:
+            write_skipped(self.directory / "skipped.csv", corpus)
+
+    def write_predictions(self, split: str, fold: Fold, preds: Tensor) -> None:
+        """predictions_<split>.csv of preds (n, 2) in [0, 1], in the label's scale, and labels."""
+        if not self.writes:
+            return
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         writer.writerow([*TEXTS, *NUMBERS])
-        for row, pred in zip(rows.tolist(), preds.tolist()):
+        corpus, scaled = fold.corpus, fold.in_label_scale(preds)
+        for row, pred in zip(fold.splits[split].tolist(), scaled.tolist()):
             utt = corpus.utterances[row]
-            about = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
             labels = [getattr(utt, target) for target in TARGETS]
-            texts = [f"{value:.6f}" for value in pred]
-            writer.writerow([*about, f"{corpus.seconds[row]:.3f}", *labels, *texts])
+            cells = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
+            cells += [f"{corpus.seconds[row]:.3f}", *labels, *(f"{value:.6f}" for value in pred)]
+            writer.writerow(cells)
         replace_text(self.directory / f"predictions_{split}.csv", text.getvalue())
 
+    def write_vectors(self, vectors: Tensor) -> None:
+        """embedding_test.npy (n, U) float16, rows as predictions_test.csv."""
+        if self.writes:
+            np.save(self.directory / "embedding_test.npy", vectors.half().numpy())
+
     def close(self) -> None:
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
 
 
 # ---------------------------------------------------------------------------------------------

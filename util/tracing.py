@@ -461,7 +461,8 @@ def trace(
     Of several micro-steps the second is run, which finds gradients in place, as all later ones do.
     Without gradient_accumulation_steps they follow from global_batch_size.
     """
-    import train  # which imports this file
+    import step as updates
+    from util.runs import Progress
 
     on_gpu = on_cuda(args)
     args = argparse.Namespace(**vars(args) | {"batch_size": size})
@@ -476,10 +477,9 @@ def trace(
 
     adamw = functools.partial(without_fused, on_gpu)
     with torch.device("meta"), mock.patch("torch.optim.AdamW", adamw):
-        model = train.build_model(args, *widths, load=False)
-        optimizer = train.build_optimizer(model, args)
-    train.set_trainable(model, stage, args.train_only)
-    model.no_sync, model.exchanged = contextlib.nullcontext, []  # the face of DDP
+        model = updates.build_model(args, vadata.InputShape(*widths, 0, 0), load=False)
+        optimizer = updates.build_optimizer(model, args)
+    updates.set_trainable(model, stage, args.train_only)
     tag("parameters", (tensor.data for tensor in (*model.parameters(), *model.buffers())))
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = optimizer.defaults.get("fused")
@@ -506,7 +506,7 @@ def trace(
     tag("gradients", (p.grad for p in trained if p.grad is not None))
 
     hidden = None
-    if train.reads_cache(args, stage) and not evaluate:
+    if updates.reads_cache(args, stage) and not evaluate:
         hidden = (model.encoder.num_states, model.encoder.width)
     batch = meta_batch(args, widths, size, seconds, hidden)
     others = (steps - 1) * sum(tensor.nbytes for tensor in batch.values())
@@ -528,8 +528,7 @@ def trace(
         torch.random.fork_rng(devices=[]),
         rules.in_recomputation() if emulated else contextlib.nullcontext(),
         mock.patch("torch.autocast", rules.autocast),
-        mock.patch("train.all_reduce", lambda tensor, _: tensor),
-        mock.patch("util.distributed.all_reduce", lambda tensor, _: tensor),
+        mock.patch("util.distributed.agree_on_step", lambda: False),
         mock.patch("torch.nn.utils.clip_grad_norm_", lambda *_: torch.zeros(())),  # few bytes, slow
         contextlib.nullcontext() if on_gpu else mock.patch("wavlm.KernelAttention", BlockAttention),
         rules if emulated else contextlib.nullcontext(),
@@ -542,9 +541,10 @@ def trace(
                 model.encode(batch)
         else:
             model.train()
+            batch["step_size"] = size
             optimizer.step = update
             scaler = torch.amp.GradScaler("cpu", enabled=False)
-            train.train_step(model, model, [batch], optimizer, scaler, args, world_size=world_size)
+            updates.train_step(model, [batch], optimizer, scaler, args, Progress())
     kinds.update(dict.fromkeys(rules.copies, "autocast copies"))
     for number, change, phase in tracker.events:
         if change > 0 and phase in ("forward", "evaluation"):
@@ -561,14 +561,16 @@ def real_step(
     device: torch.device,
 ) -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
     """(a training step of `stage` on random clips, all tensors that live between two of them)."""
-    import train
+    import step as updates
+    from util.runs import Progress
 
     hidden = None
-    if train.reads_cache(args, stage):
+    if updates.reads_cache(args, stage):
         hidden = (model.encoder.num_states, model.encoder.width)
     batches = []
     for _ in range(args.gradient_accumulation_steps):
         batch = {}
+        batch["step_size"] = args.batch_size * args.gradient_accumulation_steps
         for key, like in meta_batch(args, widths, args.batch_size, seconds, hidden).items():
             if like.is_floating_point():
                 batch[key] = torch.rand(like.shape, dtype=like.dtype, device=device)
@@ -577,14 +579,14 @@ def real_step(
             else:  # chunk_index
                 batch[key] = torch.arange(like.numel(), device=device).view(like.shape)
         batches.append(batch)
-    optimizer = train.build_optimizer(model, args)
-    train.set_trainable(model, stage, args.train_only)
+    optimizer = updates.build_optimizer(model, args)
+    updates.set_trainable(model, stage, args.train_only)
     model.train()
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=args.amp == "fp16")
 
     def between() -> list[Tensor]:
         states = [t for state in optimizer.state.values() for t in state.values()]
-        inputs = [tensor for batch in batches for tensor in batch.values()]
+        inputs = [t for batch in batches for t in batch.values() if isinstance(t, Tensor)]
         return [*model.parameters(), *model.buffers(), *states, *inputs]
 
-    return lambda: train.train_step(model, model, batches, optimizer, scaler, args), between
+    return lambda: updates.train_step(model, batches, optimizer, scaler, args, Progress()), between
