@@ -20,11 +20,11 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -46,7 +46,6 @@ WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
 # Columns of predictions_<split>.csv
 TEXTS = ("utt_id", "dialog", "speaker", "emotion")
 NUMBERS = ("seconds", *TARGETS, *(f"pred_{target}" for target in TARGETS))
-Columns = dict[str, np.ndarray]  # TEXTS as text, NUMBERS as float64, (N,)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -400,8 +399,12 @@ class RunFiles:
             self.board.close()
 
 
+# ---------------------------------------------------------------------------------------------
+# Reading a run
+
+
 def read_json(path: Path) -> dict:
-    """Empty where the file is absent or damaged."""
+    """The object in a JSON file; empty if the file is absent or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -410,7 +413,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_records(directory: Path) -> list[dict]:
-    """Records of metrics.jsonl; without lines that are torn or not of ours."""
+    """Records of metrics.jsonl, without lines that are incomplete or not written by train.py."""
     path = directory / "metrics.jsonl"
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
@@ -432,26 +435,28 @@ def median_speed(directory: Path) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def read_predictions(path: Path) -> Columns:
-    """Columns of a predictions CSV with one row at least; UserError names the row."""
+def read_predictions(path: Path) -> pd.DataFrame:
+    """At least one row of a predictions CSV: TEXTS as strings, NUMBERS as finite float64.
+
+    UserError names the file and, of a wrong number, its row and column.
+    """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor a table
         raise UserError(f"{path}: cannot be read ({error})") from error
-    if not rows:
-        raise UserError(f"{path}: no rows")
-    absent = [name for name in (*TEXTS, *NUMBERS) if name not in rows[0]]
-    if absent:
+    absent = [name for name in (*TEXTS, *NUMBERS) if name not in rows]
+    if absent and len(rows):
         raise UserError(f"{path}: column {', '.join(absent)} is missing")
-    columns = {name: np.array([row[name] or "" for row in rows]) for name in TEXTS}
-    for name in NUMBERS:
-        values = [to_number(row[name]) for row in rows]
-        for number, (value, row) in enumerate(zip(values, rows), start=2):
-            if not math.isfinite(value):
-                raise UserError(f"{path} row {number}: {name} {row[name]} is not a finite number")
-        columns[name] = np.array(values)
-    return columns
+    if not len(rows):
+        raise UserError(f"{path}: no rows")
+    rows = rows[[*TEXTS, *NUMBERS]]
+    numbers = rows[list(NUMBERS)].map(to_number)
+    wrong = np.argwhere(~np.isfinite(numbers.to_numpy()))
+    if len(wrong):
+        row, column = wrong[0]
+        fault = f"{NUMBERS[column]} {rows[NUMBERS[column]][row]!r} is not a finite number"
+        raise UserError(f"{path} row {row + 2}: {fault}")  # row 1 is the header
+    return rows.assign(**{name: numbers[name] for name in NUMBERS})
 
 
 def read_vectors(directory: Path, count: int) -> np.ndarray:
@@ -461,30 +466,22 @@ def read_vectors(directory: Path, count: int) -> np.ndarray:
         vectors = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    if vectors.ndim != 2 or len(vectors) != count or not is_finite(vectors):
+    is_finite = vectors.dtype.kind == "f" and bool(np.isfinite(vectors).all())
+    if vectors.ndim != 2 or len(vectors) != count or not is_finite:
         raise UserError(f"{path}: {vectors.dtype} {vectors.shape}, not {count} finite rows")
     return vectors
 
 
-def to_number(text: str | None) -> float:
-    """nan for what is not a number."""
+def to_number(text: str) -> float:
+    """The number that the text spells, exactly, or NaN."""
     try:
-        return float(text or "nan")
+        return float(text)
     except ValueError:
         return math.nan
 
 
-def is_finite(values: np.ndarray) -> bool:
-    return values.dtype.kind == "f" and bool(np.isfinite(values).all())
-
-
-def tensors(rows: Columns) -> tuple[Tensor, Tensor]:
-    """preds, labels (N, 2)."""
-    columns = ([f"pred_{target}" for target in TARGETS], TARGETS)
-    return tuple(torch.from_numpy(np.stack([rows[n] for n in names], axis=1)) for names in columns)
-
-
-def pooled_rows(parts: Iterable[Columns]) -> Columns:
-    """Test rows of several folds in one table."""
-    parts = list(parts)
-    return {name: np.concatenate([part[name] for part in parts]) for name in (*TEXTS, *NUMBERS)}
+def tensors(rows: pd.DataFrame) -> tuple[Tensor, Tensor]:
+    """preds, labels (N, 2) in float64, of rows as from read_predictions."""
+    preds = rows[[f"pred_{target}" for target in TARGETS]].to_numpy()
+    labels = rows[list(TARGETS)].to_numpy()
+    return torch.tensor(preds), torch.tensor(labels)
