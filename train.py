@@ -69,7 +69,6 @@ class Run:
     progress: Progress
     planned_gib: float  # peak
     git_commit: str  # at the start: it may change while the run goes on
-    hints: logs.Hints | None = None  # on the rank that writes
     started: float = 0.0  # on time.perf_counter's clock, less the seconds before --resume
 
     @property
@@ -240,7 +239,7 @@ def finish(run: Run) -> None:
         "epochs_run": progress.epoch,
         "stopped": progress.stopped or ("max_steps" if is_cut else "epochs"),
         "seconds": progress.seconds,
-        "audio_seconds_per_second": runs.median_speed(files.directory),
+        "audio_seconds_per_second": files.median_speed(),
         "device": distributed.device_name(run.ranks.device),
         "peak_gib_predicted": run.planned_gib,
         "peak_gib_measured": distributed.peak_gib(run.ranks.device),
@@ -330,8 +329,6 @@ def begin(run: Run, last: dict | None) -> None:
     run.files.write_json("args.json", vars(run.args))
     run.files.write_splits(run.fold.corpus, run.fold.splits)
     run.files.write_status(run.progress.step)
-    if run.files.writes:
-        run.hints = logs.Hints(run.args, run.ranks.device, runs.read_records(run.files.directory))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -376,8 +373,7 @@ def log_steps(run: Run) -> None:
     record["total_steps"] = run.total_steps
     log.info(logs.step_line(record, progress.step, run.scaler))
     run.files.record("train", progress.step, record)
-    if run.hints:
-        run.hints.after_steps(record, cached=run.fold.dataset.hidden is not None)
+    logs.give_hints(run.args, run.files, cached=run.fold.dataset.hidden is not None)
 
 
 def evaluate(run: Run, split: str) -> tuple[dict[str, float], step.Evaluation]:
@@ -406,8 +402,7 @@ def finish_epoch(run: Run, epoch: int) -> None:
     log.info(logs.score_line(f"epoch {epoch + 1:>3} | dev", scores) + (" | best" if better else ""))
     record = {"epoch": epoch + 1} | {f"dev/{name}": value for name, value in scores.items()}
     files.record("dev", progress.step, record)
-    if run.hints:
-        run.hints.after_evaluation(record)
+    logs.give_hints(args, files)
     if better:
         content = {
             "model": weights_to_save(run, epoch),
@@ -448,7 +443,7 @@ def save(run: Run, epoch: int) -> None:
         "world_size": run.ranks.world_size,
         "batch_size": run.args.batch_size,
         "global_batch_size": run.args.global_batch_size,
-        "records": run.files.records,
+        "records": len(run.files.history),
     }
     run.files.save("last.pt", content)
     run.files.write_status(run.progress.step)

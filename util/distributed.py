@@ -155,17 +155,44 @@ def set_rank_timeout(seconds: float) -> None:
         set_timeout(datetime.timedelta(seconds=seconds))
 
 
+@dataclass
+class Collectives:
+    """Whether collectives are on, and what the current step has exchanged (guard_memory)."""
+
+    off: bool = False
+    sums: bool = False
+    buckets: int = 0
+    agreed: bool = False
+
+    @property
+    def on(self) -> bool:
+        return dist.is_initialized() and not self.off
+
+
+collectives = Collectives()
+
+
+@contextlib.contextmanager
+def without_ranks() -> Iterator[None]:
+    """No collective of the block waits for another rank: for a step that is planned or tried."""
+    collectives.off = True
+    try:
+        yield
+    finally:
+        collectives.off = False
+
+
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if collectives.on else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if collectives.on else 0
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place (all ranks participate)."""
-    if dist.is_initialized():
+    if collectives.on:
         dist.all_reduce(tensor)
     return tensor
 
@@ -178,7 +205,7 @@ def any_rank(flag: bool) -> bool:
 def smallest(number: int) -> int:
     """The smallest of the ranks' numbers (all ranks participate)."""
     tensor = torch.tensor(number)
-    if dist.is_initialized():
+    if collectives.on:
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
     return int(tensor)
 
@@ -186,7 +213,7 @@ def smallest(number: int) -> int:
 def gather(value: object) -> list:
     """The values of all ranks, in their order (all ranks participate)."""
     values = [value] * world_size()
-    if dist.is_initialized():
+    if collectives.on:
         dist.all_gather_object(values, value)
     return values
 
@@ -224,33 +251,18 @@ def synchronised(ddp_model: torch.nn.Module, on: bool) -> contextlib.AbstractCon
 #
 # The others wait for it in the collectives of the step, which are always these, in this order:
 # the batch's sums (sum_over_ranks), DDP's buckets of gradients, and the agreement (agree_on_step).
-# So the rank records what it has exchanged, and sends zeros for the rest.
-
-
-@dataclass
-class Exchanged:
-    """What this rank has exchanged with the others in the current step."""
-
-    sums: bool = False
-    buckets: int = 0
-    agreed: bool = False
-
-    def clear(self) -> None:
-        self.sums, self.buckets, self.agreed = False, 0, False
-
-
-exchanged = Exchanged()
+# So the rank records what it has exchanged (`collectives`), and sends zeros for the rest.
 
 
 def sum_over_ranks(sums: Tensor) -> None:
     """Adds up a step's sums over all ranks, in place; once in every step (all participate)."""
     all_reduce(sums)
-    exchanged.sums = True
+    collectives.sums = True
 
 
 def average_bucket(state: None, bucket: dist.GradBucket) -> Averaged:
     """DDP's own average of a bucket of gradients, recorded."""
-    exchanged.buckets += 1
+    collectives.buckets += 1
     return allreduce_hook(state, bucket)
 
 
@@ -260,7 +272,7 @@ def agree_on_step(fault: str = "") -> bool:
     All ranks participate. StepTooLarge on all of them if one has run out of memory (`fault`).
     """
     faults, stops = all_reduce(torch.tensor([float(bool(fault)), float(bool(stop_signals))]))
-    exchanged.agreed = True
+    collectives.agreed = True
     if faults:
         raise StepTooLarge(fault or "another rank is out of memory")
     return bool(stops)
@@ -273,11 +285,11 @@ def guard_memory(
 
     `zero_sums`: zeros like the sums that the step exchanges.
     """
-    exchanged.clear()
+    collectives.sums, collectives.buckets, collectives.agreed = False, 0, False
     try:
         return update()
     except (RuntimeError, MemoryError) as error:
-        if exchanged.agreed or not is_out_of_memory(error):
+        if collectives.agreed or not is_out_of_memory(error):
             raise
         fault = str(error) or "MemoryError"  # Python's own has no text
     # The error and the step's tensors in its traceback are gone here, which makes room.
@@ -288,7 +300,7 @@ def guard_memory(
 
 def exchange_zeros(ddp_model: torch.nn.Module, zero_sums: Tensor) -> None:
     """Completes the step's collectives, so that the other ranks do not wait for this one."""
-    if not exchanged.sums:
+    if not collectives.sums:
         sum_over_ranks(zero_sums)
     if not isinstance(ddp_model, DistributedDataParallel):
         return
@@ -296,7 +308,7 @@ def exchange_zeros(ddp_model: torch.nn.Module, zero_sums: Tensor) -> None:
     ddp_model.logger.set_runtime_stats_and_log()  # its record is older than the rebuilt buckets
     logged = ddp_model._get_ddp_logging_data()
     sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]  # bytes, as text
-    for size in sizes.split(", ")[exchanged.buckets :]:
+    for size in sizes.split(", ")[collectives.buckets :]:
         dist.all_reduce(torch.zeros(int(size) // 4, device=zero_sums.device))
 
 

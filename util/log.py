@@ -22,20 +22,11 @@ from corpora import Corpus, describe_splits, skipped_by_kind
 from data import Fold, TrainPlan
 from model import TARGETS
 from util import distributed
+from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
 
 MAX_SKIPPED = 20  # steps in a row that GradScaler may skip; the first ten or so are usual [guess]
-
-# When a hint is given [all guesses]
-WAITING = 0.2  # share of the step time spent waiting for data, in two log lines in a row
-PADDED = 0.35  # share of padding in the batches, in two log lines in a row
-SKIPPED = 0.1  # share of the steps that GradScaler skips, after its start
-BUSY = 0.5  # share of the time in which the GPU computes
-RISEN = 1.25  # factor on the lowest loss; both are means of five log lines
-FALLING = 3  # evaluations in a row, each with a lower dev CCC than the one before
-FLAT, FLAT_WITHIN = 5, 0.01  # evaluations whose dev CCCs lie that close together
-FLAT_UNTIL = 0.7  # share of the epochs after which a cosine schedule makes everything flat
 
 
 class Meter:
@@ -151,117 +142,81 @@ class Meter:
 
 
 # ---------------------------------------------------------------------------------------------
-# Hints
+# Hints: what is wrong with a run, and the remedy
 
 
-class Hints:
-    """Log lines on what is wrong with a run and on the remedy, each kind once. For rank 0 alone.
-
-    `records` are those of metrics.jsonl so far.
-    """
-
-    def __init__(self, args: argparse.Namespace, device: torch.device, records: list[dict]) -> None:
-        self.args, self.device = args, device
-        self.train = [record for record in records if record["event"] == "train"]
-        self.dev = [record for record in records if record["event"] == "dev"]
-        self.busy: list[float] = []
-        self.said: set[str] = set()
-        if args.loss == "ccc" and args.global_batch_size < 2:
-            self.say(
-                "single", "--global_batch_size 1: a CCC of one utterance is 0, only MSE trains"
-            )
-
-    def say(self, kind: str, text: str) -> None:
-        if kind not in self.said:
-            self.said.add(kind)
+def give_hints(args: argparse.Namespace, files: RunFiles, cached: bool = False) -> None:
+    """Logs what the latest records of a run show to be wrong, each kind once."""
+    if not files.writes:
+        return
+    for kind, text in hints(args, files.history[-500:], cached):
+        if kind not in files.hints:
+            files.hints.add(kind)
             log.warning(f"hint | {text}")
 
-    def recent(self, key: str) -> float:
-        """The lower value of the last two log lines; 0 before there are two."""
-        return min(r.get(key, 0.0) for r in self.train[-2:]) if len(self.train) > 1 else 0.0
 
-    def after_steps(self, record: dict, cached: bool = False) -> None:
-        """Looks at the record of a log line; `cached`: hidden states are read, by no worker."""
-        self.train.append(record)
-        args, waiting, padded = self.args, self.recent("data_share"), self.recent("padded_share")
-        if waiting > WAITING:
+def hints(
+    args: argparse.Namespace, history: list[dict], cached: bool = False
+) -> Iterator[tuple[str, str]]:
+    """(kind, text) of everything that the latest records of metrics.jsonl show to be wrong.
+
+    `cached`: hidden states are read, which loader workers do not do. All thresholds are [guess].
+    """
+    train = [record for record in history if record["event"] == "train"]
+    cccs = [record["dev/ccc_mean"] for record in history if record["event"] == "dev"]
+    trains_wavlm = args.encoder == "wavlm" and args.unfreeze != "none"
+    rate = f"--encoder_lr ({args.encoder_lr:g})" if trains_wavlm else f"--lr ({args.lr:g})"
+
+    if args.loss == "ccc" and args.global_batch_size < 2:
+        yield "single", "--global_batch_size 1: a CCC of one utterance is 0, only MSE trains"
+    if len(train) > 1:
+        waiting = min(record.get("data_share", 0.0) for record in train[-2:])
+        padded = min(record.get("padded_share", 0.0) for record in train[-2:])
+        skipped = train[-1]["skipped_steps"]
+        if waiting > 0.2:
             workers = "" if cached else f"raise --num_workers ({args.num_workers}), or "
-            self.say(
+            yield (
                 "data",
                 f"{waiting:.0%} of the time is spent waiting for data: {workers}put --cache_dir "
                 "and --features_dir on a local disk",
             )
-        if padded > PADDED:
+        if padded > 0.35:
             why = " (--context mixes lengths)" if args.context > 1 else ""
-            self.say(
+            yield (
                 "padding",
                 f"{padded:.0%} of the batches is padding{why}: lower --max_seconds, or "
                 "--batch_size with a higher --gradient_accumulation_steps",
             )
-        if len(self.train) > 1 and record["skipped_steps"] > SKIPPED * args.log_every:
-            self.say(
+        if skipped > 0.1 * args.log_every:
+            yield (
                 "scaler",
-                f"GradScaler skipped {record['skipped_steps']} of the last {args.log_every} steps: "
-                "gradients overflow: give --amp bf16, or lower --lr and --encoder_lr",
+                f"GradScaler skipped {skipped} of the last {args.log_every} steps: gradients "
+                "overflow: give --amp bf16, or lower --lr and --encoder_lr",
             )
-        means = [
-            statistics.fmean(r["loss"] for r in self.train[i : i + 5])
-            for i in range(len(self.train) - 4)
-        ]
-        if len(means) > 5 and means[-1] > RISEN * min(means):
-            self.say(
-                "loss",
-                f"the loss diverges, it has risen from {min(means):.3g} to {means[-1]:.3g}: lower "
-                "--lr and --encoder_lr, or raise --warmup",
-            )
-        if self.device.type == "cuda":
-            self.look_at_gpu(record, waiting)
-
-    def look_at_gpu(self, record: dict, waiting: float) -> None:
-        """The first five log lines decide; the median, in case one falls into a pause."""
-        if len(self.busy) == 5 or "ms_per_step" not in record:
-            return
-        self.busy.append(gpu_busy_share(self.device))
-        if len(self.busy) < 5:
-            return
-        busy = statistics.median(self.busy)
-        if busy < BUSY and waiting <= WAITING:
-            self.say("gpu", f"the GPU computes {busy:.0%} of the time: raise --batch_size")
-
-    def after_evaluation(self, record: dict) -> None:
-        """Looks at the record of an evaluation on dev."""
-        self.dev.append(record)
-        cccs = [r["dev/ccc_mean"] for r in self.dev]
-        trains_wavlm = self.args.encoder == "wavlm" and self.args.unfreeze != "none"
-        rate = "--encoder_lr" if trains_wavlm else "--lr"
-        rate = f"{rate} ({getattr(self.args, rate[2:]):g})"
-        last = cccs[-FALLING - 1 :]
-        if len(last) > FALLING and last == sorted(set(last), reverse=True):
-            self.say(
-                "falling",
-                f"dev CCC has fallen {FALLING} times in a row, from {last[0]:.4f} to "
-                f"{last[-1]:.4f}: lower {rate}; the best epoch is kept, --patience ends earlier",
-            )
-        last = cccs[-FLAT:]
-        early = record["epoch"] <= FLAT_UNTIL * self.args.epochs
-        if len(last) == FLAT and max(last) - min(last) < FLAT_WITHIN and early:
-            less = " or unfreeze more" if self.args.encoder == "wavlm" else ""
-            self.say(
-                "flat",
-                f"dev CCC has been flat for {FLAT} evaluations, {min(last):.4f} to "
-                f"{max(last):.4f}: raise {rate}{less}",
-            )
-
-
-def gpu_busy_share(device: torch.device) -> float:
-    """Share of the last second in which the GPU computed, by nvidia-smi; 1 if that cannot tell."""
-    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i"]
-    try:
-        card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        run = subprocess.run([*query, card], capture_output=True, text=True, timeout=10, check=True)
-        return float(run.stdout) / 100
-    except (OSError, ValueError, RuntimeError, AssertionError, subprocess.SubprocessError):
-        return 1.0
+    losses = [record["loss"] for record in train]
+    means = [statistics.fmean(losses[i : i + 5]) for i in range(len(losses) - 4)]
+    if len(means) > 5 and means[-1] > 1.25 * min(means):
+        yield (
+            "loss",
+            f"the loss diverges, it has risen from {min(means):.3g} to {means[-1]:.3g}: lower "
+            "--lr and --encoder_lr, or raise --warmup",
+        )
+    last = cccs[-4:]
+    if len(last) == 4 and last == sorted(set(last), reverse=True):
+        yield (
+            "falling",
+            f"dev CCC has fallen 3 times in a row, from {last[0]:.4f} to {last[-1]:.4f}: lower "
+            f"{rate}; the best epoch is kept, --patience ends earlier",
+        )
+    last = cccs[-5:]
+    early = history[-1]["epoch"] <= 0.7 * args.epochs  # later a cosine schedule flattens all
+    if len(last) == 5 and max(last) - min(last) < 0.01 and early:
+        less = " or unfreeze more" if args.encoder == "wavlm" else ""
+        yield (
+            "flat",
+            f"dev CCC has been flat for 5 evaluations, {min(last):.4f} to {max(last):.4f}: raise "
+            f"{rate}{less}",
+        )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -310,8 +310,8 @@ class RunFiles:
 
     def __init__(self, directory: Path, lock: TextIO | None) -> None:
         self.directory, self.lock = directory, lock
-        self.metrics = directory / "metrics.jsonl"
-        self.records = 0  # lines of metrics.jsonl
+        self.history: list[dict] = []  # records of metrics.jsonl
+        self.hints: set[str] = set()  # kinds that were logged
         self.board = None
 
     @property
@@ -325,26 +325,32 @@ class RunFiles:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        lines = self.metrics.read_bytes().splitlines(True) if self.metrics.exists() else []
-        kept = [line for line in lines[:records] if line.endswith(b"\n")]
-        replace_text(self.metrics, b"".join(kept).decode(errors="replace"))
-        self.records = len(kept)
-        if self.records < records:
-            log.warning(f"{self.metrics} lacks records from before step {step}")
+        path = self.directory / "metrics.jsonl"
+        self.history = read_records(self.directory)[:records]
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in self.history))
+        if len(self.history) < records:
+            log.warning(f"{path} lacks records from before step {step}")
         self.board = SummaryWriter(self.directory / "tb", purge_step=step + 1)
 
     def record(self, event: str, step: int, values: dict[str, float]) -> None:
         """Appends to metrics.jsonl, and to TensorBoard."""
         if not self.writes:
             return
+        self.history.append({"event": event, "step": step, **values})
+        path = self.directory / "metrics.jsonl"
         try:
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+            with open(path, "a") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.metrics)) from None
-        self.records += 1
+            raise OSError(error.errno, error.strerror, str(path)) from None
         for key, value in values.items():
             self.board.add_scalar(key if "/" in key else f"{event}/{key}", value, step)
+
+    def median_speed(self) -> float | None:
+        """Median of the log lines' audio seconds per second; None if no line has it."""
+        name = "audio_seconds_per_second"
+        speeds = [record[name] for record in self.history if name in record]
+        return statistics.median(speeds) if speeds else None
 
     def save(self, name: str, content: dict) -> None:
         """A checkpoint, see save_checkpoint."""
@@ -426,13 +432,6 @@ def read_records(directory: Path) -> list[dict]:
             if all(isinstance(value, (int, float)) for value in numbers):
                 records.append(record)
     return records
-
-
-def median_speed(directory: Path) -> float | None:
-    """Median of the log lines' audio seconds per second; None if no line has it."""
-    name = "audio_seconds_per_second"
-    speeds = [record[name] for record in read_records(directory) if name in record]
-    return statistics.median(speeds) if speeds else None
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
