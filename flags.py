@@ -52,40 +52,38 @@ FREE_WITH_INIT_FROM = {"max_seconds", "context", "wavlm", "wavlm_revision", "spe
 AUTO_STEPS = 20  # --batch_size auto leaves at least so many steps in an epoch
 
 
-def number(
-    kind: type, low: float, high: float = math.inf, below: bool = False
-) -> Callable[[str], float]:
-    """An argparse type: a finite number in low..high, or in [low, high) with `below`."""
+def at_least(low: float, kind: type = int) -> Callable[[str], float]:
+    """An argparse type: a finite number from `low` on."""
 
     def parse(text: str) -> float:
         value = kind(text)
-        inside = low <= value < high if below or math.isinf(high) else low <= value <= high
-        if not inside:
-            allowed = f"in {low:g}..{high:g}"
-            if math.isinf(high):
-                allowed = f"at least {low:g}, and finite"
-            elif below:
-                allowed = f"at least {low:g} and below {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be {allowed}")
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low:g}, and finite")
         return value
 
     parse.__name__ = kind.__name__  # which argparse names: "invalid int value"
     return parse
 
 
-def counted_from(low: int) -> Callable[[str], float]:
-    return number(int, low)
+def share(text: str) -> float:
+    """An argparse type: a number in 0..1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be in 0..1")
+    return value
 
 
-def batch_size(text: str) -> int | str:
-    """An argparse type: a number from 1, or auto."""
-    return text if text == "auto" else number(int, 1)(text)
+def size_or_auto(text: str) -> int | str:
+    """An argparse type: a whole number from 1 on, or auto."""
+    if text != "auto" and not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1, or auto")
+    return text if text == "auto" else int(text)
 
 
-def ema_alpha(text: str) -> str:
-    """An argparse type: learned, or a number in [0, 1) as text."""
+def share_or_learned(text: str) -> str:
+    """An argparse type: a number in 0..1, as text, or learned."""
     if text != "learned":
-        number(float, 0, 1, below=True)(text)
+        share(text)
     return text
 
 
@@ -96,21 +94,19 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    share = number(float, 0, 1)
-    probability = number(float, 0, 1, below=True)
-    rate = number(float, 0)
+    rate = at_least(0, float)
     # fmt: off
     add = p.add_argument_group("data").add_argument
     add("--data", default="demo", help="demo, iemocap, msp_podcast, or a .csv file")
     add("--data_dir", help="root of iemocap or msp_podcast, or of the audio paths in a CSV")
-    add("--fold", type=counted_from(1), default=1, help="test session 1..K; dev is the next one")
+    add("--fold", type=at_least(1), default=1, help="test session 1..K; dev is the next one")
     add("--label_range", type=float, nargs=2, metavar=("LO", "HI"),
         help="scale of the labels; default: the corpus's; for a CSV that of --init_from, else 0 1")
-    add("--max_seconds", type=number(float, 0.1), default=12.0,
+    add("--max_seconds", type=at_least(0.1, float), default=12.0,
         help="longest clip; training takes a random window of longer ones, evaluation the start")
-    add("--context", type=counted_from(1), default=1,
+    add("--context", type=at_least(1), default=1,
         help="turns per dialogue chunk; 1 = single utterances")
-    add("--num_workers", type=counted_from(0), default=2, help="loader workers per rank")
+    add("--num_workers", type=at_least(0), default=2, help="loader workers per rank")
     add("--cache_dir", default="cache", help="decoded audio, eGeMAPS, speaker embeddings")
     add("--feature_cache", choices=("auto", "on", "off"), default="auto",
         help="while WavLM is frozen, run it once per utterance and keep its hidden states in "
@@ -123,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wavlm", default="microsoft/wavlm-large",
         help=f"hub name, local directory, or random weights: {', '.join(SIZES)}")
     add("--wavlm_revision", help="hub commit or tag of --wavlm")
-    add("--wavlm_dropout", type=probability, help="replaces all dropouts of the WavLM checkpoint")
+    add("--wavlm_dropout", type=share, help="replaces all dropouts of the WavLM checkpoint")
     add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")
     add("--pooling", choices=("mean", "attention"), default="mean",
         help="how frames become one utterance vector")
@@ -133,37 +129,37 @@ def build_parser() -> argparse.ArgumentParser:
     add("--speaker", default="none",
         help="ecapa, xvector, a directory of <utt_id>.npy or of an x-vector model, or none")
     add("--no_film", action="store_true", help="do not condition the speech on the speaker")
-    add("--d_prosody", type=counted_from(1), default=64, help="width of the prosody code")
-    add("--d_hidden", type=counted_from(2), default=256,
+    add("--d_prosody", type=at_least(1), default=64, help="width of the prosody code")
+    add("--d_hidden", type=at_least(2), default=256,
         help="hidden width of FiLM, updater and heads")
-    add("--d_state", type=counted_from(0), default=64, help="width of the dialogue state; 0 = none")
-    add("--ema_alpha", type=ema_alpha, default="0.8",
+    add("--d_state", type=at_least(0), default=64, help="width of the dialogue state; 0 = none")
+    add("--ema_alpha", type=share_or_learned, default="0.8",
         help="decay of the dialogue state in [0, 1), or learned")
-    add("--mamba_layers", type=counted_from(0), default=2,
+    add("--mamba_layers", type=at_least(0), default=2,
         help="Mamba blocks in the updater; 0 = linear")
     add("--feedback", action="store_true",
         help="feed the previous prediction; teacher forcing falls from 1 to 0 over the epochs")
-    add("--d_model", type=counted_from(64), default=768, help="width of the feature Transformer")
-    add("--num_layers", type=counted_from(1), default=4, help="layers of the feature Transformer")
-    add("--base_channels", type=counted_from(1), default=64,
+    add("--d_model", type=at_least(64), default=768, help="width of the feature Transformer")
+    add("--num_layers", type=at_least(1), default=4, help="layers of the feature Transformer")
+    add("--base_channels", type=at_least(1), default=64,
         help="channels of the CNN's first block")
-    add("--num_blocks", type=counted_from(1), default=4, help="blocks of the CNN")
-    add("--dropout", type=probability, default=0.2, help="dropout outside WavLM, which has its own")
+    add("--num_blocks", type=at_least(1), default=4, help="blocks of the CNN")
+    add("--dropout", type=share, default=0.2, help="dropout outside WavLM, which has its own")
 
     add = p.add_argument_group("optimization").add_argument
-    add("--epochs", type=counted_from(1), default=20, help="passes over the train split")
-    add("--max_steps", type=counted_from(-1), default=-1,
+    add("--epochs", type=at_least(1), default=20, help="passes over the train split")
+    add("--max_steps", type=at_least(-1), default=-1,
         help="stop after this many steps; -1 = off")
-    add("--batch_size", type=batch_size, default=8,
+    add("--batch_size", type=size_or_auto, default=8,
         help="utterances per GPU and micro-step; auto: the largest that fits, planned, "
         f"then tried, and leaves {AUTO_STEPS} steps in an epoch")
-    add("--gradient_accumulation_steps", type=counted_from(1),
+    add("--gradient_accumulation_steps", type=at_least(1),
         help="micro-steps per step; default 1")
-    add("--global_batch_size", type=counted_from(1),
+    add("--global_batch_size", type=at_least(1),
         help="= batch_size x accumulation x ranks, which is the default")
     add("--lr", type=rate, default=1e-4, help="peak learning rate of everything except WavLM")
     add("--encoder_lr", type=rate, default=1e-5, help="peak learning rate of WavLM")
-    add("--lr_reference_batch", type=counted_from(0), default=0,
+    add("--lr_reference_batch", type=at_least(0), default=0,
         help="multiply both rates by global_batch_size / this; 0 = off")
     add("--weight_decay", type=rate, default=0.01, help="weight decay of AdamW, on matrices only")
     add("--max_grad_norm", type=rate, default=1.0, help="clip the gradient norm; 0 = off")
@@ -180,9 +176,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--exact_ccc", choices=("on", "off"), default="on",
         help="CCC of the global batch; with accumulation this costs one more forward, a third more "
         "time. off: mean of the micro-batches' CCCs, 0.13 too low at 4 utterances [measured]")
-    add("--patience", type=counted_from(0), default=0,
+    add("--patience", type=at_least(0), default=0,
         help="stop after this many evaluations without a better dev CCC; 0 = off")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed")
+    add("--seed", type=at_least(0), default=0, help="random seed")
 
     add = p.add_argument_group("precision and memory").add_argument
     add("--amp", choices=("fp16", "bf16", "off"),
@@ -195,19 +191,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the encoder's layers")
     add("--attention", choices=ATTENTIONS, default="fused",
         help="kernel of WavLM's attention; fused keeps no frames x frames tensor for backward")
-    add("--gpu_gib", type=number(float, 0.1),
+    add("--gpu_gib", type=at_least(0.1, float),
         help=f"GPU memory to plan for, GiB; default: the GPU here, or {GPU_GIB:g} without one")
     add("--memory_fraction", type=share, default=0.0,
         help="cap this process at a share of the GPU's memory; 0 = off")
 
     add = p.add_argument_group("evaluation and output").add_argument
-    add("--eval_every", type=counted_from(1), default=1, help="epochs between evaluations on dev")
-    add("--log_every", type=counted_from(1), default=20, help="steps between log lines")
-    add("--plot_every", type=counted_from(0), default=0,
+    add("--eval_every", type=at_least(1), default=1, help="epochs between evaluations on dev")
+    add("--log_every", type=at_least(1), default=20, help="steps between log lines")
+    add("--plot_every", type=at_least(0), default=0,
         help="epochs between pictures; 0 = at the end only")
-    add("--separation_every", type=counted_from(0), default=0,
+    add("--separation_every", type=at_least(0), default=0,
         help="epochs between separation figures of the embeddings; 0 = off")
-    add("--save_every", type=counted_from(0), default=0,
+    add("--save_every", type=at_least(0), default=0,
         help="steps between checkpoints; 0 = at epoch ends")
     add("--out", default="runs", help="directory of all runs")
     add("--name", help="name of the experiment, in OUT/NAME/foldK; default CORPUS-ENCODER")
@@ -219,7 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--init_from", help="run directory, best.pt or export to start from, with its model flags")
     add("--train_only", choices=("film",), help="freeze everything else (personalisation)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
-    add("--timeout", type=number(float, 1), default=300.0,
+    add("--timeout", type=at_least(1, float), default=300.0,
         help="end the run after this many seconds without another rank's answer or a batch")
     add("--dry_run", action="store_true", help="print the run and its memory, then stop")
     # fmt: on
@@ -287,6 +283,12 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be a multiple of --eval_every")
     for wrong, message in (
         (args.max_steps == 0, "--max_steps 0: must be at least 1, or -1 for no limit"),
+        (args.seed >= 2**63, f"--seed {args.seed}: must be below 2^63"),
+        (1 in (args.dropout, args.wavlm_dropout), "--dropout 1 leaves nothing: must be below 1"),
+        (
+            args.ema_alpha != "learned" and float(args.ema_alpha) == 1,
+            "--ema_alpha 1 never changes the state: must be below 1",
+        ),
         (not -math.inf < low < high < math.inf, "--label_range LO HI: LO must be below HI"),
         (
             args.data.endswith(".csv") and not Path(args.data).is_file(),
