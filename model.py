@@ -727,7 +727,7 @@ def loss_from_sums(sums: Tensor, loss: str, valence_weight: float, mse_weight: f
 def metrics(preds: Tensor, labels: Tensor, scale: float = 1.0) -> dict[str, float]:
     """CCC, PCC and RMSE per target and the mean CCC of preds and labels (n, 2), in float64.
 
-    RMSE is multiplied by `scale` (the width of the label range gives the label's own units).
+    RMSE is multiplied by `scale` (the width of the label range gives the units of the labels).
     PCC of a constant is reported as 0. ValueError for an empty set.
     """
     if len(preds) == 0:

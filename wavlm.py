@@ -922,7 +922,7 @@ class Dropout(nn.Dropout):
 def keep_mask(bits: np.random.SFC64, dropout: float, out: Tensor) -> Tensor:
     """Fills the contiguous `out` with 1 (kept) and 0 (dropped), in steps of 2^-16 in probability.
 
-    torch's own draw takes seven times as long on a CPU [measured].
+    torch's draw takes seven times as long on a CPU [measured].
     """
     words = bits.random_raw(-(-out.numel() // 4)).view(np.int16)[: out.numel()]
     torch.ge(torch.from_numpy(words), round(dropout * 65_536) - 32_768, out=out.view(-1))

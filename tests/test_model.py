@@ -74,27 +74,27 @@ def test_ccc_pcc_and_rmse_equal_their_closed_forms():
     assert result["ccc_mean"] == pytest.approx((result["ccc_valence"] + result["ccc_arousal"]) / 2)
 
 
-def test_sums_of_parts_give_the_ccc_of_the_whole_and_the_mean_of_part_cccs_does_not():
+def test_sums_of_parts_give_the_ccc_of_the_batch_and_the_mean_of_part_cccs_does_not():
     torch.manual_seed(0)
     labels = torch.rand(32, 2)
     preds = (labels + 0.3 * torch.randn(32, 2)).clamp(0, 1)
-    whole = concordance(moment_sums(preds, labels))
+    at_once = concordance(moment_sums(preds, labels))
     parts = [moment_sums(p, y) for p, y in zip(preds.split(4), labels.split(4))]
-    torch.testing.assert_close(concordance(sum(parts)), whole)
-    assert (torch.stack([concordance(part) for part in parts]).mean(0) - whole).abs().max() > 0.02
+    torch.testing.assert_close(concordance(sum(parts)), at_once)
+    assert (torch.stack([concordance(part) for part in parts]).mean(0) - at_once).abs().max() > 0.02
 
 
-def test_gradient_through_exchanged_sums_is_the_gradient_of_the_whole_batch():
+def test_gradient_through_exchanged_sums_is_the_gradient_of_the_batch():
     torch.manual_seed(0)
     labels = torch.rand(32, 2)
     preds = torch.rand(32, 2, requires_grad=True)
     loss_from_sums(moment_sums(preds, labels), "ccc", 0.5, 0.1).backward()
-    whole, preds.grad = preds.grad, None
+    at_once, preds.grad = preds.grad, None
     total = moment_sums(preds, labels).detach()
     for p, y in zip(preds.split(4), labels.split(4)):
         part = moment_sums(p, y)
         loss_from_sums(total + part - part.detach(), "ccc", 0.5, 0.1).backward()
-    torch.testing.assert_close(preds.grad, whole, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(preds.grad, at_once, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("loss", ["ccc", "mse"])
@@ -248,19 +248,19 @@ def test_chunks_of_turns_are_tracked_apart_and_predictions_return_to_their_place
 
 
 @pytest.mark.parametrize("flags", [{}, {"feedback": True}, {"ema_alpha": -1.0}, {"d_state": 0}])
-def test_streaming_one_turn_at_a_time_equals_the_whole_dialogue(flags):
+def test_streaming_one_turn_at_a_time_equals_the_dialogue_at_once(flags):
     model = small_model(**flags).eval()
     turns = torch.randn(2, 7, model.width)
     with torch.no_grad():
-        whole, last = model.track(turns)
+        at_once, last = model.track(turns)
         state, steps = None, []
         for t in range(7):
             pred, state = model.track(turns[:, t : t + 1], state)
             steps.append(pred)
         halves, middle = model.track(turns[:, :3])
         rest, _ = model.track(turns[:, 3:], middle)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.cat((halves, rest), 1), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat(steps, 1), at_once, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat((halves, rest), 1), at_once, rtol=1e-5, atol=1e-6)
     if "ema" in last:
         torch.testing.assert_close(state["ema"], last["ema"], rtol=1e-5, atol=1e-6)
 
@@ -303,12 +303,12 @@ def test_teacher_forcing_feeds_the_previous_label():
     model = small_model(feedback=True).eval()
     turns, labels = torch.randn(2, 4, model.width), torch.rand(2, 4, 2)
     with torch.no_grad():
-        own, _ = model.track(turns)
+        free, _ = model.track(turns)
         forced, _ = model.track(turns, None, labels, teacher_forcing=1.0)
-        again, _ = model.track(turns, None, own, teacher_forcing=1.0)
-    torch.testing.assert_close(again, own)
-    torch.testing.assert_close(forced[:, 0], own[:, 0])  # no label before the first turn
-    assert (forced[:, 1:] - own[:, 1:]).abs().max() > 0
+        again, _ = model.track(turns, None, free, teacher_forcing=1.0)
+    torch.testing.assert_close(again, free)
+    torch.testing.assert_close(forced[:, 0], free[:, 0])  # no label before the first turn
+    assert (forced[:, 1:] - free[:, 1:]).abs().max() > 0
 
 
 # --- around the encoder

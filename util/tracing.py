@@ -33,7 +33,6 @@ from torch.utils.flop_counter import flop_registry
 
 import data as vadata
 from model import AUTOCAST, TARGETS
-from wavlm import BlockAttention
 
 KINDS = (
     "parameters", "gradients", "optimizer", "autocast copies", "activations", "transient",
@@ -529,7 +528,6 @@ def trace(
         mock.patch("torch.autocast", rules.autocast),
         mock.patch("util.distributed.agree_on_step", lambda: False),
         mock.patch("torch.nn.utils.clip_grad_norm_", lambda *_: torch.zeros(())),  # few bytes, slow
-        contextlib.nullcontext() if on_gpu else mock.patch("wavlm.KernelAttention", BlockAttention),
         rules if emulated else contextlib.nullcontext(),
         tracker,
     ):
