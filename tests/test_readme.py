@@ -6,7 +6,6 @@ them, so that they take a minute. Python is tests/warm_python.py; with -m slow t
 under the real one.
 """
 
-import concurrent.futures
 import importlib.util
 import itertools
 import json
@@ -34,14 +33,12 @@ from util.runs import run_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [
-    (ROOT / f"docs/{name}.md").read_text() for name in ("corpora", "benchmarks", "reliability")
-]
+PAGES = [page.read_text() for page in sorted(ROOT.glob("docs/*.md"))]
 BEFORE, CHANGES = re.split(r"^## How to change it\n", README, flags=re.MULTILINE)
 USAGE = "\n".join([BEFORE, *PAGES])
 
-# What makes a command quick. Flags go in front of its own, which win: two steps of a narrow WavLM
-# that needs no download, on the CPU, in one process; the plan of a small CNN, which takes seconds.
+# What makes a command quick. These flags go before those of the command, which win: two steps of a
+# narrow WavLM without download, on the CPU, in one process; the plan of a small CNN takes seconds.
 TRAIN = "--max_steps 2 --wavlm small_wavlm --device cpu --num_workers 0"
 QUICK = {
     r"train\.py(?= -)": TRAIN,
@@ -180,10 +177,6 @@ def python(request):
             while not os.access(f"{directory}/python", os.X_OK):
                 assert server.poll() is None
                 time.sleep(0.1)
-            torchrun = Path(directory) / "torchrun"
-            text = f'PYTHON_EXEC={directory}/python exec python -m torch.distributed.run "$@"'
-            torchrun.write_text(f"#!/bin/sh\n{text}\n")
-            torchrun.chmod(0o755)
             yield f"{directory}:{path}"
         finally:
             os.killpg(server.pid, signal.SIGKILL)
@@ -195,8 +188,6 @@ class Clone:
 
     def __init__(self, directory, small_wavlm, path):
         self.directory, self.path = directory, f"{directory}/bin:{path}"
-        self.began = time.time()
-        self.ahead = {}  # command -> future of what it prints
         for file in (*ROOT.glob("*.py"), ROOT / "launch.sh"):
             shutil.copy(file, directory)
         for folder in ROOT.glob("*/__init__.py"):  # corpora/ and util/
@@ -225,7 +216,7 @@ class Clone:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, small_wavlm, python):
-    """With all that the README takes for granted beside it."""
+    """With the inputs of all commands beside it."""
     directory = tmp_path_factory.mktemp("clone")
     clone = Clone(directory, small_wavlm, python)
     write_iemocap(directory / "IEMOCAP_full_release")
@@ -236,17 +227,11 @@ def clone(tmp_path_factory, small_wavlm, python):
     speech(directory / "long.wav", 0, 0.5, 0.5, seconds=13)
     for text in fences("python", USAGE):
         (directory / re.match(r"# (\w+\.py): ", text)[1]).write_text(text)
-    (directory / "bin").mkdir()  # srun runs a command, scontrol writes down what it is told
+    (directory / "bin").mkdir()  # srun runs a command, scontrol writes down its arguments
     for name, line in (("srun", 'exec "$@"'), ("scontrol", 'echo "$@" >>scontrol.log')):
         (directory / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
         (directory / "bin" / name).chmod(0o755)
-    # One section needs nothing from the others: it runs beside them, which saves a quarter
-    (section,) = re.findall(r"^## Clips of the Berlin (.*?)^## ", USAGE, flags=re.M | re.S)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        for command in commands(section):
-            clone.ahead[command] = pool.submit(clone.run, shrunk(command))
-        yield clone
-        pool.shutdown(cancel_futures=True)
+    return clone
 
 
 # ---------------------------------------------------------------------------------------------
@@ -289,10 +274,8 @@ def promised(command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs_and_leaves_what_it_promises(clone, command, monkeypatch):
     monkeypatch.chdir(clone.directory)
-    ahead, command, began = clone.ahead.get(command), shrunk(command), time.time()
-    if ahead:
-        said, began = ahead.result(), clone.began
-    elif "--nnodes 2" in command:  # the same line on both nodes
+    command, began = shrunk(command), time.time()
+    if "--nnodes 2" in command:  # the same line on both nodes
         with socket.create_server(("127.0.0.1", 0)) as free:
             host = f"127.0.0.1:{free.getsockname()[1]}"
         command = re.sub(r"HOST:\d+", host, command)

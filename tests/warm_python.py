@@ -1,6 +1,6 @@
 """A `python` that is quick to start, for a test that starts a hundred of them.
 
-    python tests/warm_python.py DIR     # makes DIR/python, and serves it until it is killed
+    python tests/warm_python.py DIR     # makes DIR/python and DIR/torchrun; serves until killed
 
 DIR/python (-c CODE | -m MODULE | FILE) ... runs in a process forked from this one, which has
 imported torch and other libraries but nothing of ours: with the caller's arguments, folder,
@@ -35,14 +35,20 @@ with socket.socket(socket.AF_UNIX) as server:
         signal.signal(number, lambda number, frame: os.kill(pid, number))
     sys.exit(int.from_bytes(server.recv(4), "big"))
 """
+TORCHRUN = """#!/bin/sh
+PYTHON_EXEC={python} exec {python} -m torch.distributed.run "$@"
+"""
 
 
 def serve(directory: Path) -> list[str]:
-    """Returns in the process of a call, with all that it was given; its arguments."""
+    """The arguments of a call; returns in a new process, with the folder and environment of it."""
     address = str(directory / "socket")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(16)
+        torchrun = directory / "torchrun"
+        torchrun.write_text(TORCHRUN.format(python=directory / "python"))
+        torchrun.chmod(0o755)
         client = directory / "python"
         client.write_text(CLIENT.format(python=sys.executable, address=address))
         client.chmod(0o755)
@@ -51,7 +57,7 @@ def serve(directory: Path) -> list[str]:
             if os.fork() == 0:
                 break
             caller.close()
-            while os.waitpid(-1, os.WNOHANG)[0]:  # one call at least has not ended: this one
+            while os.waitpid(-1, os.WNOHANG)[0]:  # at least this call has not ended
                 pass
     head, files, *_ = socket.recv_fds(caller, 4, 4)
     call = caller.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL)
@@ -99,4 +105,4 @@ if __name__ == "__main__":
         code = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
-    os._exit(code)  # to take down all that was imported would be half of the time
+    os._exit(code)  # taking down the imported modules would be half of the time
