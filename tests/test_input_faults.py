@@ -36,7 +36,7 @@ import corpora
 import data
 import train
 from data import SAMPLE_RATE
-from util import files
+from util import audio, files
 from util.files import UserError
 
 KEPT, FIXED, SKIPPED, REFUSED = "kept", "fixed", "skipped", "refused"
@@ -652,7 +652,7 @@ def test_a_name_that_is_not_utf_8_is_skipped_and_can_be_written_to_a_log(tmp_pat
     path = tmp_path / os.fsdecode(b"x\xff.wav")
     sound("x.wav")(tmp_path)
     (tmp_path / "x.wav").rename(path)
-    _, reason, _ = data.decode(corpora.Utterance("u", path, 0.5, 0.5))
+    _, reason, _ = audio.decode(path)
     assert reason.startswith("cannot be decoded") and reason.encode()
 
 
@@ -735,11 +735,11 @@ def fuzz_audio(root, seed, suffix):
     sound(f"whole.{suffix}", samples=tone(seconds=0.5))(root)
     path = root / f"x.{suffix}"
     path.write_bytes(mutated((root / f"whole.{suffix}").read_bytes(), seed))
-    samples, reason, changes = data.decode(corpora.Utterance("u", path, 0.5, 0.5))
+    samples, reason, changes = audio.decode(path)
     if reason:
         assert not len(samples)
         return "skipped"
-    assert samples.dtype == np.int16 and len(samples) >= data.MIN_SAMPLES
+    assert samples.dtype == np.int16 and len(samples) >= audio.MIN_SAMPLES
     if changes:
         return "fixed"
     original = soundfile.read(root / f"whole.{suffix}", dtype="int16")[0]
