@@ -84,26 +84,24 @@ class PackedRows:
         index = json.loads((directory / "index.json").read_text())
         self.directory, self.key = directory, directory.name
         self.dtype, self.shape = np.dtype(index["dtype"]), tuple(index["shape"])
-        self.offsets = np.array(index["offsets"], dtype=np.int64)  # (N,) along the first axis
-        self.lengths = np.array(index["lengths"], dtype=np.int64)
+        written = np.array(index["lengths"], dtype=np.int64)  # in the order of writing
+        by_row = np.argsort(index["order"])
+        self.lengths = written[by_row]  # (N,)
+        self.offsets = (np.cumsum(written) - written)[by_row]  # (N,) along the first axis
         self._values: np.ndarray | None = None  # opened in the process that reads
 
     @staticmethod
     def write(directory: Path, rows: Iterable[tuple[int, np.ndarray]]) -> None:
         """Files of `directory` from (row, array) pairs, each row once, in any order."""
-        offsets, lengths, total = {}, {}, 0
-        values = np.zeros(0)
+        order, lengths, values = [], [], np.zeros(0)
         with open(directory / "values.bin", "wb") as file:
             for row, values in rows:
                 file.write(values.tobytes())
-                offsets[row], lengths[row] = total, len(values)
-                total += len(values)
-        index = {
-            "dtype": values.dtype.str,
-            "shape": values.shape[1:],
-            "offsets": [offsets[row] for row in range(len(offsets))],
-            "lengths": [lengths[row] for row in range(len(lengths))],
-        }
+                order.append(row)
+                lengths.append(len(values))
+        assert sorted(order) == list(range(len(order)))
+        index = {"dtype": values.dtype.str, "shape": values.shape[1:]}
+        index |= {"order": order, "lengths": lengths}
         (directory / "index.json").write_text(json.dumps(index))
 
     def __getstate__(self) -> dict:
@@ -181,14 +179,12 @@ def load_audio(
     bad = {int(row): reason for row, reason in decoding["bad"].items()}
     good = [row for row in range(len(utterances)) if row not in bad]
     pack = PackedRows(directory).part(good)
+    notes = [f"audio {what}: {count} utterances" for what, count in decoding["changes"].items()]
     corpus = dataclasses.replace(
         corpus,
         utterances=[utterances[row] for row in good],
         skipped=list(corpus.skipped),
-        notes=[
-            *corpus.notes,
-            *(f"audio {what}: {n} utterances" for what, n in decoding["changes"].items()),
-        ],
+        notes=corpus.notes + notes,
         seconds=pack.lengths / SAMPLE_RATE,
     )
     for row, reason in bad.items():

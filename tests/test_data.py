@@ -40,13 +40,12 @@ def tone(seconds, rate=SAMPLE_RATE, pitch=200.0):
     return 0.3 * np.sin(2 * np.pi * pitch * t) + 0.1 * np.sin(2 * np.pi * 3 * pitch * t)
 
 
-def write_wav(path, seconds=0.5, rate=SAMPLE_RATE, **options):
+def write_wav(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, tone(seconds, rate), rate, **options)
-    return path
+    soundfile.write(path, tone(0.5), SAMPLE_RATE)
 
 
-def read(folder, text, clips=("a.wav", "b.wav"), label_range=None, **options):
+def read(folder, text, clips=("a.wav", "b.wav"), label_range=None):
     """The corpus of a manifest with this text."""
     for clip in clips:
         write_wav(folder / clip)
@@ -429,16 +428,10 @@ def tiny_xvector(folder, seed=0):
 
     torch.manual_seed(seed)
     config = WavLMConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        conv_dim=(8,) * 7,
-        num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=2,
-        tdnn_dim=(16, 16, 16, 16, 24),
-        xvector_output_dim=12,
-    )
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        conv_dim=(8,) * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+        tdnn_dim=(16, 16, 16, 16, 24), xvector_output_dim=12,
+    )  # fmt: skip
     WavLMForXVector(config).save_pretrained(folder)
     Wav2Vec2FeatureExtractor().save_pretrained(folder)
 

@@ -1099,7 +1099,9 @@ def test_nan_that_a_loader_process_finds_is_one_line_with_the_name_of_the_file(
     flags += ["--batch_size", "1", "--num_workers", num_workers, "--device", "cpu"]
     flags += ["--cache_dir", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
     assert train.run(flags) == 2
-    assert capfd.readouterr().err == f"train.py: error: {bad}: holds NaN or infinite values\n"
+    said = capfd.readouterr()
+    assert said.err == f"train.py: error: {bad}: holds NaN or infinite values\n"
+    assert f"decoded audio: writing 0.00 GiB to {tmp_path}/cache/audio-" in said.out
 
 
 def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
