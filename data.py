@@ -5,7 +5,7 @@
     python data.py --data iemocap --data_dir IEMOCAP_full_release
     python data.py --data msp_podcast --data_dir MSP-PODCAST
 
-The way of the data: corpora.read_corpus -> load_audio -> corpora.make_splits -> Batches + TrainPlan
+Data flow: corpora.read_corpus -> load_audio -> corpora.make_splits -> Batches + TrainPlan
 / eval_plan. Caches are in --cache_dir, each under a key of what it was made from, so none is ever
 stale. What happens to each kind of odd input is one table: tests/test_input_faults.py.
 Not done here: voice activity detection, downloading of corpora. Features of images: faces.py.
