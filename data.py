@@ -738,7 +738,8 @@ def print_labels(corpus: Corpus) -> None:
             raise UserError(f"{corpus.name}: {name} is {values[0]:g} everywhere, nothing to learn")
         counts, _ = np.histogram(values, bins=9, range=(lo - half_bin, hi + half_bin))
         for centre, count in zip(np.linspace(lo, hi, 9), counts):
-            print(f"{centre:6.2f} {count:6d} {'#' * round(30 * count / counts.max())}")
+            bar = "#" * round(30 * count / counts.max())
+            print(f"{centre:6.2f} {count:6d} {bar}".rstrip())
     for one, two in itertools.combinations(LABELS, 2):
         correlation = np.corrcoef(labels[one], labels[two])[0, 1]
         print(f"correlation of {one} and {two} {correlation:+.2f}")
