@@ -5,7 +5,7 @@
     python data.py --data iemocap --data_dir IEMOCAP_full_release
     python data.py --data msp_podcast --data_dir MSP-PODCAST
 
-The way of the data: corpora.read_corpus -> load_audio -> corpora.make_splits -> Batches + TrainPlan
+Data flow: corpora.read_corpus -> load_audio -> corpora.make_splits -> Batches + TrainPlan
 / eval_plan. Caches are in --cache_dir, each under a key of what it was made from, so none is ever
 stale. What happens to each kind of odd input is one table: tests/test_input_faults.py.
 Not done here: voice activity detection, downloading of corpora. Features of images: faces.py.
@@ -22,7 +22,6 @@ import logging
 import math
 import multiprocessing
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,7 +38,6 @@ from corpora import (
     LABELS,
     MAX_SKIPPED,
     Corpus,
-    Utterance,
     check_skipped,
     describe_splits,
     known_speaker,
@@ -50,6 +48,7 @@ from corpora import (
     write_skipped,
 )
 from model import TARGETS
+from util.audio import MIN_SAMPLES, SAMPLE_RATE, VERSION, decode, decoded_bytes
 from util.files import (
     UserError,
     build_cache,
@@ -64,12 +63,7 @@ from util.files import (
 
 log = logging.getLogger("vatune")
 
-SAMPLE_RATE = 16_000
 FRAME_RATE = 50  # frames per second of frozen features, where seconds are derived from them
-MIN_SAMPLES = 400  # WavLM's CNN needs this many; shorter clips are zero-padded to it
-MAX_CLIP_SECONDS = 600  # a longer clip is taken for a forgotten start/end [guess]
-RATES = (4_000, 384_000)  # Hz; a header that says anything else is taken for a damaged one [guess]
-MAX_MISSING = 0.1  # share of a clip's samples; the label may belong to what is lost [guess]
 GROUP_SECONDS = 2.0  # of audio, which one more pass of an encoder costs in itself [guess]
 EVAL_SECONDS = 64  # padded seconds per evaluation batch; fixed, so that results do not move
 PREFETCH = 4  # micro-batches that a loader process holds ready [guess]
@@ -91,26 +85,24 @@ class PackedRows:
         index = json.loads((directory / "index.json").read_text())
         self.directory, self.key = directory, directory.name
         self.dtype, self.shape = np.dtype(index["dtype"]), tuple(index["shape"])
-        self.offsets = np.array(index["offsets"], dtype=np.int64)  # (N,) along the first axis
-        self.lengths = np.array(index["lengths"], dtype=np.int64)
+        written = np.array(index["lengths"], dtype=np.int64)  # in the order of writing
+        by_row = np.argsort(index["order"])
+        self.lengths = written[by_row]  # (N,)
+        self.offsets = (np.cumsum(written) - written)[by_row]  # (N,) along the first axis
         self._values: np.ndarray | None = None  # opened in the process that reads
 
     @staticmethod
     def write(directory: Path, rows: Iterable[tuple[int, np.ndarray]]) -> None:
         """Files of `directory` from (row, array) pairs, each row once, in any order."""
-        offsets, lengths, total = {}, {}, 0
-        values = np.zeros(0)
+        order, lengths, values = [], [], np.zeros(0)
         with open(directory / "values.bin", "wb") as file:
             for row, values in rows:
                 file.write(values.tobytes())
-                offsets[row], lengths[row] = total, len(values)
-                total += len(values)
-        index = {
-            "dtype": values.dtype.str,
-            "shape": values.shape[1:],
-            "offsets": [offsets[row] for row in range(len(offsets))],
-            "lengths": [lengths[row] for row in range(len(lengths))],
-        }
+                order.append(row)
+                lengths.append(len(values))
+        assert sorted(order) == list(range(len(order)))
+        index = {"dtype": values.dtype.str, "shape": values.shape[1:]}
+        index |= {"order": order, "lengths": lengths}
         (directory / "index.json").write_text(json.dumps(index))
 
     def __getstate__(self) -> dict:
@@ -142,102 +134,6 @@ def announce_cache(directory: Path, num_bytes: int, what: str, fix: str = "") ->
     log.info(f"{what}: writing {gib(num_bytes)} to {directory}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Decoding
-
-PACK_VERSION = 3  # raise it with every change of decode: it is part of the cache key
-
-
-def check_header(log: str) -> tuple[float, str, list[str]]:
-    """(promised length / length found, reason to skip or "", notes), from libsndfile's log.
-
-    libsndfile believes a header or cuts it to the file, in silence. RIFF, W64, RF64, AIFF and AU
-    are seen here; other formats do not open, or come out short when they are read.
-    """
-    notes = []
-    promise = re.search(r"(?:data|riff|Riff size|SSND|Data Size) *: (\d+) \(should be (\d+)\)", log)
-    says, has = map(int, promise.groups()) if promise else (1, 1)
-    if not promise and "Exiting parser" in log:  # samples behind their chunk, or a broken chunk
-        chunk = re.search(r"Length : (\d+)\n(?:.*\n)*data : (\d+)\n", log)
-        if chunk and int(chunk[2]) < (1 - MAX_MISSING) * int(chunk[1]):
-            says, has = int(chunk[1]), int(chunk[2])
-    if says > 2**31 - 2**20:  # written into a pipe: its length was not known yet
-        notes.append("no length in its header, kept")
-        says = has
-    names = ("Channels", "Sample Rate", "Block Align", "Bit Width", "Bytes/sec")
-    lines = "".join(rf"  {name} +: (\d+).*\n" for name in names)
-    wav = re.search(r"=> WAVE_FORMAT_PCM\n" + lines, log)
-    if wav:
-        channels, rate, align, bits, bytes_per_second = map(int, wav.groups())
-        frame = channels * math.ceil(bits / 8)
-        if align != frame:
-            return 1.0, f"header contradicts itself ({align} or {frame} bytes per frame)", []
-        if bytes_per_second != rate * frame:
-            notes.append("header contradicts itself on bytes per second, kept")
-    return says / max(has, 1), "", notes
-
-
-def decode(u: Utterance) -> tuple[np.ndarray, str, list[str]]:
-    """(int16 mono samples at SAMPLE_RATE, "", what was changed) or (no samples, reason, [])."""
-    nothing = np.zeros(0, dtype=np.int16)
-    try:
-        if not u.path.is_file():  # opening a pipe would wait for ever
-            return nothing, "no such file, or not a regular one", []
-        if not os.access(u.path, os.R_OK):
-            return nothing, "no permission to read it", []
-        with soundfile.SoundFile(u.path) as file:
-            rate, frames = file.samplerate, file.frames
-            log = file.extra_info[len(f"File : {u.path}") :]  # a name could hold anything
-            promised, reason, changes = check_header(log)
-            if not RATES[0] <= rate <= RATES[1]:
-                reason = f"sample rate outside {RATES[0]}..{RATES[1]} Hz ({rate})"
-            first = round(u.start * rate)
-            wanted = round(promised * frames if u.end is None else u.end * rate)
-            last = min(wanted, frames)
-            if last <= first:
-                reason = reason or f"no samples (from {u.start:g} s on, of {frames / rate:.2f} s)"
-            elif last - first > MAX_CLIP_SECONDS * rate:
-                reason = reason or f"longer than {MAX_CLIP_SECONDS} s: give start and end"
-            if reason:
-                return nothing, reason, []
-            file.seek(first)
-            audio = file.read(last - first, dtype="float32", always_2d=True)  # (L, channels)
-    # TypeError: a .raw file; UnicodeError: a name that is not UTF-8
-    except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
-        return nothing, f"cannot be decoded ({str(error).split(': ')[-1]})", []
-    missing = 1 - len(audio) / (wanted - first)
-    if missing > MAX_MISSING:
-        return nothing, f"samples missing ({100 * missing:.0f} %)", []
-    if not np.isfinite(audio).all():
-        return nothing, "samples are not finite", []
-    if missing > 0:
-        changes.append("a little shorter than its header or end says, kept")
-    if audio.shape[1] > 1:
-        changes.append(f"mixed to mono from {audio.shape[1]} channels")
-    mono = audio.mean(axis=1)  # (L,)
-    if np.mean(mono**2) < 0.01 * np.mean(audio**2):
-        changes.append("channels cancel out, the first one taken")
-        mono = audio[:, 0]
-    audio = mono
-    if rate != SAMPLE_RATE:
-        audio = soxr.resample(audio, rate, SAMPLE_RATE, quality="HQ")
-        changes.append(f"resampled from {rate} Hz")
-    peak = float(np.abs(audio).max(initial=0.0))
-    if peak > 4:  # no overshoot: the file does not use the scale -1..1 [guess]
-        return nothing, f"samples not in the scale -1..1 (up to {peak:.3g})", []
-    if peak > 1.12:  # 1 dB: more than resampling overshoots by
-        changes.append("above full scale, clipped")
-    elif peak > 0.9999 and np.mean(np.abs(audio) > 0.9999) > 0.01:
-        changes.append("clipped when it was recorded, kept")
-    samples = np.clip(np.round(audio * 32768), -32768, 32767).astype(np.int16)
-    if not len(samples) or int(samples.max()) - int(samples.min()) <= 2:  # a quiet constant
-        return nothing, "no sound in it, all samples are alike", []
-    if len(samples) < MIN_SAMPLES:
-        samples = np.pad(samples, (0, MIN_SAMPLES - len(samples)))
-        changes.append(f"padded to {MIN_SAMPLES} samples")
-    return samples, "", changes
-
-
 def identity(path: Path) -> tuple[int, int]:
     """(bytes, time of the last change in ns) of a file; (-1, -1) if it cannot be looked at."""
     try:
@@ -245,17 +141,6 @@ def identity(path: Path) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return stat.st_size, stat.st_mtime_ns
-
-
-def decoded_bytes(u: Utterance) -> int:
-    """About how large the decoded clip will be, by its header; 0 if it cannot be read."""
-    end = u.end
-    if end is None:
-        try:
-            end = soundfile.info(u.path).duration if u.path.is_file() else u.start
-        except (soundfile.SoundFileError, OSError, TypeError, UnicodeError):
-            end = u.start
-    return 2 * round(SAMPLE_RATE * min(end - u.start, MAX_CLIP_SECONDS))
 
 
 def load_audio(
@@ -267,24 +152,25 @@ def load_audio(
     corpus left out before, are a larger share than `max_skipped`.
     """
     utterances = corpus.utterances
-    files = [(str(u.path), *identity(u.path), u.start, u.end) for u in utterances]
-    versions = (PACK_VERSION, SAMPLE_RATE, soxr.__version__, soundfile.__libsndfile_version__)
+    clips = [(u.path, u.start, u.end) for u in utterances]
+    files = [(str(path), *identity(path), *times) for path, *times in clips]
+    versions = (VERSION, SAMPLE_RATE, soxr.__version__, soundfile.__libsndfile_version__)
     directory = Path(cache_dir) / f"audio-{digest(versions, files)}"
 
     def fill(aside: Path) -> None:
         bad, changes = {}, Counter[str]()
 
         def rows() -> Iterator[tuple[int, np.ndarray]]:
-            for first in progress(range(0, len(utterances), 64), len(utterances) // 64, "audio"):
-                block = utterances[first : first + 64]  # bounds what waits in memory
-                for row, (samples, reason, changed) in enumerate(pool.map(decode, block), first):
+            for first in progress(range(0, len(clips), 64), len(clips) // 64, "audio"):
+                block = zip(*clips[first : first + 64])  # bounds what waits in memory
+                for row, (samples, reason, changed) in enumerate(pool.map(decode, *block), first):
                     if reason:
                         bad[row] = reason
                     changes.update(changed)
                     yield row, samples
 
         with ThreadPoolExecutor(CORES) as pool:
-            num_bytes = sum(pool.map(decoded_bytes, utterances))
+            num_bytes = sum(pool.map(decoded_bytes, *zip(*clips)))
             announce_cache(directory, num_bytes, "decoded audio")
             PackedRows.write(aside, rows())
         (aside / "decoding.json").write_text(json.dumps({"bad": bad, "changes": changes}))
@@ -294,14 +180,12 @@ def load_audio(
     bad = {int(row): reason for row, reason in decoding["bad"].items()}
     good = [row for row in range(len(utterances)) if row not in bad]
     pack = PackedRows(directory).part(good)
+    notes = [f"audio {what}: {count} utterances" for what, count in decoding["changes"].items()]
     corpus = dataclasses.replace(
         corpus,
         utterances=[utterances[row] for row in good],
         skipped=list(corpus.skipped),
-        notes=[
-            *corpus.notes,
-            *(f"audio {what}: {n} utterances" for what, n in decoding["changes"].items()),
-        ],
+        notes=corpus.notes + notes,
         seconds=pack.lengths / SAMPLE_RATE,
     )
     for row, reason in bad.items():
@@ -945,7 +829,8 @@ def print_labels(corpus: Corpus) -> None:
             raise UserError(f"{corpus.name}: {name} is {values[0]:g} everywhere, nothing to learn")
         counts, _ = np.histogram(values, bins=9, range=(lo - half_bin, hi + half_bin))
         for centre, count in zip(np.linspace(lo, hi, 9), counts):
-            print(f"{centre:6.2f} {count:6d} {'#' * round(30 * count / counts.max())}")
+            bar = "#" * round(30 * count / counts.max())
+            print(f"{centre:6.2f} {count:6d} {bar}".rstrip())
     for one, two in itertools.combinations(LABELS, 2):
         correlation = np.corrcoef(labels[one], labels[two])[0, 1]
         print(f"correlation of {one} and {two} {correlation:+.2f}")

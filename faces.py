@@ -59,7 +59,7 @@ def load_vision_model(args: argparse.Namespace) -> tuple[object, torch.nn.Module
     try:
         processor = AutoImageProcessor.from_pretrained(args.vision_model, **options)
         model = AutoModel.from_pretrained(args.vision_model, **options)
-    except OSError as error:  # also what the hub does not have
+    except (OSError, ValueError) as error:  # of transformers: not there, or no vision model
         raise UserError(f"--vision_model {args.vision_model}: cannot be loaded ({error})") from None
     return processor, model.to(args.device).eval()
 

@@ -15,14 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corpora.base import (
-    LABELS,
-    Corpus,
-    Skipped,
-    Utterance,
-    known_speaker,
-    turn_order,
-)
+from corpora.base import LABELS, Corpus, Skipped, Utterance, known_speaker, turn_order
 from corpora.demo import read_demo
 from corpora.iemocap import read_iemocap
 from corpora.manifest import read_csv

@@ -46,18 +46,12 @@ def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemo
             elif not wav.is_file():
                 corpus.skip(utt_id, wav, "audio file missing")
             else:
+                speaker = f"Ses{re.sub('[^0-9]', '', session).zfill(2)}{gender}"
                 u = Utterance(
-                    utt_id,
-                    wav,
-                    valence=valence,
-                    arousal=arousal,
-                    session=session,
-                    dialog=dialog,
-                    speaker=f"Ses{re.sub('[^0-9]', '', session).zfill(2)}{gender}",
-                    gender=gender,
-                    emotion=emotion,
-                    onset=onset,
-                )
+                    utt_id, wav, valence=valence, arousal=arousal,
+                    session=session, dialog=dialog, speaker=speaker,
+                    gender=gender, emotion=emotion, onset=onset,
+                )  # fmt: skip
                 corpus.utterances.append(u)
             seen.add(utt_id)
     for wav in sorted(root.glob("Session*/sentences/wav/*/*.wav")):

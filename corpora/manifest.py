@@ -112,15 +112,11 @@ def read_row(cells: dict[str, str], root: Path, targets: Sequence[str]) -> Utter
     elif not names["session"]:
         raise UserError("session is empty")
     names["dialog"] = names["dialog"] or utt_id
+    labels = {label: numbers[label] for label in LABELS}
+    end = None if end == math.inf else end
+    split = SPLITS.get(split, "")
     return Utterance(
-        utt_id,
-        audio,
-        **{label: numbers[label] for label in LABELS},
-        start=start,
-        end=None if end == math.inf else end,
-        split=SPLITS.get(split, ""),
-        onset=start,
-        **names,
+        utt_id, audio, **labels, start=start, end=end, onset=start, split=split, **names
     )
 
 

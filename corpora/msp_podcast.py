@@ -55,16 +55,11 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
             counts[split] += 1
             podcast = re.match(r"MSP-PODCAST_\d+", name)
             u = Utterance(
-                utt_id,
-                folder / name,
-                valence=valence,
-                arousal=arousal,
-                dialog=podcast[0] if podcast else utt_id,
-                speaker=cells.get("SpkrID", ""),
-                gender=cells.get("Gender", ""),
+                utt_id, folder / name, valence=valence, arousal=arousal,
+                split=split, dialog=podcast[0] if podcast else utt_id,
+                speaker=cells.get("SpkrID", ""), gender=cells.get("Gender", ""),
                 emotion=cells.get("EmoClass", ""),
-                split=split,
-            )
+            )  # fmt: skip
             corpus.utterances.append(u)
     if counts["test2"]:
         corpus.notes.append(f"Test2: {counts['test2']} utterances are read but are in no split")

@@ -36,7 +36,7 @@ import corpora
 import data
 import train
 from data import SAMPLE_RATE
-from util import files
+from util import audio, files
 from util.files import UserError
 
 KEPT, FIXED, SKIPPED, REFUSED = "kept", "fixed", "skipped", "refused"
@@ -652,7 +652,7 @@ def test_a_name_that_is_not_utf_8_is_skipped_and_can_be_written_to_a_log(tmp_pat
     path = tmp_path / os.fsdecode(b"x\xff.wav")
     sound("x.wav")(tmp_path)
     (tmp_path / "x.wav").rename(path)
-    _, reason, _ = data.decode(corpora.Utterance("u", path, 0.5, 0.5))
+    _, reason, _ = audio.decode(path)
     assert reason.startswith("cannot be decoded") and reason.encode()
 
 
@@ -735,11 +735,11 @@ def fuzz_audio(root, seed, suffix):
     sound(f"whole.{suffix}", samples=tone(seconds=0.5))(root)
     path = root / f"x.{suffix}"
     path.write_bytes(mutated((root / f"whole.{suffix}").read_bytes(), seed))
-    samples, reason, changes = data.decode(corpora.Utterance("u", path, 0.5, 0.5))
+    samples, reason, changes = audio.decode(path)
     if reason:
         assert not len(samples)
         return "skipped"
-    assert samples.dtype == np.int16 and len(samples) >= data.MIN_SAMPLES
+    assert samples.dtype == np.int16 and len(samples) >= audio.MIN_SAMPLES
     if changes:
         return "fixed"
     original = soundfile.read(root / f"whole.{suffix}", dtype="int16")[0]
@@ -1099,7 +1099,9 @@ def test_nan_that_a_loader_process_finds_is_one_line_with_the_name_of_the_file(
     flags += ["--batch_size", "1", "--num_workers", num_workers, "--device", "cpu"]
     flags += ["--cache_dir", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
     assert train.run(flags) == 2
-    assert capfd.readouterr().err == f"train.py: error: {bad}: holds NaN or infinite values\n"
+    said = capfd.readouterr()
+    assert said.err == f"train.py: error: {bad}: holds NaN or infinite values\n"
+    assert f"decoded audio: writing 0.00 GiB to {tmp_path}/cache/audio-" in said.out
 
 
 def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
