@@ -317,36 +317,32 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
             preds.append(torch.empty_like(tracked))
             preds[-1][order] = low + (high - low) * tracked
     preds = torch.stack(preds)
-    write_csv(Path(args.out), corpus, preds, bool(args.window))
+    table = table_of(corpus, preds)
+    columns = ["utt_id", "path", "dialog", "speaker", "seconds"]
+    if args.window:
+        columns = ["utt_id", "path", "start", "end"]
+    columns += [f"pred_{target}" for target in TARGETS]
+    if len(preds) > 1:
+        columns += [f"std_{target}" for target in TARGETS]
+    replace_text(Path(args.out), table[columns].to_csv(index=False, float_format="%.6f"))
     if args.plot:
-        plot_windows(Path(args.plot), corpus, preds, label_range)
+        plot_windows(Path(args.plot), table, len(preds), label_range)
     what = "windows" if args.window else "utterances"
     scale = f"{' and '.join(TARGETS)} in {low:g}..{high:g}"
     print(f"{len(preds[0])} {what}, {len(corpus.skipped)} skipped, {scale}: {args.out}")
     return 0
 
 
-def write_csv(path: Path, corpus: Corpus, preds: Tensor, windows: bool) -> None:
-    """utt_id, path, then dialog, speaker and seconds, or start and end of windows (seconds), then
-    the mean over checkpoints of preds (M, N, 2), with its standard deviation if M > 1."""
-    table = pd.DataFrame({"utt_id": [u.utt_id for u in corpus.utterances]})
-    table["path"] = [path_of(u, corpus) for u in corpus.utterances]
-    if windows:
-        starts = np.array([u.start for u in corpus.utterances])
-        table["start"], table["end"] = decimals(starts, 3), decimals(starts + corpus.seconds, 3)
-    else:
-        table["dialog"] = [u.dialog for u in corpus.utterances]
-        table["speaker"] = [u.speaker for u in corpus.utterances]
-        table["seconds"] = decimals(corpus.seconds, 3)
+def table_of(corpus: Corpus, preds: Tensor) -> pd.DataFrame:
+    """A row per utterance or window; mean (pred_*) and deviation (std_*) over preds (M, N, 2)."""
+    rows = [(u.utt_id, path_of(u, corpus), u.dialog, u.speaker, u.start) for u in corpus.utterances]
+    table = pd.DataFrame(rows, columns=["utt_id", "path", "dialog", "speaker", "start"])
+    table["seconds"] = corpus.seconds
+    table["end"] = table["start"] + table["seconds"]
+    std = preds.std(0, correction=min(1, len(preds) - 1))
     for i, target in enumerate(TARGETS):
-        table[f"pred_{target}"] = decimals(preds[:, :, i].mean(0).numpy(), 6)
-    for i, target in enumerate(TARGETS if len(preds) > 1 else ()):
-        table[f"std_{target}"] = decimals(preds[:, :, i].std(0).numpy(), 6)
-    replace_text(path, table.to_csv(index=False))
-
-
-def decimals(values: np.ndarray, count: int) -> list[str]:
-    return [f"{value:.{count}f}" for value in values]
+        table[f"pred_{target}"], table[f"std_{target}"] = preds.mean(0)[:, i], std[:, i]
+    return table
 
 
 def path_of(u: Utterance, corpus: Corpus) -> str:
@@ -355,26 +351,22 @@ def path_of(u: Utterance, corpus: Corpus) -> str:
 
 
 def plot_windows(
-    directory: Path, corpus: Corpus, preds: Tensor, label_range: tuple[float, float]
+    directory: Path, table: pd.DataFrame, checkpoints: int, label_range: tuple[float, float]
 ) -> None:
-    """<utt_id>.png, with _ for /, of preds (M, N, 2): mean over checkpoints at the middles of the
-    windows, in a band of one standard deviation."""
+    """<utt_id>.png, with _ for /: mean over checkpoints at the middles of the windows, in a band of
+    one standard deviation."""
     directory.mkdir(parents=True, exist_ok=True)
-    starts = np.array([u.start for u in corpus.utterances])
-    table = pd.DataFrame({"middle": starts + corpus.seconds / 2})
-    for i, target in enumerate(TARGETS):
-        table[target] = preds[:, :, i].mean(0).numpy()
-        table[f"std_{target}"] = preds[:, :, i].std(0, correction=min(1, len(preds) - 1)).numpy()
-    for utt_id, windows in table.groupby([u.utt_id for u in corpus.utterances]):
+    for utt_id, windows in table.groupby("utt_id"):
         figure, [axis] = new_figure(1, width=9)
+        x = (windows["start"] + windows["end"]) / 2
         size = 3 if len(windows) < 100 else 0  # more dots than that hide the line
         for target, marker, colour in zip(TARGETS, MARKERS, COLOURS):
-            x, mean, std = windows["middle"], windows[target], windows[f"std_{target}"]
+            mean, std = windows[f"pred_{target}"], windows[f"std_{target}"]
             axis.plot(x, mean, f"{marker}-", ms=size, lw=1.2, color=colour, label=target)
             axis.fill_between(x, mean - std, mean + std, alpha=0.25, lw=0, color=colour)
         axis.set(xlabel="middle of the window, s", ylim=label_range, title=utt_id)
-        if len(preds) > 1:
-            axis.set_title(f"{utt_id}: mean and deviation of {len(preds)}")
+        if checkpoints > 1:
+            axis.set_title(f"{utt_id}: mean and deviation of {checkpoints}")
         axis.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=2)
         figure.savefig(directory / f"{utt_id.replace('/', '_')}.png")
