@@ -335,9 +335,10 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
 
 def table_of(corpus: Corpus, preds: Tensor) -> pd.DataFrame:
     """A row per utterance or window; mean (pred_*) and deviation (std_*) over preds (M, N, 2)."""
-    rows = [(u.utt_id, path_of(u, corpus), u.dialog, u.speaker, u.start) for u in corpus.utterances]
-    table = pd.DataFrame(rows, columns=["utt_id", "path", "dialog", "speaker", "start"])
-    table["seconds"] = corpus.seconds
+    texts = [(u.utt_id, path_of(u, corpus), u.dialog, u.speaker) for u in corpus.utterances]
+    columns = ["utt_id", "path", "dialog", "speaker"]
+    table = pd.DataFrame(texts, columns=columns, dtype=object)  # names need not be UTF-8
+    table["start"], table["seconds"] = [u.start for u in corpus.utterances], corpus.seconds
     table["end"] = table["start"] + table["seconds"]
     std = preds.std(0, correction=min(1, len(preds) - 1))
     for i, target in enumerate(TARGETS):

@@ -384,7 +384,7 @@ def mean_separation(experiment: Experiment) -> dict[str, float] | None:
 
 def table(what: str, rows: list[list[str]], columns: list[str]) -> Block:
     """A table of text; `what` is the heading of the rows' names, the first cell of each row."""
-    names = [row[0] for row in rows]
+    names = pd.Index([row[0] for row in rows], dtype=object)  # names need not be UTF-8
     columns = pd.Index(columns, name=what, dtype=object)
     return "table", pd.DataFrame([row[1:] for row in rows], names, columns, dtype=object)
 
