@@ -166,8 +166,8 @@ def names_of(files: list[Path]) -> list[str]:
 def cut_windows(corpus: Corpus, window: float, hop: float) -> Corpus:
     """The corpus with each utterance as windows (seconds), the last of which ends where it ends.
 
-    An utterance that is no longer than a window is one; so is a file that cannot be opened, which
-    is decoded in vain later and then named.
+    An utterance that is no longer than a window is one window; so is a file that cannot be opened:
+    decode() names it later.
     """
     cut = []
     for u in corpus.utterances:
@@ -284,7 +284,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
         raise UserError(f"--out {args.out} is an input, or a folder: give another name")
     if args.window:
         corpus = cut_windows(corpus, args.window, args.hop)
-    preds, label_range = [], None  # per checkpoint (N, 2), in the label's own scale
+    preds, label_range = [], None  # per checkpoint (N, 2), in the label's scale
     with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
         corpus, pack = decode(corpus, cache_dir)
         if not corpus.utterances:
@@ -438,7 +438,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
 
 def save_state(path: Path, key: str, state: dict | None) -> None:
     """What EmotionModel.track returned (None: a dialogue begins), under the checkpoint's key;
-    written aside and renamed, so that it is whole at every moment."""
+    written aside and renamed, so that it is never half-written."""
     tensors = dict(state or {})
     for i, pair in enumerate(tensors.pop("mamba", [])):
         tensors |= {f"mamba.{i}.{name}": value for name, value in zip(("conv", "ssm"), pair)}
@@ -479,7 +479,7 @@ def export(path: str, directory: Path) -> None:
     """Writes config.json and model.safetensors, which load_model reads, README.md (a model card)
     and, of a WavLM, wavlm/ for transformers' WavLMModel and train.py --wavlm.
 
-    The directory appears when it is whole. UserError when it exists.
+    The directory appears when it is complete. UserError if it exists.
     """
     model, checkpoint = load_model(path, "--checkpoint")
     if "name" not in checkpoint["args"]:
@@ -518,7 +518,7 @@ is the encoder alone: `transformers.WavLMModel.from_pretrained`, `train.py --wav
 ## Intended use and limits
 
 Research on speech like that of the corpus above. Other languages, microphones, ages and ways of
-speaking are untested. The labels say how the corpus' own raters or designers placed an utterance,
+speaking are untested. The labels say how raters or designers of the corpus placed an utterance,
 not what a person felt. The first {max_seconds:g} s of an utterance are read. eGeMAPS, where used,
 comes from opensmile, which is free for research only. Not for decisions about people.
 """
@@ -527,7 +527,7 @@ comes from opensmile, which is free for research only. Not for decisions about p
 def model_card(run: Path, checkpoint: dict) -> str:
     """README.md of an export: figures from the run's result.json, or that there is none."""
     flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
-    commit, scores = "unknown", "There is no result.json: the run was not evaluated to its end."
+    commit, scores = "unknown", "There is no result.json: the run was not evaluated on test."
     if (run / "result.json").is_file():
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         commit = result["git_commit"]
@@ -543,14 +543,15 @@ def model_card(run: Path, checkpoint: dict) -> str:
             "say little about other\nspeakers. Versions: "
             + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         )
-    about = {"data": Path(flags["data"]).name, "commit": commit, "scores": scores, "origin": ""}
+    origin = ""
     if flags["init_from"]:
         start = "/".join(Path(flags["init_from"]).parts[-2:])
-        about["origin"] = f"\nIt went on from {start}, whose training data are not in this table.\n"
-    about["targets"] = " and ".join(TARGETS).capitalize()
+        origin = f"\nTraining started from {start}, whose training data are not in this table.\n"
     if flags["train_only"]:
-        about["origin"] += "Only FiLM was trained: if on one speaker, for that speaker alone.\n"
-    return CARD.format(**(flags | about | {"low": low, "high": high}))
+        origin += "Only FiLM was trained: if on one speaker, for that speaker alone.\n"
+    values = {"low": low, "high": high, "commit": commit, "scores": scores, "origin": origin}
+    values |= {"data": Path(flags["data"]).name, "targets": " and ".join(TARGETS).capitalize()}
+    return CARD.format(**(flags | values))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class Experiment:
     notes: list[str] = field(default_factory=list)
     mean: dict[str, float] | None = None
     std: dict[str, float] | None = None  # sample standard deviation; None for a single fold
-    pooled: dict[str, float] | None = None  # as model.metrics, RMSE in the label's own scale
+    pooled: dict[str, float] | None = None  # as model.metrics, RMSE in the label's scale
     interval: dict[str, tuple[float, float]] | None = None  # 95 % of each pooled CCC
     clusters: str = ""  # what the bootstrap draws: "10 speakers"
     separation: dict[str, float] | None = None  # mean over folds
@@ -110,8 +110,8 @@ def read_experiment(
     """The experiment with all its folds, or those of `asked`; UserError where it has none.
 
     All its folds are 1..K: K is num_folds of any result.json or, without one, the highest fold
-    that left a directory or a log. A fold in `failed` is missing whatever is on disk: that is from
-    an earlier run.
+    that left a directory or a log. A fold in `failed` is missing: what is on disk is from an earlier
+    run.
     """
     read, problems = {}, {}
     for fold in found_folds(directory):
