@@ -110,8 +110,7 @@ def read_experiment(
     """The experiment with all its folds, or those of `asked`; UserError where it has none.
 
     All its folds are 1..K: K is num_folds of any result.json or, without one, the highest fold
-    that left a directory or a log. A fold in `failed` is missing: what is on disk is from an earlier
-    run.
+    that left a directory or a log. A fold in `failed` is missing: what is on disk is older.
     """
     read, problems = {}, {}
     for fold in found_folds(directory):
