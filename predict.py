@@ -165,8 +165,8 @@ def names_of(files: list[Path]) -> list[str]:
 def cut_windows(corpus: Corpus, window: float, hop: float) -> Corpus:
     """The corpus with each utterance as windows (seconds), the last of which ends where it ends.
 
-    An utterance that is no longer than a window is one; so is a file that cannot be opened, which
-    is decoded in vain later and then named.
+    An utterance that is no longer than a window is one window; so is a file that cannot be opened:
+    decode() names it later.
     """
     cut = []
     for u in corpus.utterances:
@@ -283,7 +283,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
         raise UserError(f"--out {args.out} is an input, or a folder: give another name")
     if args.window:
         corpus = cut_windows(corpus, args.window, args.hop)
-    preds, label_range = [], None  # per checkpoint (N, 2), in the label's own scale
+    preds, label_range = [], None  # per checkpoint (N, 2), in the label's scale
     with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
         corpus, pack = decode(corpus, cache_dir)
         if not corpus.utterances:
@@ -316,36 +316,33 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
             preds.append(torch.empty_like(tracked))
             preds[-1][order] = low + (high - low) * tracked
     preds = torch.stack(preds)
-    write_csv(Path(args.out), corpus, preds, bool(args.window))
+    table = table_of(corpus, preds)
+    columns = ["utt_id", "path", "dialog", "speaker", "seconds"]
+    if args.window:
+        columns = ["utt_id", "path", "start", "end"]
+    columns += [f"pred_{target}" for target in TARGETS]
+    if len(preds) > 1:
+        columns += [f"std_{target}" for target in TARGETS]
+    replace_text(Path(args.out), table[columns].to_csv(index=False, float_format="%.6f"))
     if args.plot:
-        plot_windows(Path(args.plot), corpus, preds, label_range)
+        plot_windows(Path(args.plot), table, len(preds), label_range)
     what = "windows" if args.window else "utterances"
     scale = f"{' and '.join(TARGETS)} in {low:g}..{high:g}"
     print(f"{len(preds[0])} {what}, {len(corpus.skipped)} skipped, {scale}: {args.out}")
     return 0
 
 
-def write_csv(path: Path, corpus: Corpus, preds: Tensor, windows: bool) -> None:
-    """utt_id, path, then dialog, speaker and seconds, or start and end of windows (seconds), then
-    the mean over checkpoints of preds (M, N, 2), with its standard deviation if M > 1."""
-    table = pd.DataFrame({"utt_id": [u.utt_id for u in corpus.utterances]})
-    table["path"] = [path_of(u, corpus) for u in corpus.utterances]
-    if windows:
-        starts = np.array([u.start for u in corpus.utterances])
-        table["start"], table["end"] = decimals(starts, 3), decimals(starts + corpus.seconds, 3)
-    else:
-        table["dialog"] = [u.dialog for u in corpus.utterances]
-        table["speaker"] = [u.speaker for u in corpus.utterances]
-        table["seconds"] = decimals(corpus.seconds, 3)
+def table_of(corpus: Corpus, preds: Tensor) -> pd.DataFrame:
+    """A row per utterance or window; mean (pred_*) and deviation (std_*) over preds (M, N, 2)."""
+    texts = [(u.utt_id, path_of(u, corpus), u.dialog, u.speaker) for u in corpus.utterances]
+    columns = ["utt_id", "path", "dialog", "speaker"]
+    table = pd.DataFrame(texts, columns=columns, dtype=object)  # names need not be UTF-8
+    table["start"], table["seconds"] = [u.start for u in corpus.utterances], corpus.seconds
+    table["end"] = table["start"] + table["seconds"]
+    std = preds.std(0, correction=min(1, len(preds) - 1))
     for i, target in enumerate(TARGETS):
-        table[f"pred_{target}"] = decimals(preds[:, :, i].mean(0).numpy(), 6)
-    for i, target in enumerate(TARGETS if len(preds) > 1 else ()):
-        table[f"std_{target}"] = decimals(preds[:, :, i].std(0).numpy(), 6)
-    replace_text(path, table.to_csv(index=False))
-
-
-def decimals(values: np.ndarray, count: int) -> list[str]:
-    return [f"{value:.{count}f}" for value in values]
+        table[f"pred_{target}"], table[f"std_{target}"] = preds.mean(0)[:, i], std[:, i]
+    return table
 
 
 def path_of(u: Utterance, corpus: Corpus) -> str:
@@ -354,26 +351,22 @@ def path_of(u: Utterance, corpus: Corpus) -> str:
 
 
 def plot_windows(
-    directory: Path, corpus: Corpus, preds: Tensor, label_range: tuple[float, float]
+    directory: Path, table: pd.DataFrame, checkpoints: int, label_range: tuple[float, float]
 ) -> None:
-    """<utt_id>.png, with _ for /, of preds (M, N, 2): mean over checkpoints at the middles of the
-    windows, in a band of one standard deviation."""
+    """<utt_id>.png, with _ for /: mean over checkpoints at the middles of the windows, in a band of
+    one standard deviation."""
     directory.mkdir(parents=True, exist_ok=True)
-    starts = np.array([u.start for u in corpus.utterances])
-    table = pd.DataFrame({"middle": starts + corpus.seconds / 2})
-    for i, target in enumerate(TARGETS):
-        table[target] = preds[:, :, i].mean(0).numpy()
-        table[f"std_{target}"] = preds[:, :, i].std(0, correction=min(1, len(preds) - 1)).numpy()
-    for utt_id, windows in table.groupby([u.utt_id for u in corpus.utterances]):
+    for utt_id, windows in table.groupby("utt_id"):
         figure, [axis] = new_figure(1, width=9)
+        x = (windows["start"] + windows["end"]) / 2
         size = 3 if len(windows) < 100 else 0  # more dots than that hide the line
         for target, marker, colour in zip(TARGETS, MARKERS, COLOURS):
-            x, mean, std = windows["middle"], windows[target], windows[f"std_{target}"]
+            mean, std = windows[f"pred_{target}"], windows[f"std_{target}"]
             axis.plot(x, mean, f"{marker}-", ms=size, lw=1.2, color=colour, label=target)
             axis.fill_between(x, mean - std, mean + std, alpha=0.25, lw=0, color=colour)
         axis.set(xlabel="middle of the window, s", ylim=label_range, title=utt_id)
-        if len(preds) > 1:
-            axis.set_title(f"{utt_id}: mean and deviation of {len(preds)}")
+        if checkpoints > 1:
+            axis.set_title(f"{utt_id}: mean and deviation of {checkpoints}")
         axis.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=2)
         figure.savefig(directory / f"{utt_id.replace('/', '_')}.png")
@@ -444,7 +437,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
 
 def save_state(path: Path, key: str, state: dict | None) -> None:
     """What EmotionModel.track returned (None: a dialogue begins), under the checkpoint's key;
-    written aside and renamed, so that it is whole at every moment."""
+    written aside and renamed, so that it is never half-written."""
     tensors = dict(state or {})
     for i, pair in enumerate(tensors.pop("mamba", [])):
         tensors |= {f"mamba.{i}.{name}": value for name, value in zip(("conv", "ssm"), pair)}
@@ -485,7 +478,7 @@ def export(path: str, directory: Path) -> None:
     """Writes config.json and model.safetensors, which load_model reads, README.md (a model card)
     and, of a WavLM, wavlm/ for transformers' WavLMModel and train.py --wavlm.
 
-    The directory appears when it is whole. UserError when it exists.
+    The directory appears when it is complete. UserError if it exists.
     """
     model, checkpoint = load_model(path, "--checkpoint")
     if "name" not in checkpoint["args"]:
@@ -524,7 +517,7 @@ is the encoder alone: `transformers.WavLMModel.from_pretrained`, `train.py --wav
 ## Intended use and limits
 
 Research on speech like that of the corpus above. Other languages, microphones, ages and ways of
-speaking are untested. The labels say how the corpus' own raters or designers placed an utterance,
+speaking are untested. The labels say how raters or designers of the corpus placed an utterance,
 not what a person felt. The first {max_seconds:g} s of an utterance are read. eGeMAPS, where used,
 comes from opensmile, which is free for research only. Not for decisions about people.
 """
@@ -533,7 +526,7 @@ comes from opensmile, which is free for research only. Not for decisions about p
 def model_card(run: Path, checkpoint: dict) -> str:
     """README.md of an export: figures from the run's result.json, or that there is none."""
     flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
-    commit, scores = "unknown", "There is no result.json: the run was not evaluated to its end."
+    commit, scores = "unknown", "There is no result.json: the run was not evaluated on test."
     if (run / "result.json").is_file():
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         commit = result["git_commit"]
@@ -549,14 +542,15 @@ def model_card(run: Path, checkpoint: dict) -> str:
             "say little about other\nspeakers. Versions: "
             + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         )
-    about = {"data": Path(flags["data"]).name, "commit": commit, "scores": scores, "origin": ""}
+    origin = ""
     if flags["init_from"]:
         start = "/".join(Path(flags["init_from"]).parts[-2:])
-        about["origin"] = f"\nIt went on from {start}, whose training data are not in this table.\n"
-    about["targets"] = " and ".join(TARGETS).capitalize()
+        origin = f"\nTraining started from {start}, whose training data are not in this table.\n"
     if flags["train_only"]:
-        about["origin"] += "Only FiLM was trained: if on one speaker, for that speaker alone.\n"
-    return CARD.format(**(flags | about | {"low": low, "high": high}))
+        origin += "Only FiLM was trained: if on one speaker, for that speaker alone.\n"
+    values = {"low": low, "high": high, "commit": commit, "scores": scores, "origin": origin}
+    values |= {"data": Path(flags["data"]).name, "targets": " and ".join(TARGETS).capitalize()}
+    return CARD.format(**(flags | values))
 
 
 # ---------------------------------------------------------------------------------------------

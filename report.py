@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from corpora import known_speaker
+from flags import FREE_ON_RESUME
 from model import TARGETS, concordance, metrics, moment_sums
 from util.files import UserError, replace_text
 from util.runs import read_json, read_predictions, read_records, read_vectors, tensors
@@ -70,11 +71,9 @@ CCCS = {f"ccc_{name}": f"CCC {name}" for name in (*TARGETS, "mean")}
 STATUS = ["state", "epoch", "step", "best dev CCC", "audio-s/s", "peak GiB", "time left", "written"]
 
 # A fine-tuned run may differ from its frozen baseline in these flags and in no other
-FREE_IN_BASELINE = {
+FREE_IN_BASELINE = FREE_ON_RESUME | {
     "unfreeze", "lr", "encoder_lr", "lr_reference_batch", "warmup", "scheduler", "epochs",
-    "max_steps", "patience", "eval_every", "log_every", "plot_every", "separation_every",
-    "save_every", "out", "name", "preset", "resume", "overwrite", "dry_run", "timeout",
-    "cache_dir", "feature_cache", "num_workers", "device", "gpu_gib", "memory_fraction",
+    "max_steps", "patience", "eval_every", "separation_every", "name", "feature_cache",
     # how a step is computed, not what it computes
     "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "attention",
 }  # fmt: skip
@@ -94,7 +93,7 @@ class Experiment:
     notes: list[str] = field(default_factory=list)
     mean: dict[str, float] | None = None
     std: dict[str, float] | None = None  # sample standard deviation; None for a single fold
-    pooled: dict[str, float] | None = None  # as model.metrics, RMSE in the label's own scale
+    pooled: dict[str, float] | None = None  # as model.metrics, RMSE in the label's scale
     interval: dict[str, tuple[float, float]] | None = None  # 95 % of each pooled CCC
     clusters: str = ""  # what the bootstrap draws: "10 speakers"
     separation: dict[str, float] | None = None  # mean over folds
@@ -111,8 +110,7 @@ def read_experiment(
     """The experiment with all its folds, or those of `asked`; UserError where it has none.
 
     All its folds are 1..K: K is num_folds of any result.json or, without one, the highest fold
-    that left a directory or a log. A fold in `failed` is missing whatever is on disk: that is from
-    an earlier run.
+    that left a directory or a log. A fold in `failed` is missing: what is on disk is older.
     """
     read, problems = {}, {}
     for fold in found_folds(directory):
@@ -361,10 +359,9 @@ def probe(vectors: np.ndarray, classes: np.ndarray, method: str) -> np.ndarray:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    strength = LogisticRegression(C=0.01, max_iter=1000)  # for about as many dimensions as rows
-    return cross_val_predict(
-        make_pipeline(StandardScaler(), strength), vectors, classes, cv=5, method=method
-    )
+    # C [guess]: strong, as there may be as many dimensions as rows
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    return cross_val_predict(model, vectors, classes, cv=5, method=method)
 
 
 def mean_separation(experiment: Experiment) -> dict[str, float] | None:
@@ -384,9 +381,9 @@ def mean_separation(experiment: Experiment) -> dict[str, float] | None:
 # Reports are blocks, shown as text, Markdown or HTML
 
 
-def table(what: str, rows: dict[str, list[str]] | list[list[str]], columns: list[str]) -> Block:
+def table(what: str, rows: list[list[str]], columns: list[str]) -> Block:
     """A table of text; `what` is the heading of the rows' names, the first cell of each row."""
-    names = [row[0] for row in rows]
+    names = pd.Index([row[0] for row in rows], dtype=object)  # names need not be UTF-8
     columns = pd.Index(columns, name=what, dtype=object)
     return "table", pd.DataFrame([row[1:] for row in rows], names, columns, dtype=object)
 
@@ -518,7 +515,8 @@ def as_text(blocks: list[Block], markdown: bool = False) -> str:
             if any(first for first, _ in pairs):
                 names = ["", content.columns.name]
                 content = content.set_axis(pd.MultiIndex.from_tuples(pairs, names=names), axis=1)
-            parts.append(content.to_string())
+            lines = content.to_string().splitlines()
+            parts.append("\n".join(line.rstrip() for line in lines))
         elif kind == "list" and content:
             parts.append("\n".join(f"- {item}" for item in content))
         elif kind == "heading" and markdown:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,13 +107,23 @@ def test_files_of_one_name_are_told_apart_by_the_shortest_end_of_their_paths(
 ):
     clip = corpus.parent / "s1d0t0.wav"
     files = ["a/one.wav", "b/one.wav", "b/two.wav", "c/x/y.wav", "d/x/y.wav", "d/z.wav", "d/z.flac"]
+    files.append(os.fsdecode(b"d/\xff.wav"))  # not UTF-8
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(tmp_path / file, *soundfile.read(clip))
     got = predicted(
         ["--checkpoint", trained, *(tmp_path / file for file in files)], tmp_path / "out.csv"
     )
-    names = ["a/one.wav", "b/one.wav", "two", "c/x/y.wav", "d/x/y.wav", "z.wav", "z.flac"]
+    names = [
+        "a/one.wav",
+        "b/one.wav",
+        "two",
+        "c/x/y.wav",
+        "d/x/y.wav",
+        "z.wav",
+        "z.flac",
+        r"\udcff",
+    ]
     assert [row["utt_id"] for row in got] == names
 
 
