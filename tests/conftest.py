@@ -75,3 +75,15 @@ def quick_flags(corpus, small_wavlm, directory):
 @pytest.fixture
 def flags(corpus, small_wavlm, tmp_path):
     return quick_flags(corpus, small_wavlm, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(corpus, small_wavlm, tmp_path_factory):
+    """(flags, directory) of a run that is complete; tests leave it as it is."""
+    from train import main, parse_args
+    from util.runs import run_dir
+
+    flags = quick_flags(corpus, small_wavlm, tmp_path_factory.mktemp("finished"))
+    args = parse_args(flags)
+    assert main(args) == 0
+    return flags, run_dir(args)
