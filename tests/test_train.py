@@ -71,7 +71,8 @@ def prepared(flags, *more):
 def split_batch(fold, count, parts):
     """Micro-batches of the first `count` utterances of the train split."""
     rows = fold.splits["train"][:count].tolist()
-    return [fold.dataset[BatchSpec(tuple((r,) for r in rows[i::parts]), 0)] for i in range(parts)]
+    specs = [BatchSpec(tuple((row,) for row in rows[i::parts]), 0, count) for i in range(parts)]
+    return [fold.dataset[spec] for spec in specs]
 
 
 # --- contract 1: the same global batch gives the same update
