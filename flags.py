@@ -42,7 +42,8 @@ PRESETS = {
 # A resumed run may differ from the interrupted one in these flags and in no other.
 FREE_ON_RESUME = {
     "resume", "overwrite", "num_workers", "log_every", "cache_dir", "out", "data_dir", "dry_run",
-    "gpu_gib", "memory_fraction", "preset", "device", "plot_every", "save_every", "timeout",
+    "gpu_gib", "memory_fraction", "preset", "device", "plot_every", "separation_every",
+    "save_every", "timeout",
 }  # fmt: skip
 
 # A run with --init_from takes the model flags of its start, except for these.
@@ -104,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_dir", help="root of iemocap or msp_podcast, or of the audio paths in a CSV")
     add("--fold", type=counted_from(1), default=1, help="test session 1..K; dev is the next one")
     add("--label_range", type=float, nargs=2, metavar=("LO", "HI"),
-        help="scale of the labels; default: the corpus's own; for a CSV --init_from's, or 0 1")
+        help="scale of the labels; default: the corpus's; for a CSV that of --init_from, else 0 1")
     add("--max_seconds", type=number(float, 0.1), default=12.0,
         help="longest clip; training takes a random window of longer ones, evaluation the start")
     add("--context", type=counted_from(1), default=1,
@@ -124,12 +125,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wavlm_revision", help="hub commit or tag of --wavlm")
     add("--wavlm_dropout", type=probability, help="replaces all dropouts of the WavLM checkpoint")
     add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")
-    add("--pooling", choices=("mean", "attention"), default="mean", help="frames to utterance")
+    add("--pooling", choices=("mean", "attention"), default="mean",
+        help="how frames become one utterance vector")
     add("--features_dir", "--features_224_dir", help="<utt_id>.npy (T, D) for the Transformers")
     add("--prosody", choices=("egemaps", "none"), default="egemaps",
         help="88 functionals by opensmile, which is free for research only")
     add("--speaker", default="none",
-        help="ecapa, xvector, a DIR of <utt_id>.npy or of an x-vector model, or none")
+        help="ecapa, xvector, a directory of <utt_id>.npy or of an x-vector model, or none")
     add("--no_film", action="store_true", help="do not condition the speech on the speaker")
     add("--d_prosody", type=counted_from(1), default=64, help="width of the prosody code")
     add("--d_hidden", type=counted_from(2), default=256,
@@ -153,13 +155,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_steps", type=counted_from(-1), default=-1,
         help="stop after this many steps; -1 = off")
     add("--batch_size", type=batch_size, default=8,
-        help="utterances per GPU and micro-step; auto: the largest that fits, by plan and trial, "
-        f"and leaves {AUTO_STEPS} steps in an epoch")
+        help="utterances per GPU and micro-step; auto: the largest that fits, planned, "
+        f"then tried, and leaves {AUTO_STEPS} steps in an epoch")
     add("--gradient_accumulation_steps", type=counted_from(1),
         help="micro-steps per step; default 1")
     add("--global_batch_size", type=counted_from(1),
         help="= batch_size x accumulation x ranks, which is the default")
-    add("--lr", type=rate, default=1e-4, help="peak learning rate of what starts from scratch")
+    add("--lr", type=rate, default=1e-4, help="peak learning rate of everything except WavLM")
     add("--encoder_lr", type=rate, default=1e-5, help="peak learning rate of WavLM")
     add("--lr_reference_batch", type=counted_from(0), default=0,
         help="multiply both rates by global_batch_size / this; 0 = off")
@@ -167,12 +169,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_grad_norm", type=rate, default=1.0, help="clip the gradient norm; 0 = off")
     add("--scheduler", choices=("none", "cosine", "plateau"), default="cosine",
         help="plateau: halve the rates after 3 evaluations without a better dev CCC")
-    add("--warmup", type=share, default=0.1, help="share of all steps with rising rates")
+    add("--warmup", type=share, default=0.1, help="share of all steps used for warm-up")
     add("--unfreeze", default="none",
         help="part of WavLM that trains: none, all, transformer, top:K, or a schedule "
         "EPOCH:WHAT,... e.g. 1:none,6:top:4,9:all")
     add("--loss", choices=("ccc", "mse"), default="ccc", help="ccc: 1 - CCC + mse_weight x MSE")
-    add("--mse_weight", type=rate, default=0.1, help="share of MSE in --loss ccc")
+    add("--mse_weight", type=rate, default=0.1, help="weight of MSE in --loss ccc")
     add("--valence_weight", type=share, default=0.5,
         help="weight of valence in [0, 1]; other targets share the rest")
     add("--exact_ccc", choices=("on", "off"), default="on",
@@ -186,7 +188,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--amp", choices=("fp16", "bf16", "off"),
         help="autocast; default fp16 (with GradScaler) on a GPU, off on a CPU")
     add("--no_amp", dest="amp", action="store_const", const="off", help="same as --amp off")
-    add("--tf32", choices=("on", "off"), default="on", help="TF32 for what stays fp32 on a GPU")
+    add("--tf32", choices=("on", "off"), default="on",
+        help="TF32 in matrix products and convolutions of float32 tensors on a GPU")
     add("--gradient_checkpointing", action="store_true",
         help="keep only layer inputs for backward, which then runs each layer again")
     add("--compile", action="store_true", help="torch.compile the encoder's layers")
@@ -217,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train_only", choices=("film",), help="freeze everything else (personalisation)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
     add("--timeout", type=number(float, 1), default=300.0,
-        help="seconds without an answer from another rank or from the loader that end the run")
+        help="end the run after this many seconds without another rank's answer or a batch")
     add("--dry_run", action="store_true", help="print the run and its memory, then stop")
     # fmt: on
     return p
@@ -257,14 +260,16 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
         parser.set_defaults(**{k: v for k, v in start["args"].items() if k in known})
     args = parser.parse_args(argv)
     if start:
-        for flag in sorted(start["args"].keys() & MODEL_FLAGS - FREE_WITH_INIT_FROM):
-            old, new = start["args"][flag], getattr(args, flag)
+        for flag in sorted(known - FREE_WITH_INIT_FROM):
+            old, new = start["args"].get(flag), getattr(args, flag)
             if new != old:
                 raise UserError(f"--{flag} {new}: the model of --init_from has {old}: leave it out")
         if args.data.endswith(".csv"):
             args.label_range = args.label_range or start["label_range"]
     if args.train_only:
-        args.unfreeze = "none"
+        if given.unfreeze != "none":
+            raise UserError(f"--train_only freezes WavLM: remove --unfreeze {given.unfreeze}")
+        args.unfreeze = "none"  # a preset may have set it
     args.amp = args.amp or ("fp16" if uses_cuda(args.device) else "off")
     corpus = Path(args.data).stem if args.data.endswith(".csv") else args.data
     args.name = args.name or f"{corpus}-{args.encoder}"
@@ -288,7 +293,7 @@ def check(args: argparse.Namespace) -> None:
             f"--data {args.data}: no such file",
         ),
         (args.resume and args.overwrite, "--resume and --overwrite exclude each other"),
-        ("/" in args.name or args.name in (".", ".."), f"--name {args.name}: without slashes"),
+        ("/" in args.name or args.name in (".", ".."), f"--name {args.name}: must not contain /"),
         (reads_features and not args.features_dir, "the Transformers need --features_dir DIR"),
         (
             args.features_dir and not reads_features,
@@ -305,7 +310,7 @@ def check(args: argparse.Namespace) -> None:
         ),
         (
             args.feedback and (args.context == 1 or not args.d_state),
-            "--feedback feeds back the turn before: give --context above 1 and --d_state",
+            "--feedback needs a previous turn: give --context above 1 and --d_state",
         ),
         (
             args.speaker != "none" and args.no_film,
@@ -323,8 +328,8 @@ def check(args: argparse.Namespace) -> None:
         ),
         (
             cached and args.augment,
-            "--feature_cache on keeps what WavLM makes of the recording itself, --augment changes "
-            "the recording every epoch: remove one of the two",
+            "--feature_cache on stores WavLM's output for the recording itself, --augment changes "
+            "it every epoch: remove one of the two",
         ),
         (
             cached and args.encoder != "wavlm",
@@ -343,27 +348,31 @@ def check(args: argparse.Namespace) -> None:
 # Batch sizes: batch_size x gradient_accumulation_steps x ranks = global_batch_size
 
 
-def split_batch(args: argparse.Namespace, size: int, world_size: int) -> None:
-    """Sets batch_size, accumulation and global batch size; UserError if they contradict."""
+def split_batch(
+    args: argparse.Namespace, size: int, world_size: int, total: int | None = None
+) -> None:
+    """Sets batch_size, accumulation and global batch size; UserError if they contradict.
+
+    `total`: global batch size that a run has already, whose accumulation then follows.
+    """
     if size % args.context:
         raise UserError(
             f"--batch_size {size} is not a multiple of --context {args.context}: "
             "a micro-batch holds complete chunks of turns"
         )
     per_micro_step = size * world_size
-    total = args.global_batch_size
-    if total is None:
-        total = per_micro_step * (args.gradient_accumulation_steps or 1)
+    wanted = args.gradient_accumulation_steps if total is None else None
+    total = total or args.global_batch_size or per_micro_step * (wanted or 1)
     accumulation, rest = divmod(total, per_micro_step)
     if rest or accumulation < 1:
         raise UserError(
             f"--global_batch_size {total} is not a multiple of "
             f"batch_size {size} x {world_size} ranks = {per_micro_step}"
         )
-    if args.gradient_accumulation_steps not in (None, accumulation):
+    if wanted not in (None, accumulation):
         raise UserError(
             f"--global_batch_size {total} needs --gradient_accumulation_steps {accumulation}, "
-            f"not {args.gradient_accumulation_steps}"
+            f"not {wanted}"
         )
     args.batch_size, args.global_batch_size = size, total
     args.gradient_accumulation_steps = accumulation
@@ -373,8 +382,7 @@ def halve_batch(args: argparse.Namespace, world_size: int) -> None:
     """At most half the micro-batch in the same global batch; OutOfMemoryError if there is none."""
     for size in range(args.batch_size // 2, 0, -1):
         if size % args.context == 0 and args.global_batch_size % (size * world_size) == 0:
-            args.gradient_accumulation_steps = None
-            split_batch(args, size, world_size)
+            split_batch(args, size, world_size, args.global_batch_size)
             return
     raise torch.OutOfMemoryError(
         f"no room for --batch_size {args.batch_size}, which cannot be split further: lower "

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train folds in parallel: a queue over GPUs, or over CPU slots where there is no GPU.
+# Train folds in parallel: a queue over GPUs, or over CPU slots if there is no GPU.
 #
 #   ./launch.sh --folds 1-5 -- --preset demo                       on the CPU, two folds at a time
 #   ./launch.sh --folds 1-5 --gpus 0,1,2,3 -- --data iemocap ...   one GPU per fold
@@ -11,11 +11,11 @@
 #   --nproc_per_fold N    GPUs (on the CPU: processes) per fold; default 1
 #   --jobs N              folds at a time on the CPU; default 2
 #   --retries N           run a failed or stopped fold again, with --resume, up to N times; default 0
-#   -- FLAGS              for train.py; all but --fold
+#   -- FLAGS              flags of train.py except --fold
 #
 # Each fold appends to OUT/NAME/fold<K>.log. A failed fold does not stop the others. At the end
-# report.py prints the folds asked for. Environment: PYTHON (default python), OMP_NUM_THREADS
-# (default cores / processes at a time). Ctrl-C gives folds 30 s to write last.pt, then kills.
+# report.py prints the requested folds. Environment: PYTHON (default python), OMP_NUM_THREADS
+# (default cores / processes at a time). Ctrl-C gives folds 30 s to write last.pt, then kills them.
 # Exit code: 0 all folds done; 1 a fold failed; 2 wrong flags, nothing started; 75 none failed, but
 # one was stopped by a signal, or the launcher by SIGUSR1; 130 Ctrl-C, 143 SIGTERM, 129 hang-up.
 # Needs Linux and bash 5.
@@ -23,58 +23,50 @@
 set -euo pipefail
 
 say() { printf '%(%H:%M:%S)T %s\n' -1 "$*"; }
-clock() { printf '%d:%02d:%02d' $(($1 / 3600)) $(($1 / 60 % 60)) $(($1 % 60)); }
 refuse() { printf 'launch.sh: error: %s\n' "$*" >&2; exit 2; }
-whole() { [[ $2 =~ ^(0|[1-9][0-9]{0,3})$ && $2 -ge $3 ]] || refuse "$1 $2: a number from $3"; }
+distinct() { [[ -z $(printf '%s\n' "$@" | sort | uniq -d) ]]; }
+since() { [[ $(date -r "$2" +%s 2>/dev/null || echo 0) -ge $1 ]]; } # TIME FILE: written since then?
+join() { local IFS=,; echo "$*"; }
 
 python=${PYTHON:-python}
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 [[ ${1-} != status ]] || exec "$python" "$here/report.py" --status "${@:2}"
-folds_text='' gpus_text='' nproc=1 jobs='' retries=0
+declare -A given=([folds]='' [gpus]='' [nproc_per_fold]=1 [jobs]='' [retries]=0)
 while (($#)) && [[ $1 != -- ]]; do
-    if [[ $1 == --help || $1 == -h ]]; then
-        sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-        exit 0
-    fi
-    [[ $1 =~ ^--(folds|gpus|nproc_per_fold|jobs|retries)$ ]] ||
-        refuse "no such flag: $1 (see --help; train.py's flags go behind --)"
-    (($# > 1)) || refuse "$1 needs a value"
     case $1 in
-        --folds) folds_text=$2 ;;
-        --gpus) gpus_text=$2 ;;
-        --nproc_per_fold) whole "$1" "$2" 1; nproc=$2 ;;
-        --jobs) whole "$1" "$2" 1; jobs=$2 ;;
-        --retries) whole "$1" "$2" 0; retries=$2 ;;
+        --help | -h) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        --folds | --gpus | --nproc_per_fold | --jobs | --retries) ;;
+        *) refuse "no such flag: $1 (see --help; train.py's flags go after --)" ;;
     esac
+    (($# > 1)) || refuse "$1 needs a value"
+    [[ $1 =~ ^--(folds|gpus)$ || $2 =~ ^[1-9][0-9]{0,3}$ || "$1 $2" == '--retries 0' ]] ||
+        refuse "$1 $2: give a number"
+    given[${1#--}]=$2
     shift 2
 done
-(($# == 0)) || shift # the --
-flags=("$@")
+flags=("${@:2}") # without the --
 for flag in "${flags[@]}"; do
     [[ $flag != --fold && $flag != --fold=* ]] || refuse "$flag: use --folds, before --"
 done
+nproc=${given[nproc_per_fold]}
 
-# Folds: 1-3,5 is 1 2 3 5
-item='[1-9][0-9]{0,3}(-[1-9][0-9]{0,3})?'
-[[ $folds_text =~ ^$item(,$item)*$ ]] ||
-    refuse "--folds '$folds_text': give 1-5, or 1,3,5, or a mix"
+range='[1-9][0-9]{0,3}(-[1-9][0-9]{0,3})?'
+[[ ${given[folds]} =~ ^$range(,$range)*$ ]] ||
+    refuse "--folds '${given[folds]}': give 1-5, or 1,3,5, or a mix"
 folds=()
-IFS=, read -r -a items <<<"$folds_text"
-for item in "${items[@]}"; do
-    ((${item%-*} <= ${item#*-})) || refuse "--folds $item: the first is above the last"
-    for ((fold = ${item%-*}; fold <= ${item#*-}; fold++)); do
-        [[ " ${folds[*]} " != *" $fold "* ]] || refuse "--folds $folds_text: fold $fold twice"
-        folds+=("$fold")
-    done
+for range in ${given[folds]//,/ }; do
+    ((${range%-*} <= ${range#*-})) || refuse "--folds $range: the first is above the last"
+    mapfile -t -O ${#folds[@]} folds < <(seq "${range%-*}" "${range#*-}")
 done
+distinct "${folds[@]}" || refuse "--folds ${given[folds]}: a fold is named twice"
 
-# Interrupted in any phase, nothing stays behind. Folds run in process groups of their own, out of
-# reach of the terminal's Ctrl-C. SIGTERM goes to the leader (train.py or torchrun) and not to the
-# group: a loader worker that dies of it takes the checkpoint with it.
+# An interrupt, at any time, leaves no process behind. Folds run in process groups of their own, so
+# the terminal's Ctrl-C does not reach them. SIGTERM goes to the leader (train.py or torchrun) and
+# not to the group, since a loader worker that dies of it would keep train.py from saving.
 launch_id=$$-$EPOCHREALTIME
-helper='' # the flag check or the report, waited for in the background: traps run at once
+helper='' # pid of the flag check or of the report: they run in the background, so traps run at once
 declare -A pid_of=() slot_of=() began=() attempts=()
-sweep() { # FOLD: kill what is left of it; torchrun's ranks are in sessions of their own, so by mark
+sweep() { # FOLD: kill what is left of it; torchrun's ranks are in other sessions, so find the mark
     local pid
     kill -KILL -- "-${pid_of[$1]-none}" 2>/dev/null || true
     while IFS=/ read -r _ _ pid _; do
@@ -91,7 +83,7 @@ stop_all() {
     for pid in $(jobs -pr); do kill -TERM "$pid" 2>/dev/null || true; done
     while [[ -n $(jobs -pr) ]] && ((SECONDS < deadline)); do sleep 0.2; done
     for fold in "${folds[@]}"; do sweep "$fold"; done
-    say "stopped: go on with the same command and --resume at its end (--overwrite taken out)"
+    say "stopped: to continue, give the same command with --resume at its end, without --overwrite"
 }
 trap stop_all EXIT
 trap 'exit 129' HUP
@@ -99,42 +91,40 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 trap 'exit 75' USR1
 
-# train.py checks its flags and names the run directory (on descriptor 3: stdout is train.py's own)
+# flags.py checks the flags and gives device and directory, on descriptor 3: it may print on stdout
 ask='import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 sys.path.insert(0, sys.argv.pop(1))
 sys.argv[0] = "train.py"
-import train
-args = train.parse_args()
-print(args.device, train.run_dir(args).parent, sep="\n", file=open(3, "w"))'
+import flags, util.runs
+args = flags.parse_args()
+print(args.device, util.runs.run_dir(args).parent, sep="\n", file=open(3, "w"))'
 exec {answers}< <(
     WORLD_SIZE=$nproc exec "$python" -c "$ask" "$here" "${flags[@]}" --fold "${folds[0]}" 3>&1 1>&2)
 helper=$!
 wait "$helper"
-helper='' answer=$(cat <&"$answers")
+helper=''
+{ IFS= read -r device && IFS= read -r experiment; } <&"$answers" || exit 0 # train.py --help
 exec {answers}<&-
-[[ -n $answer ]] || exit 0 # train.py --help
-device=${answer%%$'\n'*}
-experiment=${answer#*$'\n'}
 
-# Slots: the CUDA_VISIBLE_DEVICES of one fold each, or "" on the CPU
-if [[ -z $gpus_text && $device != cpu ]]; then
-    gpus_text=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader \
+# Slots: each runs one fold at a time, on the GPUs named in it, or on the CPU if it is empty
+gpus=() slots=()
+if [[ -z ${given[gpus]} && $device != cpu ]]; then
+    given[gpus]=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader \
         2>/dev/null | grep -x '[0-9]*' | paste -sd, || true)}
 fi
-gpus=() slots=()
-if [[ -n $gpus_text && $gpus_text != -1 ]]; then
-    item='[[:alnum:]/-]+' # a number, or the UUID of a card or of a MIG slice
-    [[ $gpus_text =~ ^$item(,$item)*$ ]] || refuse "--gpus '$gpus_text': give 0,1,2"
-    IFS=, read -r -a gpus <<<"$gpus_text"
-    [[ -z $(printf '%s\n' "${gpus[@]}" | sort | uniq -d) ]] || refuse "--gpus $gpus_text: one twice"
-    [[ -z $jobs ]] || refuse "--jobs is for the CPU; on GPUs --nproc_per_fold divides ${#gpus[@]}"
+if [[ -n ${given[gpus]} && ${given[gpus]} != -1 ]]; then
+    gpu='[[:alnum:]/-]+' # a number, or the UUID of a card or of a MIG slice
+    [[ ${given[gpus]} =~ ^$gpu(,$gpu)*$ ]] || refuse "--gpus '${given[gpus]}': give 0,1,2"
+    IFS=, read -r -a gpus <<<"${given[gpus]}"
+    distinct "${gpus[@]}" || refuse "--gpus ${given[gpus]}: a GPU is named twice"
+    [[ -z ${given[jobs]} ]] || refuse "--jobs is for the CPU; on GPUs give --nproc_per_fold"
     for ((i = 0; i + nproc <= ${#gpus[@]}; i += nproc)); do
-        slots+=("$(IFS=,; echo "${gpus[*]:i:nproc}")")
+        slots+=("$(join "${gpus[@]:i:nproc}")")
     done
-    ((${#slots[@]})) || refuse "--nproc_per_fold $nproc: only ${#gpus[@]} GPUs ($gpus_text)"
+    ((${#slots[@]})) || refuse "--nproc_per_fold $nproc: only ${#gpus[@]} GPUs (${given[gpus]})"
 else
-    for ((i = 0; i < ${jobs:-2}; i++)); do slots+=(''); done
+    for ((i = 0; i < ${given[jobs]:-2}; i++)); do slots+=(''); done
 fi
 slots=("${slots[@]:0:${#folds[@]}}")
 threads=$(($(nproc) / (${#slots[@]} * nproc)))
@@ -142,31 +132,47 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # torchrun passes them on
 
 start() { # FOLD SLOT
-    local fold=$1 visible=${slots[$2]} log=$experiment/fold$1.log last=$experiment/fold$1/last.pt
-    local marks=("VATUNE_LAUNCH=$launch_id-$fold") command=("$python") again=("${flags[@]}")
+    local fold=$1 visible=${slots[$2]} log=$experiment/fold$1.log again=("${flags[@]}")
+    local marks=("VATUNE_LAUNCH=$launch_id-$fold") command=("$python")
     [[ -z $visible ]] || marks+=("CUDA_VISIBLE_DEVICES=$visible")
     ((nproc == 1)) || command+=(-m torch.distributed.run --standalone --nproc_per_node "$nproc")
     attempts[$fold]=$((${attempts[$fold]:-0} + 1))
     # --overwrite stays until this launch has written a checkpoint, or an older run would be resumed
     if ((attempts[$fold] > 1)) && { [[ " ${flags[*]} " != *" --overwrite "* ]] ||
-        [[ $(date -r "$last" +%s 2>/dev/null || echo 0) -ge $launched ]]; }; then
+        since "$launched" "$experiment/fold$fold/last.pt"; }; then
         again=("${flags[@]/#--overwrite/--resume}" --resume)
     fi
     command+=("$here/train.py" "${again[@]}" --fold "$fold")
     printf '=== %(%F %T)T attempt %d: %s\n' -1 "${attempts[$fold]}" "${command[*]@Q}" >>"$log"
     set -m # a process group of its own
     env "${marks[@]}" "${command[@]}" >>"$log" 2>&1 </dev/null &
-    pid_of[$fold]=$! slot_of[$fold]=$2 began[$fold]=$SECONDS
+    pid_of[$fold]=$! slot_of[$fold]=$2 began[$fold]=$EPOCHSECONDS
     set +m
     say "fold $fold started on ${visible:+GPU }${visible:-CPU}: $log"
 }
 
-ending() { # FOLD CODE: its exit code; torchrun turns all into 1, then status.json has the true one
-    local file=$experiment/fold$1/status.json told=''
-    if [[ -f $file && $(date -r "$file" +%s) -ge $((EPOCHSECONDS - SECONDS + began[$1])) ]]; then
-        told=$(grep -oP '"exit_code": \K(2|75)(?=,)' "$file" || true)
+ended() { # FOLD CODE: frees its slot, then queues the fold again or notes that it failed
+    local fold=$1 code=$2 status=$experiment/fold$1/status.json log=$experiment/fold$1.log how took
+    sweep "$fold"
+    if ((code)) && since "${began[$fold]}" "$status"; then # torchrun turns every code into 1
+        code=$(grep -oP '"exit_code": \K(2|75)(?=,)' "$status" || echo "$code")
     fi
-    echo "${told:-$2}"
+    took=$((EPOCHSECONDS - began[$fold]))
+    took=$(printf '%d:%02d:%02d' $((took / 3600)) $((took / 60 % 60)) $((took % 60)))
+    free+=("${slot_of[$fold]}")
+    unset "pid_of[$fold]"
+    how="failed with exit code $code"
+    ((code != 75)) || how='was stopped by a signal'
+    if ((code == 0)); then
+        say "fold $fold done in $took: $log"
+    elif ((code != 2 && attempts[$fold] <= given[retries])); then
+        say "fold $fold $how after $took, to be resumed: $log"
+        queue+=("$fold")
+    else
+        say "fold $fold $how after $took: $log"
+        failed+=("$fold")
+        ((code != 75)) || ((stopped += 1))
+    fi
 }
 
 mkdir -p -- "$experiment"
@@ -183,29 +189,13 @@ while ((${#queue[@]} + ${#pid_of[@]})); do
         ! kill -0 "${pid_of[$fold]}" 2>/dev/null || continue
         code=0
         wait "${pid_of[$fold]}" || code=$?
-        sweep "$fold"
-        took=$(clock $((SECONDS - began[$fold]))) log=$experiment/fold$fold.log
-        free+=("${slot_of[$fold]}")
-        unset "pid_of[$fold]"
-        ((code == 0)) || code=$(ending "$fold" "$code")
-        how="failed with exit code $code"
-        ((code != 75)) || how='was stopped by a signal'
-        if ((code == 0)); then
-            say "fold $fold done in $took: $log"
-        elif ((code != 2 && attempts[$fold] <= retries)); then
-            say "fold $fold $how after $took, to be resumed: $log"
-            queue+=("$fold")
-        else
-            say "fold $fold $how after $took: $log"
-            failed+=("$fold")
-            ((code != 75)) || ((stopped += 1))
-        fi
+        ended "$fold" "$code"
     done
 done
 
-status=0 asked=(--folds "$(IFS=,; echo "${folds[*]}")")
-((${#failed[@]} == 0)) || asked+=(--failed "$(IFS=,; echo "${failed[*]}")")
-"$python" "$here/report.py" "${asked[@]}" -- "$experiment" &
+status=0 report=("$here/report.py" --folds "$(join "${folds[@]}")")
+((${#failed[@]} == 0)) || report+=(--failed "$(join "${failed[@]}")")
+"$python" "${report[@]}" -- "$experiment" &
 helper=$!
 wait "$helper" || status=$?
 helper=''

@@ -251,7 +251,7 @@ class Clock:
         if twice and not updates.reads_cache(args, stage):
             total += self.forward(stage, np.repeat(longest, counts), **flags)
         step = self.planner.trace(8 * args.context, stage, self.long, **flags)
-        return total + plan.steps_in(0) * float(self.machine.seconds(step.work["optimizer"]))
+        return total + plan.steps_per_epoch * float(self.machine.seconds(step.work["optimizer"]))
 
     def fold(
         self, unfreeze: str, batch_size: int, accumulation: int, **flags: object

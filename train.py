@@ -42,18 +42,19 @@ import step
 from corpora import num_folds
 from flags import parse_args
 from model import EmotionModel, metrics
+from step import Progress
 from util import distributed, runs
 from util import log as logs
 from util.distributed import Ranks, Stopped
 from util.files import UserError
-from util.runs import Progress, RunFiles
+from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
 
 
 @dataclass
 class Run:
-    """What the set-up makes; the loop and the end of the run work on it."""
+    """Everything that set-up creates, for the loop and the end of the run."""
 
     args: argparse.Namespace
     given: dict  # flags as given: a run may find another batch_size, and is resumed with these
@@ -66,7 +67,10 @@ class Run:
     plan: data.TrainPlan
     meter: logs.Meter
     progress: Progress
-    hints: logs.Hints
+    planned_gib: float  # peak
+    git_commit: str  # at the start: it may change while the run goes on
+    hints: logs.Hints | None = None  # on the rank that writes
+    started: float = 0.0  # on time.perf_counter's clock, less the seconds before --resume
 
     @property
     def total_steps(self) -> int:
@@ -90,6 +94,8 @@ def main(args: argparse.Namespace) -> int:
     logs.start_logging(None, console=ranks.rank == 0)
     fold, fault = None, None
     try:
+        if not (args.resume or args.overwrite or args.dry_run):
+            runs.refuse_existing(runs.run_dir(args))  # before hours of decoding
         fold = data.load_fold(args)  # before the process group: no collective waits for decoding
     except UserError as error:
         fault = error
@@ -108,6 +114,7 @@ def main(args: argparse.Namespace) -> int:
         log.info(f"{files.directory} is complete: nothing to resume")
         return 0
     batch_note = choose_batch(args, fold, model, ranks, last)
+    planned = memory.plan(args, fold.shape, ranks.world_size)
     run = Run(
         args=args,
         given=given,
@@ -119,23 +126,21 @@ def main(args: argparse.Namespace) -> int:
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16"),
         plan=fold.plan_batches(args, ranks.rank, ranks.world_size),
         meter=logs.Meter(ranks.device),
-        progress=Progress(batch_size=args.batch_size, global_batch_size=args.global_batch_size),
-        hints=logs.Hints(args, ranks.device, runs.read_records(files.directory) if last else []),
+        progress=Progress(),
+        planned_gib=planned.peak_gib,
+        git_commit=logs.git_commit(),
     )
-    if last:
-        restore(run, last)
-    step.set_trainable(model, step.stage_at(args.unfreeze, run.progress.epoch), args.train_only)
-    log.info(logs.startup_block(args, fold, run.plan, run.total_steps, run.optimizer, ranks))
-    planned = memory.plan(args, fold.shape, ranks.world_size)
+    log.info(logs.startup_block(args, fold, run.plan, run.total_steps, ranks, run.git_commit))
     log.info(planned.line() + batch_note)
     if args.dry_run:
         return 0
-    write_first_files(run, resumed=last is not None)
+    begin(run, last)
+    last = None  # as large as the model and its optimizer
     if train(run):
-        distributed.wait_for_ranks()  # torchrun ends all ranks after the first: rank 0 has saved
+        distributed.wait_for_ranks()  # torchrun kills the others once one exits: rank 0 has saved
         log.info(f"stopped by a signal at step {run.progress.step}: continue with --resume")
         return distributed.RETRY_EXIT_CODE
-    finish(run, planned.peak_gib)
+    finish(run)
     distributed.end_ranks()
     return 0
 
@@ -147,25 +152,24 @@ def train(run: Run) -> bool:
     total_steps, first_step = run.total_steps, progress.step
     on_terminal = run.ranks.rank == 0 and sys.stderr.isatty()
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=not on_terminal)
-    stage, loader = step.stage_at(args.unfreeze, progress.epoch), None
-    begin_stage(run, stage)
-    started = time.perf_counter() - progress.seconds
+    run.started = time.perf_counter() - progress.seconds
+    stage, loader, stop = None, None, False
     model.train()
 
     while not progress.stopped and progress.epoch * run.plan.steps_per_epoch < total_steps:
         epoch = progress.epoch
         if stage != step.stage_at(args.unfreeze, epoch):
-            stage, loader = step.stage_at(args.unfreeze, epoch), None
+            loader = ddp_model = None
+            stage = step.stage_at(args.unfreeze, epoch)
             begin_stage(run, stage)
-            log.info(f"epoch {epoch + 1} | unfreeze {stage} | {logs.trainable_line(optimizer)}")
         if loader is None:
             ddp_model = distributed.wrap_ddp(model, device)  # its buckets hold what trains now
             loader = step.make_loader(run.fold.dataset, run.plan, args, device)
         run.plan.set_epoch(epoch, first_step=progress.step - epoch * run.plan.steps_per_epoch)
         stop = distributed.any_rank(bool(distributed.stop_signals))
-        steps_left = 0 if stop else total_steps - progress.step  # 0, too, if evaluation is left
+        steps_left = 0 if stop else total_steps - progress.step  # also 0 if evaluation is left
         batches = distributed.with_timeout(loader, args.timeout)
-        batches = step.group_micro_batches(batches, args.gradient_accumulation_steps, device)
+        batches = step.group_micro_batches(batches, args.gradient_accumulation_steps)
 
         try:
             for micro_batches in itertools.islice(meter.timed(batches), steps_left):
@@ -177,8 +181,7 @@ def train(run: Run) -> bool:
                 result = distributed.guard_memory(update, ddp_model, step.zero_sums(device))
                 progress.step += 1
                 loss = step.batch_loss(result.sums, args)
-                audio_seconds = meter.add(progress.step, loss, result.gradient_norm, micro_batches)
-                progress.audio_seconds += audio_seconds * run.ranks.world_size
+                meter.add(progress.step, loss, result.gradient_norm, micro_batches)
                 bar.update()
                 if progress.step == first_step + 1:
                     distributed.set_rank_timeout(args.timeout)
@@ -186,8 +189,7 @@ def train(run: Run) -> bool:
                 if progress.step % args.log_every == 0 or progress.step == total_steps:
                     log_steps(run)
                 if args.save_every and progress.step % args.save_every == 0:
-                    save(run, epoch, time.perf_counter() - started)
-                    meter.restart()
+                    save(run, epoch)
                 stop = result.stop
                 if stop:
                     break
@@ -203,14 +205,14 @@ def train(run: Run) -> bool:
                 finish_epoch(run, epoch)
             except Stopped:  # the epoch is not over: a resumed run evaluates it
                 stop = True
-        save(run, epoch, time.perf_counter() - started)
+        save(run, epoch)
         if stop:
-            return True
+            break
     bar.close()
-    return False
+    return stop
 
 
-def finish(run: Run, planned_gib: float) -> None:
+def finish(run: Run) -> None:
     """Tests once, with the best weights on dev, and writes result.json (all ranks participate)."""
     args, fold, files, progress = run.args, run.fold, run.files, run.progress
     distributed.wait_for_ranks()  # best.pt is written
@@ -228,7 +230,6 @@ def finish(run: Run, planned_gib: float) -> None:
     files.write_vectors(evaluation.vectors)
     record = {f"{split}/{k}": v for split in scores for k, v in scores[split].items()}
     files.record("test", progress.step, {"epoch": progress.best_epoch} | record)
-    report.plot_run(files.directory, "test", evaluation.vectors)
     trained = [p for group in run.optimizer.param_groups for p in group["params"]]
     is_cut = run.total_steps < run.plan.steps_per_epoch * args.epochs
     result = {
@@ -244,19 +245,20 @@ def finish(run: Run, planned_gib: float) -> None:
         "epochs_run": progress.epoch,
         "stopped": progress.stopped or ("max_steps" if is_cut else "epochs"),
         "seconds": progress.seconds,
-        "audio_seconds_per_second": progress.audio_seconds / max(progress.seconds, 1e-9),
+        "audio_seconds_per_second": runs.median_speed(files.directory),
         "device": distributed.device_name(run.ranks.device),
-        "peak_gib_predicted": planned_gib,
+        "peak_gib_predicted": run.planned_gib,
         "peak_gib_measured": distributed.peak_gib(run.ranks.device),
         "parameters_total": sum(p.numel() for p in run.model.parameters()),
         "parameters_trainable": sum(p.numel() for p in trained),
-        "git_commit": logs.git_commit(),
+        "git_commit": run.git_commit,
         "versions": logs.versions(),
         "label_range": list(fold.corpus.label_range),
         "splits": {name: len(rows) for name, rows in fold.splits.items()},
         **scores,
     }
-    files.write_json("result.json", result)  # last: a run with it is complete
+    files.write_json("result.json", result)  # from here on the run is complete
+    report.plot_run(files.directory, "test", evaluation.vectors)
     if args.preset == "verify" and args.unfreeze != "none":
         log.info(report.against_frozen(files.directory))
     files.close()
@@ -289,8 +291,8 @@ def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
 
 
 def load_interrupted(args: argparse.Namespace, given: dict, files: RunFiles) -> dict | None:
-    """Content of last.pt with --resume, if there is one; UserError if it is of another run."""
-    last = runs.load_last(files.directory) if args.resume else None
+    """Content of last.pt with --resume, if there is one; UserError if it belongs to another run."""
+    last = runs.load_last(files.directory, files.writes) if args.resume else None
     if last:
         decisive = {k: v for k, v in given.items() if k not in flags.FREE_ON_RESUME}
         runs.check_resumable(decisive, last, files.directory, step.stays_frozen(args, epoch=0))
@@ -302,14 +304,9 @@ def choose_batch(
 ) -> str:
     """Sets the batch sizes that are not known yet; returns how one was found, for the log."""
     if last:  # with the micro-batch that the interrupted run had found
-        args.global_batch_size = last["progress"]["global_batch_size"]
-        args.gradient_accumulation_steps = None
-        try:
-            flags.split_batch(args, last["progress"]["batch_size"], ranks.world_size)
-        except UserError as error:  # --batch_size auto had found another split
-            raise UserError(
-                f"--resume on {ranks.world_size} ranks: {error}: resume on as many as it had"
-            ) from None
+        flags.split_batch(
+            args, last["batch_size"], ranks.world_size, total=last["global_batch_size"]
+        )
     elif args.batch_size == "auto":
         largest = len(fold.splits["train"]) // (flags.AUTO_STEPS * ranks.world_size)
         largest = max(args.context, largest)
@@ -321,24 +318,25 @@ def choose_batch(
     return ""
 
 
-def restore(run: Run, last: dict) -> None:
-    """Puts the run back to where last.pt was written."""
-    runs.load_weights(run.model, last["model"], run.files.directory)
-    run.optimizer.load_state_dict(last["optimizer"])
-    run.scaler.load_state_dict(last["scaler"])
-    run.progress = Progress(**last["progress"])
-    run.meter.load_state(last["meter"])
-
-
-def write_first_files(run: Run, resumed: bool) -> None:
-    """The files that a run has before its first step."""
-    run.files.start(run.progress.records, run.progress.step)
+def begin(run: Run, last: dict | None) -> None:
+    """Puts the run back to where last.pt was written, and writes what a run has before a step."""
+    records = 0
+    if last:
+        runs.load_weights(run.model, last["model"], run.files.directory)
+        run.optimizer.load_state_dict(last["optimizer"])
+        run.scaler.load_state_dict(last["scaler"])
+        run.progress = Progress(**last["progress"])
+        run.meter.load_state(last["meter"])
+        records = last["records"]
+    elif step.stays_frozen(run.args, epoch=0):
+        content = {"model": runs.wavlm_weights(run.model), "args": run.given}
+        run.files.save("frozen.pt", content)
+    run.files.start(records, run.progress.step)
     run.files.write_json("args.json", vars(run.args))
     run.files.write_splits(run.fold.corpus, run.fold.splits)
     run.files.write_status(run.progress.step)
-    if not resumed and step.stays_frozen(run.args, epoch=0):
-        content = {"model": runs.wavlm_weights(run.model), "args": run.given}
-        run.files.save("frozen.pt", content)
+    if run.files.writes:
+        run.hints = logs.Hints(run.args, run.ranks.device, runs.read_records(run.files.directory))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -348,7 +346,7 @@ def write_first_files(run: Run, resumed: bool) -> None:
 def begin_stage(run: Run, stage: str) -> None:
     """Freezes and unfreezes for a stage of --unfreeze, and reads or fills the cache it needs.
 
-    A signal ends the run at once here: last.pt is of this very step, and filling a cache takes
+    A signal ends the run at once here: last.pt already holds this step, and filling a cache takes
     long.
     """
     distributed.handle_signals(at_once=True)
@@ -358,6 +356,7 @@ def begin_stage(run: Run, stage: str) -> None:
     dataset.hidden = None
     dataset.hidden = step.frozen_states(run.model, dataset, run.args, stage, run.ranks.device)
     distributed.handle_signals(at_once=False)  # now all ranks stop at the same step, and save it
+    log.info(f"epoch {run.progress.epoch + 1} | {logs.trainable_line(run.optimizer, stage)}")
 
 
 def use_smaller_batch(run: Run, fault: str) -> None:
@@ -365,12 +364,11 @@ def use_smaller_batch(run: Run, fault: str) -> None:
     args = run.args
     run.optimizer.zero_grad(set_to_none=True)
     flags.halve_batch(args, run.ranks.world_size)
-    run.progress.batch_size = args.batch_size
     run.plan = run.fold.plan_batches(args, run.ranks.rank, run.ranks.world_size)
     if run.ranks.cuda:
         torch.cuda.empty_cache()
     log.info(
-        f"step {run.progress.step + 1}: out of memory ({fault}): going on with batch_size "
+        f"step {run.progress.step + 1}: out of memory ({fault}): continuing with batch_size "
         f"{args.batch_size} x accumulation {args.gradient_accumulation_steps}"
     )
 
@@ -383,12 +381,12 @@ def log_steps(run: Run) -> None:
     record["total_steps"] = run.total_steps
     log.info(logs.step_line(record, progress.step, run.scaler))
     run.files.record("train", progress.step, record)
-    if run.files.writes:
+    if run.hints:
         run.hints.after_steps(record, cached=run.fold.dataset.hidden is not None)
 
 
 def evaluate(run: Run, split: str) -> tuple[dict[str, float], step.Evaluation]:
-    """Scores of a split, RMSE in the label's own units, and what they are made of (all ranks)."""
+    """Scores of a split, RMSE in the label's units, and the predictions behind them (all ranks)."""
     fold = run.fold
     rows, (low, high) = fold.splits[split], fold.corpus.label_range
     evaluation = step.evaluate(
@@ -413,7 +411,8 @@ def finish_epoch(run: Run, epoch: int) -> None:
     log.info(logs.score_line(f"epoch {epoch + 1:>3} | dev", scores) + (" | best" if better else ""))
     record = {"epoch": epoch + 1} | {f"dev/{name}": value for name, value in scores.items()}
     files.record("dev", progress.step, record)
-    run.hints.after_evaluation(record)
+    if run.hints:
+        run.hints.after_evaluation(record)
     if better:
         content = {
             "model": weights_to_save(run, epoch),
@@ -431,7 +430,6 @@ def finish_epoch(run: Run, epoch: int) -> None:
         files.record("separation", progress.step, record)
     if files.writes and args.plot_every and (epoch + 1) % args.plot_every == 0:
         report.plot_run(files.directory, "dev", evaluation.vectors)
-    run.meter.restart()
 
 
 def weights_to_save(run: Run, epoch: int) -> dict[str, Tensor]:
@@ -441,10 +439,10 @@ def weights_to_save(run: Run, epoch: int) -> dict[str, Tensor]:
     return run.model.state_dict()
 
 
-def save(run: Run, epoch: int, seconds: float) -> None:
-    """last.pt of this step; what it saves must be finite (all ranks participate)."""
+def save(run: Run, epoch: int) -> None:
+    """Writes last.pt; FloatingPointError if a value is not finite (all ranks participate)."""
     run.meter.check(run.scaler, run.optimizer, run.fold.corpus)
-    run.progress.seconds, run.progress.records = seconds, run.files.records
+    run.progress.seconds = time.perf_counter() - run.started
     content = {
         "model": weights_to_save(run, epoch),
         "optimizer": run.optimizer.state_dict(),
@@ -452,9 +450,14 @@ def save(run: Run, epoch: int, seconds: float) -> None:
         "progress": asdict(run.progress),
         "meter": run.meter.state(),
         "args": run.given,
+        "world_size": run.ranks.world_size,
+        "batch_size": run.args.batch_size,
+        "global_batch_size": run.args.global_batch_size,
+        "records": run.files.records,
     }
     run.files.save("last.pt", content)
     run.files.write_status(run.progress.step)
+    run.meter.restart()  # saving is no part of a step's time
 
 
 # ---------------------------------------------------------------------------------------------
@@ -464,8 +467,8 @@ def save(run: Run, epoch: int, seconds: float) -> None:
 def run(argv: list[str] | None = None) -> int:
     """main with exit codes: 0 done, 75 resume me, 2 wrong flags or data, 1 anything else.
 
-    Every rank prints its own reason. Mistakes of the user and faults of the machine are one or two
-    lines; everything else keeps its traceback.
+    Every rank prints its own reason, if it has one. Mistakes of the user and faults of the machine
+    are one or two lines; everything else keeps its traceback.
     """
     args = parse_args(argv)
     rank, code, reason = os.environ.get("RANK", "0"), 1, "done"
@@ -483,7 +486,7 @@ def run(argv: list[str] | None = None) -> int:
         if not reason:
             reason = f"{type(error).__name__}: {error}"
             traceback.print_exc()
-        distributed.kill_workers()  # before the loader goes with `error`, and waits for them
+        distributed.kill_workers()  # freeing `error` frees the loader, which waits for its workers
     if code == distributed.RETRY_EXIT_CODE:
         reason = "stopped by a signal: continue with --resume"
     elif code:

@@ -87,3 +87,15 @@ def finished(corpus, small_wavlm, tmp_path_factory):
     args = parse_args(flags)
     assert main(args) == 0
     return flags, run_dir(args)
+
+
+def tiny_vision_model(folder, seed=0):
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(seed)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    size = {"height": 56, "width": 56}
+    BitImageProcessor(size={"shortest_edge": 64}, crop_size=size).save_pretrained(folder)

@@ -1,5 +1,6 @@
-"""launch.sh around a stub train.py: the queue, its logs, failures and interruption."""
+"""launch.sh around stubs of train.py, flags.py and report.py: queue, logs, failures, interrupts."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,9 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Behaves as told by the environment; leaves one JSON line per attempt in STUB_LOG.
-TRAIN = """
-import argparse, json, os, pathlib, signal, subprocess, sys, time
+FLAGS = """
+import argparse, os, sys, time
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(allow_abbrev=False)
@@ -26,87 +26,91 @@ def parse_args(argv=None):
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--resume", action="store_true")
     p.add_argument("--overwrite", action="store_true")
+    if sys.argv[0] == "train.py":  # launch.sh asks
+        time.sleep(float(os.environ.get("STUB_ASK_SECONDS", 0)))
     return p.parse_args(argv)
+"""
+RUNS = """
+from pathlib import Path
 
 def run_dir(args):
-    return pathlib.Path(args.out) / args.name / f"fold{args.fold}"
+    return Path(args.out) / args.name / f"fold{args.fold}"
+"""
+# What it does is in the environment; it leaves one JSON line per attempt in STUB_LOG.
+TRAIN = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+from flags import parse_args
+
+args, env, start = parse_args(), os.environ, time.time()
+fold, run = args.fold, Path(args.out) / args.name / f"fold{args.fold}"
+run.mkdir(parents=True, exist_ok=True)
+print("hello from fold", fold, flush=True)
 
 def record(**values):
-    with open(os.environ["STUB_LOG"], "a") as file:
+    values |= {"fold": fold, "argv": sys.argv[1:], "rank": env.get("RANK"),
+               "gpus": env.get("CUDA_VISIBLE_DEVICES"), "threads": env.get("OMP_NUM_THREADS")}
+    with open(env["STUB_LOG"], "a") as file:
         file.write(json.dumps(values) + "\\n")
 
-def finish(args):
-    names = [f"{m}_{t}" for m in ("ccc", "pcc", "rmse") for t in ("valence", "arousal")]
-    scores = dict.fromkeys([*names, "ccc_mean"], 0.1 * args.fold)
-    result = {"fold": args.fold, "num_folds": 3, "best_epoch": 1, "seconds": 1, "dev": scores,
-              "test": scores, "peak_gib_measured": 1, "parameters_trainable": 1}
-    (run_dir(args) / "result.json").write_text(json.dumps(result))
-    rows = "".join(f"u{args.fold}{i},d,s{i},,2,{i},{i},{i},{i}\\n" for i in range(6))
-    header = "utt_id,dialog,speaker,emotion,seconds,valence,arousal,pred_valence,pred_arousal\\n"
-    (run_dir(args) / "predictions_test.csv").write_text(header + rows)
+def save_and_exit(*_):
+    (run / "last.pt").write_text("saved")
+    sys.exit(75)
 
-if __name__ != "__main__":  # launch.sh asks for the run directory
-    time.sleep(float(os.environ.get("STUB_IMPORT_SECONDS", 0)))
-else:
-    args, env = parse_args(), os.environ
-    start = time.time()
-    about = dict(fold=args.fold, argv=sys.argv[1:], rank=env.get("RANK"),
-                 world=env.get("WORLD_SIZE"), gpus=env.get("CUDA_VISIBLE_DEVICES"),
-                 threads=env.get("OMP_NUM_THREADS"))
-    run_dir(args).mkdir(parents=True, exist_ok=True)
-    print("hello from fold", args.fold, flush=True)
-    if env.get("STUB_HANG"):
-        # "polite" saves on SIGTERM; "deaf" ignores it; either has a child that ignores it
-        def stop(number, frame):
-            if env["STUB_HANG"] == "polite":
-                (run_dir(args) / "last.pt").write_text("saved")
-                sys.exit(75)
-        signal.signal(signal.SIGTERM, stop)
-        deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-        child = subprocess.Popen([sys.executable, "-c", deaf])
-        record(pids=[os.getpid(), child.pid], **about)
-        while True:
-            time.sleep(0.1)
-    time.sleep(float(env.get("STUB_SECONDS", 0.1)))
-    record(start=start, end=time.time(), **about)
-    codes = json.loads(env.get("STUB_CODES", "{}")).get(str(args.fold), 0)
-    if args.resume and env.get("STUB_RESUMES"):
-        codes = 0
-    if env.get("STUB_SAVES"):
-        (run_dir(args) / "last.pt").write_text("saved")
-    if env.get("STUB_STATUS"):
-        status = {"exit_code": json.loads(env["STUB_STATUS"]), "reason": "as told"}
-        (run_dir(args) / "status.json").write_text(json.dumps(status))
-    if codes == -9:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if codes:
-        print("fold", args.fold, "broke here", file=sys.stderr)
-        sys.exit(codes)
-    finish(args)
+if env.get("STUB_HANG"):  # with a child that ignores SIGTERM
+    saves = env["STUB_HANG"] == "saves on SIGTERM"
+    ignores = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    signal.signal(signal.SIGTERM, save_and_exit if saves else signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-c", ignores])
+    record(pids=[os.getpid(), child.pid])
+    while True:
+        time.sleep(0.1)
+time.sleep(float(env.get("STUB_SECONDS", 0.1)))
+record(start=start, end=time.time())
+if env.get("STUB_SAVES"):
+    (run / "last.pt").write_text("saved")
+if env.get("STUB_STATUS"):
+    status = {"exit_code": json.loads(env["STUB_STATUS"]), "reason": "a test"}
+    (run / "status.json").write_text(json.dumps(status))
+code = json.loads(env.get("STUB_CODES", "{}")).get(str(fold), 0)
+if code == -9:
+    os.kill(os.getpid(), signal.SIGKILL)
+if code and not (args.resume and env.get("STUB_RESUMES")):
+    print("fold", fold, "broke here", file=sys.stderr)
+    sys.exit(code)
+names = [f"{m}_{t}" for m in ("ccc", "pcc", "rmse") for t in ("valence", "arousal")]
+scores = dict.fromkeys([*names, "ccc_mean"], 0.1 * fold)
+result = {"fold": fold, "num_folds": 3, "best_epoch": 1, "seconds": 1, "dev": scores,
+          "test": scores, "peak_gib_measured": 1, "parameters_trainable": 1}
+(run / "result.json").write_text(json.dumps(result))
+header = "utt_id,dialog,speaker,emotion,seconds,valence,arousal,pred_valence,pred_arousal\\n"
+rows = [f"u{fold}{i},d,s{i},,2,{i},{i},{i},{i}\\n" for i in range(6)]
+(run / "predictions_test.csv").write_text("".join([header, *rows]))
 """
 REPORT = "import sys; print('report', sys.argv[1:])\n"
+CPU = ("--", "--device", "cpu")
 
 
 class Box:
-    """A directory with launch.sh, the stub and a report that prints its arguments."""
+    """A directory with launch.sh, stubs of ours and a report that prints its arguments."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.run_dir = path, path / "runs/stub/fold1"
         self.code = path / 'the code\'s "place"'
-        self.code.mkdir()
+        (self.code / "util").mkdir(parents=True)
         shutil.copy(ROOT / "launch.sh", self.code)
-        (self.code / "train.py").write_text(TRAIN)
-        (self.code / "report.py").write_text(REPORT)
+        files = {"flags": FLAGS, "util/runs": RUNS, "train": TRAIN, "report": REPORT}
+        for name, text in files.items():
+            (self.code / f"{name}.py").write_text(text)
         self.log = path / "stub.jsonl"
 
     def start(self, *argv, **env):
         drop = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "RANK")
         inherited = {key: value for key, value in os.environ.items() if key not in drop}
-        env = {"PYTHON": sys.executable, "STUB_LOG": str(self.log), **env}
         return subprocess.Popen(
             [self.code / "launch.sh", *argv],
             cwd=self.path,
-            env={**inherited, **env},
+            env=inherited | {"PYTHON": sys.executable, "STUB_LOG": str(self.log)} | env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -125,6 +129,12 @@ class Box:
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [json.loads(line) for line in lines]
 
+    def of_an_older_run(self, name, text):
+        """A file in the directory of fold 1 that was there before launch.sh started."""
+        self.run_dir.mkdir(parents=True)
+        (self.run_dir / name).write_text(text)
+        os.utime(self.run_dir / name, (1, 1))
+
 
 @pytest.fixture
 def box(tmp_path):
@@ -138,23 +148,17 @@ def alive(pid):
         return False
 
 
-def children(pid):
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-
-
 def leftovers(group):
     """Pids that still live in a process group."""
-    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     found = []
-    for pid in filter(alive, pids):
-        try:
-            found += [pid] if os.getpgid(pid) == group else []
-        except ProcessLookupError:
-            continue
+    for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+        with contextlib.suppress(ProcessLookupError):
+            found += [pid] if alive(pid) and os.getpgid(pid) == group else []
     return found
 
 
-def most_at_once(attempts):
+def at_once(attempts):
+    """The largest number of attempts that ran at the same time."""
     return max(sum(a["start"] <= b["start"] < a["end"] for a in attempts) for b in attempts)
 
 
@@ -165,24 +169,26 @@ def wait_for(condition, seconds=20.0):
         time.sleep(0.05)
 
 
+# ---------------------------------------------------------------------------------------------
+# The queue
+
+
 def test_folds_start_in_the_order_asked_and_two_at_a_time_on_the_cpu(box):
-    code, output = box.run("--folds", "4,1-3", "--", "--device", "cpu", STUB_SECONDS="0.7")
+    code, output = box.run("--folds", "4,1-3", *CPU, STUB_SECONDS="0.7")
     attempts = box.attempts()
     assert code == 0, output
     by_start = [a["fold"] for a in sorted(attempts, key=lambda a: a["start"])]
     assert set(by_start[:2]) == {4, 1} and set(by_start[2:]) == {2, 3}
-    assert most_at_once(attempts) == 2
+    assert at_once(attempts) == 2
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert {a["threads"] for a in attempts} == {str(threads)}
-    assert {a["gpus"] for a in attempts} == {None}
+    assert {(a["threads"], a["gpus"]) for a in attempts} == {(str(threads), None)}
     assert "report ['--folds', '4,1,2,3', '--', 'runs/stub']" in output
 
 
-def test_jobs_and_the_users_own_thread_count_are_kept(box):
-    argv = ("--folds", "1-3", "--jobs", "1", "--", "--device", "cpu")
-    code, _ = box.run(*argv, OMP_NUM_THREADS="7", STUB_SECONDS="0.3")
-    assert code == 0
-    assert most_at_once(box.attempts()) == 1
+def test_jobs_and_the_thread_count_of_the_user_are_kept(box):
+    argv = ("--folds", "1-3", "--jobs", "1", *CPU)
+    assert box.run(*argv, OMP_NUM_THREADS="7", STUB_SECONDS="0.3")[0] == 0
+    assert at_once(box.attempts()) == 1
     assert {a["threads"] for a in box.attempts()} == {"7"}
 
 
@@ -192,41 +198,38 @@ def test_each_gpu_holds_one_fold_at_a_time_and_sees_no_other_gpu(box):
     assert code == 0 and len(attempts) == 5
     assert {a["gpus"] for a in attempts} == {"0", "2", "3"}
     for gpu in ("0", "2", "3"):
-        assert most_at_once([a for a in attempts if a["gpus"] == gpu]) == 1
+        assert at_once([a for a in attempts if a["gpus"] == gpu]) == 1
 
 
 def test_gpus_are_found_by_cuda_visible_devices_or_nvidia_smi(box):
-    assert box.run("--folds", "1-2", CUDA_VISIBLE_DEVICES="5,7")[0] == 0
-    assert {a["gpus"] for a in box.attempts()} == {"5", "7"}
-    box.log.unlink()
-    (box.path / "bin").mkdir()
-    smi = box.path / "bin" / "nvidia-smi"
-    smi.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
-    smi.chmod(0o755)
-    path = f"{smi.parent}:{os.environ['PATH']}"
-    assert box.run("--folds", "1-2", "--", "--overwrite", PATH=path)[0] == 0
-    assert {a["gpus"] for a in box.attempts()} == {"0", "1"}
-    box.log.unlink()
-    smi.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
-    assert box.run("--folds", "1", "--", "--overwrite", PATH=path)[0] == 0
-    assert {a["gpus"] for a in box.attempts()} == {None}
+    smi = box.path / "bin/nvidia-smi"
+    smi.parent.mkdir()
+    path = {"PATH": f"{smi.parent}:{os.environ['PATH']}"}
+    for script, env, expected in (
+        ("exit 1", {"CUDA_VISIBLE_DEVICES": "5,7"}, {"5", "7"}),
+        ("printf '0\\n1\\n'", path, {"0", "1"}),
+        ("echo 'No devices were found'; exit 6", path, {None}),
+    ):
+        smi.write_text(f"#!/bin/sh\n{script}\n")
+        smi.chmod(0o755)
+        assert box.run("--folds", "1-2", "--", "--overwrite", **env)[0] == 0
+        assert {a["gpus"] for a in box.attempts()} == expected
+        box.log.unlink()
 
 
 def test_spaces_quotes_and_dollars_in_names_survive(box):
     name = "a b'c\"d $(touch oops) *"
-    code, output = box.run("--folds", "1", "--", "--name", name, "--device", "cpu")
+    code, output = box.run("--folds", "1", *CPU, "--name", name)
     assert code == 0, output
     assert (box.path / "runs" / name / "fold1" / "result.json").exists()
     log = (box.path / "runs" / name / "fold1.log").read_text()
     assert log.startswith("=== ") and "hello from fold 1" in log
-    assert box.attempts()[0]["argv"] == ["--name", name, "--device", "cpu", "--fold", "1"]
+    assert box.attempts()[0]["argv"] == ["--device", "cpu", "--name", name, "--fold", "1"]
     assert not (box.path / "oops").exists()
 
 
 def test_a_failed_fold_stops_no_other_and_is_named_with_the_end_of_its_log(box):
-    code, output = box.run(
-        "--folds", "1-4", "--", "--device", "cpu", STUB_CODES='{"1": 1, "3": -9}'
-    )
+    code, output = box.run("--folds", "1-4", *CPU, STUB_CODES='{"1": 1, "3": -9}')
     assert code == 1
     assert {a["fold"] for a in box.attempts()} == {1, 2, 3, 4}
     assert "fold 1 failed with exit code 1 " in output
@@ -239,22 +242,17 @@ def test_a_failed_fold_stops_no_other_and_is_named_with_the_end_of_its_log(box):
 
 def test_the_table_shows_a_failed_fold_as_missing_and_refuses_the_mean(box):
     shutil.copy(ROOT / "report.py", box.code)
-    env = {"PYTHONPATH": str(ROOT)}
-    argv = ("--folds", "1-3", "--jobs", "3", "--", "--device", "cpu")
-    code, output = box.run(*argv, STUB_CODES='{"3": 1}', **env)
-    assert code == 1
-    assert "mean: not given, fold 3 is missing" in output
-    code, output = box.run(*argv, **env)
+    argv = ("--folds", "1-3", "--jobs", "3", *CPU)
+    code, output = box.run(*argv, STUB_CODES='{"3": 1}', PYTHONPATH=str(ROOT))
+    assert code == 1 and "fold 3 is missing" in output
+    assert "mean" not in [line.split()[0] for line in output.splitlines() if line.split()]
+    code, output = box.run(*argv, PYTHONPATH=str(ROOT))
     assert code == 0, output
     assert ["mean", "0.200"] in [line.split()[:2] for line in output.splitlines()]
 
 
-def test_wrong_train_flags_exit_with_code_2_and_start_nothing(box):
-    code, output = box.run("--folds", "1-3", "--", "--batch_size", "many")
-    assert code == 2
-    assert "train.py: error: argument --batch_size: invalid int value: 'many'" in output
-    assert "usage: train.py" in output
-    assert not box.attempts() and not (box.path / "runs").exists()
+# ---------------------------------------------------------------------------------------------
+# Flags
 
 
 @pytest.mark.parametrize(
@@ -266,8 +264,7 @@ def test_wrong_train_flags_exit_with_code_2_and_start_nothing(box):
         ["--folds", "3-1"],
         ["--folds", "1,,2"],
         ["--folds", "1-3,2"],
-        ["--folds", "a; touch oops"],
-        ["--folds", "a[$(touch oops)]"],
+        ["--folds", "a[$(touch oops)]; touch oops"],
         ["--folds", "1", "--jobs", "0"],
         ["--folds", "1", "--retries", "x"],
         ["--folds"],
@@ -286,75 +283,106 @@ def test_wrong_launch_flags_exit_with_code_2_in_one_line_and_start_nothing(box, 
     assert not box.attempts() and not (box.path / "oops").exists()
 
 
-def test_a_failed_fold_is_retried_with_resume_and_appends_to_its_log(box):
-    argv = ("--folds", "1-2", "--retries", "2", "--", "--device", "cpu")
+def test_wrong_train_flags_exit_with_code_2_and_start_nothing(box):
+    code, output = box.run("--folds", "1-3", "--", "--batch_size", "many")
+    assert code == 2
+    assert "train.py: error: argument --batch_size: invalid int value: 'many'" in output
+    assert not box.attempts() and not (box.path / "runs").exists()
+
+
+def test_the_real_flags_py_and_util_answer_what_launch_asks(box):
+    stub = TRAIN.replace("from flags", "from stub_flags")
+    for file in ("flags.py", "util/runs.py"):  # the others are found by PYTHONPATH
+        (box.code / file).unlink()
+    (box.code / "train.py").write_text(stub)
+    (box.code / "stub_flags.py").write_text(FLAGS)
+    code, output = box.run("--folds", "1", *CPU, "--name", "real", PYTHONPATH=str(ROOT))
+    assert code == 0, output
+    assert (box.path / "runs/real/fold1/result.json").exists()
+
+
+def test_help_prints_the_usage_of_launch_and_of_train(box):
+    code, output = box.run("--help")
+    assert code == 0
+    assert output.startswith("Train folds in parallel") and "--nproc_per_fold N" in output
+    code, output = box.run("--folds", "1", "--", "--help")
+    assert code == 0 and "usage: train.py" in output and not box.attempts()
+
+
+def test_status_is_that_of_report(box):
+    assert box.run("status", "runs/a b") == (0, "report ['--status', 'runs/a b']\n")
+
+
+def test_shellcheck_finds_nothing():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    subprocess.run(["shellcheck", ROOT / "launch.sh"], check=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Retries
+
+
+def test_a_stopped_fold_is_retried_with_resume_and_appends_to_its_log(box):
+    argv = ("--folds", "1-2", "--retries", "2", *CPU)
     code, output = box.run(*argv, STUB_CODES='{"1": 75}', STUB_RESUMES="1")
     assert code == 0, output
     first, second = (a["argv"] for a in box.attempts() if a["fold"] == 1)
     assert "--resume" not in first and "--resume" in second
     assert "fold 1 was stopped by a signal" in output and "to be resumed" in output
-    log = (box.path / "runs" / "stub" / "fold1.log").read_text()
+    log = (box.path / "runs/stub/fold1.log").read_text()
     assert log.count("attempt 1:") == log.count("attempt 2:") == 1
     assert log.count("hello from fold 1") == 2
 
 
 def test_a_stopped_fold_is_no_failed_one_but_is_missing(box):
-    code, output = box.run("--folds", "1-2", "--", "--device", "cpu", STUB_CODES='{"1": 75}')
+    code, output = box.run("--folds", "1-2", *CPU, STUB_CODES='{"1": 75}')
     assert code == 75
     assert "fold 1 was stopped by a signal" in output and "fold 1 is missing" in output
     assert "'--failed', '1'" in output
 
 
-@pytest.mark.parametrize(("told", "code", "tries"), [(75, 75, 2), (2, 1, 1), (None, 1, 2)])
-def test_status_json_tells_what_torchrun_hides(box, told, code, tries):
-    argv = ("--folds", "1", "--retries", "1", "--", "--device", "cpu")
-    env = {"STUB_CODES": '{"1": 1}', "STUB_STATUS": json.dumps(told)}
-    assert box.run(*argv, **env)[0] == code
-    assert len(box.attempts()) == tries
-
-
-def test_an_older_status_json_is_not_believed(box):
-    status = box.path / "runs" / "stub" / "fold1" / "status.json"
-    status.parent.mkdir(parents=True)
-    status.write_text('{"exit_code": 2, "reason": "old"}')
-    os.utime(status, (1, 1))
-    argv = ("--folds", "1", "--retries", "1", "--", "--device", "cpu")
-    assert box.run(*argv, STUB_CODES='{"1": 1}')[0] == 1
-    assert len(box.attempts()) == 2
-
-
-def test_status_is_reports(box):
-    code, output = box.run("status", "runs/a b")
-    assert code == 0 and output == "report ['--status', 'runs/a b']\n"
-
-
 def test_retries_are_counted_and_exit_code_2_is_never_retried(box):
-    argv = ("--folds", "1-2", "--retries", "2", "--", "--device", "cpu")
-    code, _ = box.run(*argv, STUB_CODES='{"1": 1, "2": 2}')
-    assert code == 1
+    argv = ("--folds", "1-2", "--retries", "2", *CPU)
+    assert box.run(*argv, STUB_CODES='{"1": 1, "2": 2}')[0] == 1
     folds = [a["fold"] for a in box.attempts()]
     assert folds.count(1) == 3 and folds.count(2) == 1
 
 
+@pytest.mark.parametrize(("status", "code", "tries"), [(75, 75, 2), (2, 1, 1), (None, 1, 2)])
+def test_status_json_has_the_exit_code_that_torchrun_hides(box, status, code, tries):
+    argv = ("--folds", "1", "--retries", "1", *CPU)
+    env = {"STUB_CODES": '{"1": 1}', "STUB_STATUS": json.dumps(status)}
+    assert box.run(*argv, **env)[0] == code
+    assert len(box.attempts()) == tries
+
+
+def test_the_status_json_of_an_older_run_is_ignored(box):
+    box.of_an_older_run("status.json", '{"exit_code": 2, "reason": "old"}')
+    argv = ("--folds", "1", "--retries", "1", *CPU)
+    assert box.run(*argv, STUB_CODES='{"1": 1}')[0] == 1
+    assert len(box.attempts()) == 2
+
+
 @pytest.mark.parametrize("saves", [True, False])
-def test_a_retry_resumes_only_a_checkpoint_of_this_launch_where_overwrite_is_given(box, saves):
-    last = box.path / "runs" / "stub" / "fold1" / "last.pt"
-    last.parent.mkdir(parents=True)
-    last.write_text("of an older run")
-    os.utime(last, (1, 1))
-    argv = ("--folds", "1", "--retries", "1", "--", "--device", "cpu", "--overwrite")
+def test_with_overwrite_a_retry_resumes_only_a_checkpoint_of_this_launch(box, saves):
+    box.of_an_older_run("last.pt", "old")
     env = {"STUB_SAVES": "1"} if saves else {}
+    argv = ("--folds", "1", "--retries", "1", *CPU, "--overwrite")
     assert box.run(*argv, STUB_CODES='{"1": 1}', **env)[0] == 1
     second = box.attempts()[1]["argv"]
     assert ("--resume" in second) == saves and ("--overwrite" in second) != saves
+
+
+# ---------------------------------------------------------------------------------------------
+# Interrupts
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)]
 )
 def test_an_interrupt_lets_folds_save_and_leaves_no_process(box, number, code):
-    argv = ("--folds", "1-4", "--", "--device", "cpu")
-    process = box.start(*argv, STUB_HANG="polite")
+    process = box.start("--folds", "1-4", *CPU, STUB_HANG="saves on SIGTERM")
     wait_for(lambda: len(box.attempts()) == 2)
     os.killpg(process.pid, number)  # as the terminal does: the group of launch.sh
     output, _ = process.communicate(timeout=20)
@@ -363,27 +391,25 @@ def test_an_interrupt_lets_folds_save_and_leaves_no_process(box, number, code):
     wait_for(lambda: not any(map(alive, pids)), 2)
     assert len(pids) == 4  # folds 3 and 4 were never started
     for fold in (1, 2):
-        assert (box.path / "runs" / "stub" / f"fold{fold}" / "last.pt").exists()
+        assert (box.path / f"runs/stub/fold{fold}/last.pt").exists()
 
 
-@pytest.mark.parametrize("whole_group", [True, False])
-def test_an_interrupt_before_the_first_fold_starts_nothing(box, whole_group):
-    process = box.start("--folds", "1", "--", "--device", "cpu", STUB_IMPORT_SECONDS="30")
-    wait_for(lambda: children(process.pid))
+@pytest.mark.parametrize(
+    ("kill", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]
+)
+def test_an_interrupt_before_the_first_fold_starts_nothing(box, kill, number):
+    process = box.start("--folds", "1", *CPU, STUB_ASK_SECONDS="30")
+    wait_for(lambda: Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
     time.sleep(0.5)
-    if whole_group:
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.terminate()
+    kill(process.pid, number)
     process.communicate(timeout=5)
-    assert process.returncode == (130 if whole_group else 143)
+    assert process.returncode == 128 + number
     assert not box.attempts() and not (box.path / "runs").exists()
     assert not leftovers(process.pid)
 
 
 def test_an_interrupt_between_two_attempts_starts_no_other(box):
-    argv = ("--folds", "1", "--retries", "9999", "--", "--device", "cpu")
-    process = box.start(*argv, STUB_CODES='{"1": 1}')
+    process = box.start("--folds", "1", "--retries", "9999", *CPU, STUB_CODES='{"1": 1}')
     wait_for(lambda: len(box.attempts()) == 2)
     process.terminate()
     process.communicate(timeout=20)
@@ -395,50 +421,34 @@ def test_an_interrupt_between_two_attempts_starts_no_other(box):
 
 def test_an_interrupt_during_the_report_leaves_nothing(box):
     (box.code / "report.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
-    process = box.start("--folds", "1", "--", "--device", "cpu")
+    process = box.start("--folds", "1", *CPU)
     while process.stdout.readline() != "up\n":
         pass
     process.terminate()
     output, _ = process.communicate(timeout=5)
     assert process.returncode == 143 and "stopping" not in output
-    assert (box.path / "runs" / "stub" / "fold1" / "result.json").exists()
-    assert not leftovers(process.pid)
+    assert (box.run_dir / "result.json").exists() and not leftovers(process.pid)
 
 
 def test_torchrun_gets_its_own_gpus_per_fold_and_an_interrupt_reaches_every_rank(box):
     argv = ("--folds", "1-2", "--gpus", "0,1,2,3", "--nproc_per_fold", "2")
-    process = box.start(*argv, STUB_HANG="polite")
+    process = box.start(*argv, STUB_HANG="saves on SIGTERM")
     wait_for(lambda: len(box.attempts()) == 4, 50)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=40)
     assert process.returncode == 143, output
     attempts = box.attempts()
-    assert {(a["fold"], a["gpus"]) for a in attempts} == {(1, "0,1"), (2, "2,3")}
-    assert sorted((a["fold"], a["rank"], a["world"]) for a in attempts) == [
-        (1, "0", "2"), (1, "1", "2"), (2, "0", "2"), (2, "1", "2"),
+    assert sorted((a["fold"], a["gpus"], a["rank"]) for a in attempts) == [
+        (1, "0,1", "0"), (1, "0,1", "1"), (2, "2,3", "0"), (2, "2,3", "1"),
     ]  # fmt: skip
     wait_for(lambda: not any(alive(pid) for a in attempts for pid in a["pids"]), 2)
 
 
 @pytest.mark.slow
-def test_a_fold_deaf_to_sigterm_is_killed_after_30_seconds(box):
-    process = box.start("--folds", "1", "--", "--device", "cpu", STUB_HANG="deaf")
+def test_a_fold_that_ignores_sigterm_is_killed_after_30_seconds(box):
+    process = box.start("--folds", "1", *CPU, STUB_HANG="ignores SIGTERM")
     wait_for(lambda: box.attempts())
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=40)
     assert process.returncode == 143
     wait_for(lambda: not any(map(alive, box.attempts()[0]["pids"])), 2)
-
-
-def test_help_prints_the_usage_of_launch_and_of_train(box):
-    code, output = box.run("--help")
-    assert code == 0
-    assert output.startswith("Train folds in parallel") and "--nproc_per_fold N" in output
-    code, output = box.run("--folds", "1", "--", "--help")
-    assert code == 0 and "usage: train.py" in output and not box.attempts()
-
-
-def test_shellcheck_finds_nothing():
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
-    subprocess.run(["shellcheck", ROOT / "launch.sh"], check=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model import (
+    ENCODERS,
     TARGETS,
     EmotionModel,
     LogMel,
@@ -16,7 +17,8 @@ from model import (
     loss_from_sums,
     metrics,
     moment_sums,
-)
+)  # fmt: skip
+from util.files import UserError
 from wavlm import SIZES, WavLM
 
 SMALL = {"d_hidden": 16, "d_state": 8, "base_channels": 8, "d_model": 64, "num_layers": 2}
@@ -90,8 +92,8 @@ def test_gradient_through_exchanged_sums_is_the_gradient_of_the_whole_batch():
     whole, preds.grad = preds.grad, None
     total = moment_sums(preds, labels).detach()
     for p, y in zip(preds.split(4), labels.split(4)):
-        own = moment_sums(p, y)
-        loss_from_sums(total + own - own.detach(), "ccc", 0.5, 0.1).backward()
+        part = moment_sums(p, y)
+        loss_from_sums(total + part - part.detach(), "ccc", 0.5, 0.1).backward()
     torch.testing.assert_close(preds.grad, whole, rtol=1e-5, atol=1e-8)
 
 
@@ -125,10 +127,16 @@ def test_metrics_of_nothing_raise():
 # --- encoders
 
 
+def alone(batch, i, length):
+    """Utterance i of a batch of small_batch, without padding."""
+    cut = {"input_values": length, "attention_mask": length}
+    cut |= {"frames": length // 320, "frame_mask": length // 320}
+    parts = {name: batch[name][i : i + 1, :stop] for name, stop in cut.items()}
+    return parts | {"chunk_index": torch.zeros(1, 1, dtype=torch.long)}
+
+
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
-@pytest.mark.parametrize(
-    "encoder", ["wavlm", "convnext", "baseline", "transformer", "lightweight_transformer"]
-)
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_padded_utterance_gives_the_same_prediction_as_alone(encoder, pooling):
     model = small_model(encoder, pooling=pooling).eval()
     lengths = [9_000, 16_000, 4_000, 12_345]
@@ -136,15 +144,32 @@ def test_a_padded_utterance_gives_the_same_prediction_as_alone(encoder, pooling)
     with torch.no_grad():
         batched = model(together)
         for i, length in enumerate(lengths):
-            frames = length // 320
-            alone = {
-                "input_values": together["input_values"][i : i + 1, :length],
-                "attention_mask": together["attention_mask"][i : i + 1, :length],
-                "frames": together["frames"][i : i + 1, :frames],
-                "frame_mask": together["frame_mask"][i : i + 1, :frames],
-                "chunk_index": torch.zeros(1, 1, dtype=torch.long),
-            }
-            torch.testing.assert_close(model(alone), batched[i : i + 1], rtol=1e-4, atol=1e-5)
+            pred = model(alone(together, i, length))
+            torch.testing.assert_close(pred, batched[i : i + 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_bfloat16_autocast_trains_and_ignores_padding(encoder, checkpointing):
+    model = small_model(encoder, dropout=0.0)
+    getattr(model.encoder, "wavlm", model.encoder).gradient_checkpointing = checkpointing
+    lengths = [16_000, 9_000]
+    together = small_batch(lengths)
+    with torch.autocast("cpu", torch.bfloat16):
+        preds = model.train()(together)
+        loss_from_sums(moment_sums(preds, together["labels"]), "ccc", 0.5, 0.1).backward()
+        model.eval()
+        batched = model(together)
+        pred = model(alone(together, 1, 9_000))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad.isfinite().all() for p in trained)
+    torch.testing.assert_close(pred, batched[1:], rtol=0, atol=0.01)
+
+
+def test_a_layer_that_the_wavlm_does_not_have_names_the_flag():
+    for layers in ((2, 5), (-1,)):
+        with pytest.raises(UserError, match=rf"--layers {layers[-1]}: .*has layers 0 to 4"):
+            small_model(layers=layers)
 
 
 @pytest.mark.parametrize("encoder", ["wavlm", "convnext", "transformer"])

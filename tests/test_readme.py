@@ -1,13 +1,12 @@
-"""README.md: every command in it runs, its examples are applied and trained, its flags exist.
+"""README.md and docs/: their commands run, the README's examples are applied and trained.
 
-The commands run in README order in a copy of the sources, among small stand-ins for all that the
-README takes for granted: corpora, recordings, a manifest. They are the README's own words; what
-is done to them, so that all of them take a minute, is in QUICK, MEANT and NOT_RUN. Python is
-tests/warm_python.py; with -m slow they run once more under the real one.
+The commands run in the order of the text, in a copy of the sources, among small stand-ins for what
+the text takes for granted: corpora, recordings, a manifest. Only QUICK, MEANT and NOT_RUN change
+them, so that they take a minute. Python is tests/warm_python.py; with -m slow they run once more
+under the real one.
 """
 
 import concurrent.futures
-import csv
 import importlib.util
 import itertools
 import json
@@ -23,18 +22,23 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
 
-import train
-from demo import DEMO_VERSION, demo_voice, synthesise
+from corpora.demo import DEMO_VERSION, demo_voice, synthesise
+from flags import parse_args
 from report import fold_list
 from util.runs import run_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-USAGE, HACKING = re.split(r"^## How to change it\n", README, flags=re.MULTILINE)
+PAGES = [
+    (ROOT / f"docs/{name}.md").read_text() for name in ("corpora", "benchmarks", "reliability")
+]
+BEFORE, CHANGES = re.split(r"^## How to change it\n", README, flags=re.MULTILINE)
+USAGE = "\n".join([BEFORE, *PAGES])
 
 # What makes a command quick. Flags go in front of its own, which win: two steps of a narrow WavLM
 # that needs no download, on the CPU, in one process; the plan of a small CNN, which takes seconds.
@@ -50,7 +54,6 @@ MEANT = {
     r"--data_dir D\b": "--data_dir IEMOCAP_full_release",
     r"--folds 1-\d": "--folds 1-3",
     r"--nproc_per_node 4": "--nproc_per_node 1",
-    r"^launch\.sh status RUN": "./launch.sh status runs/folds",
 }
 NOT_RUN = {
     "python3 -m venv": "installing needs the network: .ci/run does it",
@@ -58,8 +61,7 @@ NOT_RUN = {
     "python -m pytest": "this is it",
     "python tests/bench_": "minutes to hours",
     "python memory.py --calibrate": "half a minute; tests/test_memory.py calls it",
-    "python memory.py --measure": "minutes; tests/test_memory.py measures such steps",
-    "./launch.sh --retries N": "a flag and no command; tests/test_launch.py has it",
+    "python faces.py": "needs a vision model; tests/test_data.py calls it",
 }
 # Files that a command writes without a flag that names them
 WRITES = {"berlin.py": ["emodb/manifest.csv"], "logmel.py": ["features/03a00Wa.npy"]}
@@ -74,7 +76,7 @@ SAYS = {
 
 
 def commands(text):
-    """Every command of a part of the README in its order, without comments; a script is one."""
+    """Every command of a text in its order, without comments; a script is one."""
     for part in re.split(r"(```.*?```)", text, flags=re.DOTALL):
         if part.startswith("```bash\n#!"):
             yield part[8:-3]
@@ -90,6 +92,11 @@ def inline(text):
     return [words for words in found if re.match(r"(python|torchrun|\S*launch\.sh) \S", words)]
 
 
+def fences(language, text):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+SLOW = pytest.mark.slow
 COMMANDS = [c for c in dict.fromkeys(commands(USAGE)) if not c.startswith(tuple(NOT_RUN))]
 
 
@@ -103,12 +110,6 @@ def speech(path, speaker, valence, arousal, seconds=0.6):
     rng = np.random.default_rng(list(path.stem.encode()))
     audio = synthesise(demo_voice(speaker, "FM"[speaker % 2]), valence, arousal, seconds, rng)
     soundfile.write(path, audio, 16_000)
-
-
-def write_table(path, header, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
 
 
 def write_iemocap(root):
@@ -134,32 +135,34 @@ def write_msp_podcast(root):
     for i, split in enumerate(["Train"] * 12 + ["Development"] * 6 + ["Test1"] * 6):
         name, x = f"MSP-PODCAST_{i:04d}_0001.wav", i % 5 / 2 - 1
         speech(root / "Audios" / name, i // 3, x, -x)
-        rows.append([name, 4 - 3 * x, 4 + 3 * x, 4 + x, i // 3, "Female", split])
-    header = ["FileName", "EmoAct", "EmoVal", "EmoDom", "SpkrID", "Gender", "Split_Set"]
-    write_table(root / "Labels/labels_consensus.csv", header, rows)
+        ratings = {"EmoAct": 4 - 3 * x, "EmoVal": 4 + 3 * x, "EmoDom": 4 + x}
+        rows.append({"FileName": name, **ratings, "SpkrID": i // 3, "Split_Set": split})
+    (root / "Labels").mkdir()
+    pd.DataFrame(rows).to_csv(root / "Labels/labels_consensus.csv", index=False)
 
 
 def write_clips(root):
     """Files named as the Berlin ones, of 3 speakers, a vector for each, two manifests of them."""
     rng = np.random.default_rng(1)
-    rows, personal = [], []
+    rows = []
+    (root / "vectors").mkdir()
     for i in range(48):
         name = f"{3 + i % 3:02d}a{i // 3:02d}{'WLEAFTN'[i % 7]}a"
-        path = root / f"emodb/wav/{name}.wav"
         valence, arousal = rng.uniform(0, 1, 2)
-        speech(path, i % 3, 2 * valence - 1, 2 * arousal - 1)
+        speech(root / f"emodb/wav/{name}.wav", i % 3, 2 * valence - 1, 2 * arousal - 1)
         np.save(root / f"vectors/{name}.npy", rng.standard_normal(16).astype(np.float32))
-        about = [name, path.relative_to(root), valence, arousal]
-        session = min(i // 8, 2)  # the third one has 32 clips: a batch of --global_batch_size 32
-        rows.append([*about, session, f"d{i // 4}", f"p{session}"])
-        if i < 24:
-            personal.append([*about, "train" if i < 12 else "dev" if i < 18 else "test"])
-    header = ["utt_id", "path", "valence", "arousal"]
-    write_table(root / "manifest.csv", [*header, "session", "dialog", "speaker"], rows)
-    write_table(root / "personal.csv", [*header, "split"], personal)
+        rows.append((name, f"emodb/wav/{name}.wav", valence, arousal))
+    table = pd.DataFrame(rows, columns=["utt_id", "path", "valence", "arousal"])
+    # the third session has 32 clips: a batch of --global_batch_size 32
+    session = np.minimum(table.index // 8, 2)
+    speaker, dialog = [f"p{k}" for k in session], [f"d{i // 4}" for i in table.index]
+    manifest = table.assign(session=session, dialog=dialog, speaker=speaker)
+    manifest.to_csv(root / "manifest.csv", index=False)
+    split = ["train"] * 12 + ["dev"] * 6 + ["test"] * 6
+    table[:24].assign(split=split).to_csv(root / "personal.csv", index=False)
 
 
-@pytest.fixture(scope="module", params=["warm", pytest.param("cold", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["warm", pytest.param("cold", marks=SLOW)])
 def python(request):
     """PATH under which `python` and `torchrun` are quick to start, or the real ones."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -196,6 +199,8 @@ class Clone:
         self.ahead = {}  # command -> future of what it prints
         for file in (*ROOT.glob("*.py"), ROOT / "launch.sh"):
             shutil.copy(file, directory)
+        for folder in ROOT.glob("*/__init__.py"):  # corpora/ and util/
+            shutil.copytree(folder.parent, directory / folder.parent.name)
         shutil.copytree(small_wavlm, directory / "small_wavlm")
         write_iemocap(directory / f"cache/demo-v{DEMO_VERSION}")
 
@@ -225,7 +230,6 @@ def clone(tmp_path_factory, small_wavlm, python):
     clone = Clone(directory, small_wavlm, python)
     write_iemocap(directory / "IEMOCAP_full_release")
     write_msp_podcast(directory / "MSP-Podcast-1.11")
-    (directory / "vectors").mkdir()
     write_clips(directory)
     for name in ("recording", "recordings/a", "recordings/b", "turns/1", "turns/2", "turns/3"):
         speech(directory / f"{name}.wav", 0, 0.5, 0.5, seconds=1)
@@ -237,16 +241,12 @@ def clone(tmp_path_factory, small_wavlm, python):
         (directory / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
         (directory / "bin" / name).chmod(0o755)
     # One section needs nothing from the others: it runs beside them, which saves a quarter
-    section = USAGE.split("\n## What it does on real speech\n")[1].split("\n## ")[0]
+    (section,) = re.findall(r"^## Clips of the Berlin (.*?)^## ", USAGE, flags=re.M | re.S)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         for command in commands(section):
             clone.ahead[command] = pool.submit(clone.run, shrunk(command))
         yield clone
         pool.shutdown(cancel_futures=True)
-
-
-def fences(language, text):
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -269,19 +269,19 @@ def promised(command):
         command = re.search(r"^srun (.*) &$", command, flags=re.MULTILINE)[1]
     words = command.replace("$SLURM_ARRAY_TASK_ID", "1").split()
     program = next(word for word in words if word.endswith((".py", "launch.sh")))
-    flags = words[words.index(program) + 1 :]
+    argv = words[words.index(program) + 1 :]
     files = list(WRITES.get(program, []))
-    for flag, name in itertools.pairwise(flags):
+    for flag, name in itertools.pairwise(argv):
         if flag in ("--out", "--plot", "--export", "--state", "--skipped"):
             files.append(f"{name}/report.html" if program == "report.py" else name)
-    if program == "report.py" and re.search(r"py \S+ runs/|\*", command):  # several runs
+    if program == "report.py" and re.search(r"py \S+ runs/", command):  # several runs
         files += ["report.html", "experiment_comparison.md"]
     folds = []
-    if "--folds" in flags and program != "report.py":
-        folds = fold_list(flags[flags.index("--folds") + 1])
-        flags = flags[flags.index("--") + 1 :]
-    if folds or (program == "train.py" and "--help" not in flags):
-        args = train.parse_args(flags)
+    if "--folds" in argv and program != "report.py":
+        folds = fold_list(argv[argv.index("--folds") + 1])
+        argv = argv[argv.index("--") + 1 :]
+    if folds or (program == "train.py" and "--help" not in argv):
+        args = parse_args(argv)
         files += [run_dir(args).with_name(f"fold{k}") / "result.json" for k in folds or [args.fold]]
     return files
 
@@ -318,14 +318,25 @@ def test_one_process_and_two_print_the_same_losses_as_the_readme_says(clone):
     assert losses["one"] == pytest.approx(losses["two"], abs=1e-4)
 
 
-def test_the_first_command_runs_on_the_real_demo_corpus(tmp_path, demo_cache):
+@pytest.mark.parametrize("flags", ["--max_steps 2 --prosody none", pytest.param("", marks=SLOW)])
+def test_the_first_command_prints_what_the_readme_says(tmp_path, demo_cache, flags):
     first = next(command for command in COMMANDS if "train.py" in command)
     assert first == "python train.py --preset demo"
-    short = ["--max_steps", "2", "--prosody", "none", "--out", str(tmp_path / "runs")]
-    short += ["--cache_dir", str(demo_cache)]
-    words = [sys.executable, *first.split()[1:], *short]
-    subprocess.run(words, cwd=ROOT, check=True, timeout=300)
-    assert (tmp_path / "runs/demo/fold1/result.json").exists()
+    command = f"{first} --cache_dir {demo_cache} {flags}".replace("train.py", f"{ROOT}/train.py")
+    words = [sys.executable, *command.split()[1:]]
+    said = subprocess.run(words, cwd=tmp_path, check=True, text=True, capture_output=True).stdout
+    (stated,) = re.findall(r"The log ends.*?```\n(.*?)```", README, flags=re.DOTALL)
+    for line in stated.splitlines():
+        if line == "..." or (flags and re.match("epoch   [2-9]", line)):
+            continue
+        number = r"\\d+(?:\\.\\d+)?"  # of the line; the epoch of a line without `best` is kept
+        pattern = re.sub(r"(?<=\d)\\\.(?=\d)", ".", re.escape(line))
+        pattern = re.sub(r"\d+\.\d+|(?<=best\\ epoch\\ )\d+|\d+(?=\\ s)", number, pattern)
+        found = re.search(pattern, said)
+        assert found, f"{line}\n{said}"
+        scores, expected = (re.findall(r"\d\.\d{4}", text) for text in (found[0], line))
+        tolerance = 9 if flags else 0.03  # builds of torch differ in rounding
+        assert np.allclose(np.float64(scores), np.float64(expected), rtol=0, atol=tolerance), said
 
 
 def test_a_slurm_job_at_its_time_limit_is_requeued_and_a_failed_one_is_not(clone):
@@ -349,14 +360,17 @@ def test_what_is_not_run_is_still_in_the_readme():
     assert all(any(c.startswith(start) for c in commands(USAGE)) for start in NOT_RUN)
 
 
-def test_every_flag_in_the_text_exists():
-    programs = ("train.py", "data.py", "predict.py", "report.py", "memory.py", "launch.sh")
-    benches = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/bench_*.py"))
-    assert all(name in README for name in benches)
-    known = "\n".join((ROOT / name).read_text() for name in (*programs, *benches))
-    ours = re.sub(r"\btorchrun [^`]*?train\.py|#SBATCH.*|pip install.*", "", README)
+def test_every_flag_in_the_text_exists_and_every_page_is_linked_once():
+    text = "\n".join([README, *PAGES])
+    programs = [*ROOT.glob("*.py"), ROOT / "launch.sh", *ROOT.glob("tests/bench_*.py")]
+    known = "\n".join(path.read_text() for path in programs)
+    ours = re.sub(r"\btorchrun [^`]*?train\.py|#SBATCH.*|pip install.*", "", text)
     for flag in sorted(set(re.findall(r"(?<![\w-])--([a-z_0-9]+)", ours))):
         assert f"--{flag}" in known, flag
+    assert all(f"tests/{path.name}" in text for path in ROOT.glob("tests/bench_*.py"))
+    for page in ROOT.glob("docs/*.md"):
+        assert README.count(f"]({page.relative_to(ROOT)})") == 1
+    assert len(README.splitlines()) <= 300
 
 
 # ---------------------------------------------------------------------------------------------
@@ -370,15 +384,20 @@ def hacked(tmp_path, small_wavlm, python):
 
 def apply_example(title, clone):
     """Puts the example's lines where their comments say; its command, made quick."""
-    (text,) = re.findall(rf"^\*\*{title}\.\*\*(.*?)(?=^\*\*|^## )", HACKING, flags=re.M | re.S)
+    (text,) = re.findall(rf"^\*\*{title}\.\*\*(.*?)(?=^\*\*|^## )", CHANGES, flags=re.M | re.S)
     (code,) = fences("python", text)
-    places = re.split(r"^# (\w+\.py), (above|below) `(.*)`\n", code, flags=re.MULTILINE)
+    places = re.split(r"^# (\S+\.py), (a new file|above|below)(?: `(.*)`)?\n", code, flags=re.M)
     assert places[0] == ""
-    for file, where, mark, lines in zip(*[iter(places[1:])] * 4):
-        source = (clone.directory / file).read_text().splitlines()
+    for name, where, mark, lines in zip(*[iter(places[1:])] * 4):
+        file = clone.directory / name
+        if where == "a new file":
+            assert not file.exists()
+            file.write_text(lines)
+            continue
+        source = file.read_text().splitlines()
         (at,) = [i for i, line in enumerate(source) if mark in line]
         source.insert(at + (where == "below"), lines.rstrip())
-        (clone.directory / file).write_text("\n".join(source) + "\n")
+        file.write_text("\n".join(source) + "\n")
     (command,) = inline(re.sub("```.*```", "", text, flags=re.DOTALL))
     return shrunk(command)
 
@@ -425,9 +444,8 @@ def test_the_target_of_the_readme_is_in_loss_metrics_files_and_predictions(hacke
     result = result_of(hacked, "vad")
     assert {"ccc_valence", "ccc_arousal", "ccc_dominance"} <= result["test"].keys()
     hacked.run("python predict.py --checkpoint runs/vad/fold1 cache --out out.csv")
-    with open(hacked.directory / "out.csv") as file:
-        header = next(csv.reader(file))
-    assert header[-3:] == ["pred_valence", "pred_arousal", "pred_dominance"]
+    columns = pd.read_csv(hacked.directory / "out.csv").columns
+    assert list(columns[-3:]) == ["pred_valence", "pred_arousal", "pred_dominance"]
     said = hacked.run("python report.py runs/vad runs/vad --folds 1 --out report")
     assert "dominance" in said and (hacked.directory / "report/report.html").exists()
     write_msp_podcast(hacked.directory / "msp")

@@ -20,8 +20,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-import pictures
 import report
+import report as pictures
 import train
 from model import TARGETS
 from util import files, runs

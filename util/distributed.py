@@ -41,7 +41,8 @@ log = logging.getLogger("vatune")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 RETRY_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal, resume me
 START_SECONDS = 1800  # time-out up to the first step: compiling, cold disks [guess]
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_BROKEN = {errno.EIO, errno.EROFS, errno.EACCES}
 GIB = 2**30
 GPU_GIB = 24.0  # assumed size of a GPU that is not in this machine
 
@@ -116,7 +117,7 @@ def find_ranks(device: str) -> Ranks:
         raise UserError("--device cuda: torch sees no GPU (torch.cuda.is_available() is False)")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"--nproc_per_node: rank {local_rank} of this machine finds no GPU, there are "
+            f"--nproc_per_node: local rank {local_rank} needs GPU {local_rank}, this machine has "
             f"{torch.cuda.device_count()}"
         )
     torch.cuda.set_device(local_rank)
@@ -142,7 +143,7 @@ def end_ranks() -> None:
 
 
 def wait_for_ranks() -> None:
-    """Returns when every rank has come here (all ranks participate)."""
+    """Returns when every rank has reached this call (all ranks participate)."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -241,11 +242,10 @@ class Exchanged:
 exchanged = Exchanged()
 
 
-def sum_over_ranks(sums: Tensor) -> Tensor:
-    """The batch's moment sums over all ranks; once in every step (all ranks participate)."""
+def sum_over_ranks(sums: Tensor) -> None:
+    """Adds up a step's sums over all ranks, in place; once in every step (all participate)."""
     all_reduce(sums)
     exchanged.sums = True
-    return sums
 
 
 def average_bucket(state: None, bucket: dist.GradBucket) -> Averaged:
@@ -317,8 +317,8 @@ def encode_in_pieces(
     """(rows, encode(batch on the device)) of evaluation batches, in pieces if memory is short.
 
     A piece is some of the batch's utterances with the padding that they have in it, so results
-    differ by rounding alone, also if an encoder sees padding. After a failure no later piece holds
-    more audio; that ends with this call, which therefore depends on no earlier one.
+    differ by rounding alone, also if an encoder sees padding. After a failure, later pieces of this
+    call hold no more audio than fitted.
     torch.OutOfMemoryError if there is no memory for one utterance.
     """
     limit = math.inf  # seconds of audio in a piece, padding included
@@ -373,7 +373,7 @@ def allow_tf32(on: bool) -> None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts the measurement of the peak anew; a CPU's peak is that of the process's life."""
+    """Resets the measured peak of a GPU; that of a CPU cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -451,6 +451,8 @@ def with_timeout(loader: DataLoader, seconds: float) -> Iterator[dict]:
             signal.setitimer(signal.ITIMER_REAL, 0)
         if batch is None:
             return
+        if isinstance(batch, UserError):  # found by a loader process, see data.Batches
+            raise batch
         yield batch
 
 
@@ -482,12 +484,13 @@ def machine_fault(error: Exception, directory: Path, timeout: float) -> str:
         return text
     if is_out_of_memory(error):
         return f"out of memory: {first_line}"
-    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+    if isinstance(error, OSError) and error.errno in DISK_FULL | DISK_BROKEN:
         where = error.filename or directory
-        return f"{where}: {error.strerror}: free disk space, then rerun with --resume"
+        remedy = "free disk space" if error.errno in DISK_FULL else "make it writable"
+        return f"{where}: {error.strerror}: {remedy}, then rerun with --resume"
     if text.startswith("DataLoader"):
         return f"{first_line.strip(' .')}{faulty_children()}: rerun with --resume"
-    if isinstance(error, dist.DistError) or "gloo" in text:
+    if isinstance(error, dist.DistError) or "third_party/gloo" in text:
         return (
             f"a rank died, or gave no answer for --timeout {timeout:g} s; look for its own "
             f"message, then rerun with --resume ({first_line[:120]})"

@@ -76,17 +76,15 @@ class Meter:
                 return
             yield item
 
-    def add(self, step: int, loss: Tensor, norm: Tensor, batches: list[dict]) -> float:
-        """Counts a step; returns the seconds of audio in this rank's micro-batches."""
+    def add(self, step: int, loss: Tensor, norm: Tensor, batches: list[dict]) -> None:
+        """Counts a step of this rank."""
         self.unread.append((step, loss, norm, [row for batch in batches for row in batch["rows"]]))
-        audio_seconds = sum(batch["audio_seconds"] for batch in batches)
         self.steps += 1
-        self.audio_seconds += audio_seconds
+        self.audio_seconds += sum(batch["audio_seconds"] for batch in batches)
         self.padded_seconds += sum(b["audio_seconds"] / (1 - b["padded_share"]) for b in batches)
         if self.steps == 0:
             self.restart()
             self.steps, self.start = 0, time.perf_counter()
-        return audio_seconds
 
     def check(
         self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, corpus: Corpus
@@ -95,7 +93,7 @@ class Meter:
 
         It reads the steps since the last check, the weights and AdamW's moments. It waits for the
         device, so it runs before a log line and before anything is saved, not in every step.
-        GradScaler skips steps of infinite gradients; up to MAX_SKIPPED in a row are accepted.
+        GradScaler skips steps of infinite gradients; MAX_SKIPPED in a row are an error.
         """
         if not self.unread:
             return
@@ -220,7 +218,7 @@ class Hints:
             self.look_at_gpu(record, waiting)
 
     def look_at_gpu(self, record: dict, waiting: float) -> None:
-        """The first five log lines decide; the median, since one may meet a pause."""
+        """The first five log lines decide; the median, in case one falls into a pause."""
         if len(self.busy) == 5 or "ms_per_step" not in record:
             return
         self.busy.append(gpu_busy_share(self.device))
@@ -278,8 +276,9 @@ def start_logging(path: Path | None, console: bool) -> None:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 
-    logging.raiseExceptions = False  # a full disk is told once, by what cannot be saved
+    logging.raiseExceptions = False  # a full disk is reported once, by the failed save
     log.handlers.clear()
+    log.addHandler(logging.NullHandler())  # else Python prints warnings of the other ranks
     log.setLevel(logging.INFO)
     log.propagate = False
     if console:
@@ -293,17 +292,16 @@ def startup_block(
     fold: Fold,
     plan: TrainPlan,
     total_steps: int,
-    optimizer: torch.optim.Optimizer,
     ranks: distributed.Ranks,
+    commit: str,
 ) -> str:
     """Lines that a person checks before leaving a run alone."""
     precision = {"fp16": "fp16 autocast with GradScaler", "bf16": "bf16 autocast", "off": "fp32"}
     corpus, count = fold.corpus, ranks.world_size
-    unfreeze = f"unfreeze {args.unfreeze} | " if args.encoder == "wavlm" else ""
     software = " | ".join(f"{name} {version}" for name, version in versions().items())
     return "\n".join(
         (
-            f"vatune {git_commit()} | {software}",
+            f"vatune {commit} | {software}",
             f"device {ranks.device} x {count} | {precision[args.amp]} | seed {args.seed}",
             describe_splits(corpus, fold.splits),
             *(f"note: {note}" for note in corpus.notes),
@@ -311,19 +309,18 @@ def startup_block(
             f"batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x ranks "
             f"{count} = {args.global_batch_size} utterances per step | {plan.steps_per_epoch} "
             f"steps per epoch | {total_steps} steps in total",
-            f"{unfreeze}trains now {trainable_line(optimizer)}",
             "flags " + json.dumps(vars(args)),
         )
     )
 
 
-def trainable_line(optimizer: torch.optim.Optimizer) -> str:
-    """Parameters that train now, per group, with the group's peak learning rate."""
+def trainable_line(optimizer: torch.optim.Optimizer, stage: str) -> str:
+    """Parameters that train in a stage, per group, with the group's peak learning rate."""
     parts = []
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"] if p.requires_grad) / 1e6
         parts.append(f"{group['name']} {count:.3f} M at lr {group['peak_lr']:.1e}")
-    return ", ".join(parts)
+    return f"unfreeze {stage} | trains {', '.join(parts)}"
 
 
 def step_line(record: dict[str, float], step: int, scaler: torch.amp.GradScaler) -> str:

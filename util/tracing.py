@@ -462,7 +462,6 @@ def trace(
     Without gradient_accumulation_steps they follow from global_batch_size.
     """
     import step as updates
-    from util.runs import Progress
 
     on_gpu = on_cuda(args)
     args = argparse.Namespace(**vars(args) | {"batch_size": size})
@@ -544,7 +543,7 @@ def trace(
             batch["step_size"] = size
             optimizer.step = update
             scaler = torch.amp.GradScaler("cpu", enabled=False)
-            updates.train_step(model, [batch], optimizer, scaler, args, Progress())
+            updates.train_step(model, [batch], optimizer, scaler, args, updates.Progress())
     kinds.update(dict.fromkeys(rules.copies, "autocast copies"))
     for number, change, phase in tracker.events:
         if change > 0 and phase in ("forward", "evaluation"):
@@ -562,7 +561,6 @@ def real_step(
 ) -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
     """(a training step of `stage` on random clips, all tensors that live between two of them)."""
     import step as updates
-    from util.runs import Progress
 
     hidden = None
     if updates.reads_cache(args, stage):
@@ -589,4 +587,7 @@ def real_step(
         inputs = [t for batch in batches for t in batch.values() if isinstance(t, Tensor)]
         return [*model.parameters(), *model.buffers(), *states, *inputs]
 
-    return lambda: updates.train_step(model, batches, optimizer, scaler, args, Progress()), between
+    def run() -> object:
+        return updates.train_step(model, batches, optimizer, scaler, args, updates.Progress())
+
+    return run, between
