@@ -130,7 +130,7 @@ def test_a_run_that_backed_off_is_resumed_with_its_small_pieces(base, configured
     directory, codes, said = launch(base, "resumed", *flags, short=("backward", "0", 4))
     assert codes == [0], said
     last = read_checkpoint(directory / "last.pt")
-    assert last["args"]["batch_size"] == 16 and last["progress"]["batch_size"] == 4
+    assert last["args"]["batch_size"] == 16 and last["batch_size"] == 4
     (directory / "result.json").unlink()  # as if it had been killed before the test
     _, codes, said = launch(base, "resumed", *flags, "--resume")
     assert (

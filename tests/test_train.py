@@ -23,7 +23,7 @@ import step
 from data import BatchSpec
 from train import main, parse_args, run
 from util.files import UserError
-from util.runs import Progress, load_weights, read_checkpoint, run_dir, save_checkpoint
+from util.runs import load_weights, read_checkpoint, run_dir, save_checkpoint
 from wavlm import load_wavlm, save_wavlm
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ def step_on(args, model, batches, steps=1):
     model.train()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for number in range(steps):
-        step.train_step(model, batches, optimizer, scaler, args, Progress(step=number))
+        step.train_step(model, batches, optimizer, scaler, args, step.Progress(step=number))
     return model.state_dict()
 
 
@@ -675,7 +675,7 @@ def test_a_batch_size_that_was_found_on_one_rank_is_not_split_in_silence(flags, 
         assert run(flags) == 75
     assert run_ranks([*flags, "--resume"], tmp_path / "log", 2) == [2, 2]
     said = (tmp_path / "log").read_text()
-    assert "--resume on 2 ranks: --global_batch_size 3 is not a multiple" in said
+    assert "the interrupted run had 1 ranks, this one has 2: start as many" in said
 
 
 def test_the_gpu_is_set_before_its_memory_is_looked_at(flags, monkeypatch):
@@ -694,7 +694,9 @@ def test_the_gpu_is_set_before_its_memory_is_looked_at(flags, monkeypatch):
         main(parse_args([*flags, "--device", "cuda"]))
     assert calls.index("set_device") < calls.index("reset_peak")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match=r"--nproc_per_node: rank 1 .* there are 1"):
+    with pytest.raises(
+        UserError, match=r"--nproc_per_node: local rank 1 needs GPU 1, this machine has 1"
+    ):
         main(parse_args([*flags, "--device", "cuda"]))
 
 
