@@ -91,10 +91,15 @@ def main(args: argparse.Namespace) -> int:
     given = dict(vars(args))
     ranks = distributed.find_ranks(args.device)
     logs.start_logging(None, console=ranks.rank == 0)
-    if not (args.resume or args.overwrite or args.dry_run):
-        runs.refuse_existing(runs.run_dir(args))  # before hours of decoding
-    fold = data.load_fold(args)  # before the process group: no collective waits for decoding
+    fold, fault = None, None
+    try:
+        if not (args.resume or args.overwrite or args.dry_run):
+            runs.refuse_existing(runs.run_dir(args))  # before hours of decoding
+        fold = data.load_fold(args)  # before the process group: no collective waits for decoding
+    except UserError as error:
+        fault = error
     distributed.start_ranks(ranks, max(distributed.START_SECONDS, args.timeout))
+    distributed.raise_together(fault)
     files = runs.open_run(args, writes=ranks.rank == 0 and not args.dry_run)
     if files.writes:
         logs.start_logging(files.directory / "train.log", console=True)

@@ -77,6 +77,18 @@ def flags(corpus, small_wavlm, tmp_path):
     return quick_flags(corpus, small_wavlm, tmp_path)
 
 
+@pytest.fixture(scope="session")
+def finished(corpus, small_wavlm, tmp_path_factory):
+    """(flags, directory) of a run that is complete; tests leave it as it is."""
+    from train import main, parse_args
+    from util.runs import run_dir
+
+    flags = quick_flags(corpus, small_wavlm, tmp_path_factory.mktemp("finished"))
+    args = parse_args(flags)
+    assert main(args) == 0
+    return flags, run_dir(args)
+
+
 def tiny_vision_model(folder, seed=0):
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 

@@ -26,6 +26,7 @@ from typing import TextIO
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -87,10 +88,15 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Path) -> None:
-    """Fills the model; a WavLM that did not train is in the directory's frozen.pt."""
-    if model.config.encoder == "wavlm" and not any(name.startswith(WAVLM) for name in weights):
-        weights = weights | read_checkpoint(directory / "frozen.pt")["model"]
-    model.load_state_dict(weights)
+    """Fills the model from a checkpoint in a directory."""
+    model.load_state_dict(all_weights(weights, model.config.encoder, directory))
+
+
+def all_weights(weights: dict[str, Tensor], encoder: str, directory: Path) -> dict[str, Tensor]:
+    """The weights, and those of a WavLM that did not train, which are in frozen.pt."""
+    if encoder == "wavlm" and not any(name.startswith(WAVLM) for name in weights):
+        return weights | read_checkpoint(directory / "frozen.pt")["model"]
+    return weights
 
 
 def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
@@ -108,13 +114,15 @@ def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
             checkpoint["args"]["wavlm"] = str(path / "wavlm")
         else:
             checkpoint = read_checkpoint(path)
-        model = EmotionModel(ModelConfig(**checkpoint["config"]))
-        load_weights(model, checkpoint["model"], path.parent)
+        config = checkpoint["config"]
+        weights = all_weights(checkpoint["model"], config["encoder"], path.parent)
     except UserError as error:
         raise UserError(f"{flag} {error} (give a run directory, NAME/foldK)") from None
-    except Exception as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
         raise UserError(f"{flag} {path}: not a best.pt or an export ({reason})") from None
+    model = EmotionModel(ModelConfig(**config))  # an error of code that was changed passes
+    model.load_state_dict(weights)
     return model.eval(), checkpoint
 
 
