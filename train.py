@@ -91,15 +91,7 @@ def main(args: argparse.Namespace) -> int:
     given = dict(vars(args))
     ranks = distributed.find_ranks(args.device)
     logs.start_logging(None, console=ranks.rank == 0)
-    fold, fault = None, None
-    try:
-        if not (args.resume or args.overwrite or args.dry_run):
-            runs.refuse_existing(runs.run_dir(args))  # before hours of decoding
-        fold = data.load_fold(args)  # before the process group: no collective waits for decoding
-    except UserError as error:
-        fault = error
-    distributed.start_ranks(ranks, max(distributed.START_SECONDS, args.timeout))
-    distributed.raise_together(fault)
+    fold = load_fold(args, ranks)
     files = runs.open_run(args, writes=ranks.rank == 0 and not args.dry_run)
     if files.writes:
         logs.start_logging(files.directory / "train.log", console=True)
@@ -266,6 +258,23 @@ def finish(run: Run) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # Set-up
+
+
+def load_fold(args: argparse.Namespace, ranks: Ranks) -> data.Fold:
+    """The data, and then the process group: no collective waits for hours of decoding.
+
+    All ranks end if one finds its data wrong.
+    """
+    fold, fault = None, None
+    try:
+        if not (args.resume or args.overwrite or args.dry_run):
+            runs.refuse_existing(runs.run_dir(args))
+        fold = data.load_fold(args)
+    except UserError as error:
+        fault = error
+    distributed.start_ranks(ranks, max(distributed.START_SECONDS, args.timeout))
+    distributed.raise_together(fault)
+    return fold
 
 
 def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
