@@ -1,30 +1,30 @@
-"""Where a batch comes from: audio, its caches, features, batches. Nothing here knows the model.
+"""Where a batch comes from: audio, its caches, features, batches.
 
     python data.py --data demo                                    # synthesise, inspect (seconds)
     python data.py --data my.csv --label_range 1 7                # your own manifest
     python data.py --data iemocap --data_dir IEMOCAP_full_release
     python data.py --data msp_podcast --data_dir MSP-PODCAST
-    python data.py extract-faces --face_dir F --features_224_dir OUT [--data my.csv]
 
-The way of the data: corpora.read_corpus -> load_audio -> corpora.make_splits -> Batches + TrainPlan
-/ eval_plan. Caches live in --cache_dir, each under a key of what it was made from, so none is ever
+Data flow: corpora.read_corpus -> load_audio -> corpora.make_splits -> Batches + TrainPlan
+/ eval_plan. Caches are in --cache_dir, each under a key of what it was made from, so none is ever
 stale. What happens to each kind of odd input is one table: tests/test_input_faults.py.
-Not done here: face detection, voice activity detection, downloading of corpora.
+Not done here: voice activity detection, downloading of corpora. Features of images: faces.py.
 
 Reference: eGeMAPS (Eyben et al. 2016).
 """
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,140 +36,106 @@ import torch
 
 from corpora import (
     LABELS,
-    MOST_SKIPPED,
+    MAX_SKIPPED,
     Corpus,
-    Skipped,
-    Utterance,
     check_skipped,
     describe_splits,
     known_speaker,
     make_splits,
-    natural,
     num_folds,
     read_corpus,
     skipped_by_kind,
     write_skipped,
 )
+from model import TARGETS
+from util.audio import MIN_SAMPLES, SAMPLE_RATE, VERSION, decode, decoded_bytes
 from util.files import (
     UserError,
     build_cache,
     cached_array,
+    check_disk_space,
     digest,
+    gib,
     progress,
-    replacing,
+    run_script,
     weights_digest,
 )
 
-SAMPLE_RATE = 16_000
-FRAME_RATE = 50  # frames per second of frozen features, as far as seconds are derived from them
-MIN_SAMPLES = 400  # WavLM's CNN needs this many; shorter clips are zero-padded to it
-MAX_CLIP_SECONDS = 600  # longer is taken for a forgotten start/end, not for an utterance [guess]
-RATES = (4_000, 384_000)  # Hz; a header that says anything else is taken for a damaged one [guess]
-MOST_MISSING = 0.1  # of a clip's samples; with more lost, its label may belong to the rest [guess]
-GROUP_SECONDS = 2.0  # of audio, which one more pass of an encoder costs on its own [guess]
-PREFETCH_FACTOR = 4  # micro-batches that a loader worker holds ready
+log = logging.getLogger("vatune")
+
+FRAME_RATE = 50  # frames per second of frozen features, where seconds are derived from them
+GROUP_SECONDS = 2.0  # of audio, which one more pass of an encoder costs in itself [guess]
 EVAL_SECONDS = 64  # padded seconds per evaluation batch; fixed, so that results do not move
+PREFETCH = 4  # micro-batches that a loader process holds ready [guess]
 CORES = len(os.sched_getaffinity(0))
 
 
 # ---------------------------------------------------------------------------------------------
-# Decoding, audio pack
-
-PACK_VERSION = 2  # raise it with every change of decode: it is part of the cache key
+# Rows of different length in one memory map
 
 
-def check_header(log: str) -> tuple[float, str, list[str]]:
-    """(promised length / length found, reason to skip or "", what to note), by libsndfile's log.
+class PackedRows:
+    """Arrays of different length, one after the other in a memory map that all processes share.
 
-    libsndfile takes a header at its word or cuts it to the file, in silence. RIFF, W64, RF64,
-    AIFF and AU are seen here; other formats do not open, or come out short when they are read.
+    Row i is (lengths[i], *shape) of `dtype`: int16 audio (L,), which is read as float32 in [-1, 1],
+    or float16 hidden states. `key` names the content.
     """
-    notes = []
-    promise = re.search(r"(?:data|riff|Riff size|SSND|Data Size) *: (\d+) \(should be (\d+)\)", log)
-    says, has = map(int, promise.groups()) if promise else (1, 1)
-    if not promise and "Exiting parser" in log:  # where the samples go on behind their chunk, or
-        chunk = re.search(r"Length : (\d+)\n(?:.*\n)*data : (\d+)\n", log)  # a broken last chunk
-        says, has = map(int, chunk.groups()) if chunk else (1, 1)
-        says, has = (says, has) if has < (1 - MOST_MISSING) * says else (1, 1)
-    if says > 2**31 - 2**20:  # written into a pipe: its length was not known yet
-        notes.append("no length in its header, kept")
-        says = has
-    names = ("Channels", "Sample Rate", "Block Align", "Bit Width", "Bytes/sec")
-    lines = "".join(rf"  {name} +: (\d+).*\n" for name in names)
-    wav = re.search(r"=> WAVE_FORMAT_PCM\n" + lines, log)
-    if wav:
-        channels, rate, align, bits, bytes_per_second = map(int, wav.groups())
-        frame = channels * math.ceil(bits / 8)
-        if align != frame:
-            return 1.0, f"header contradicts itself ({align} or {frame} bytes per frame)", []
-        if bytes_per_second != rate * frame:
-            notes.append("header contradicts itself on bytes per second, kept")
-    return says / max(has, 1), "", notes
+
+    def __init__(self, directory: Path) -> None:
+        index = json.loads((directory / "index.json").read_text())
+        self.directory, self.key = directory, directory.name
+        self.dtype, self.shape = np.dtype(index["dtype"]), tuple(index["shape"])
+        written = np.array(index["lengths"], dtype=np.int64)  # in the order of writing
+        by_row = np.argsort(index["order"])
+        self.lengths = written[by_row]  # (N,)
+        self.offsets = (np.cumsum(written) - written)[by_row]  # (N,) along the first axis
+        self._values: np.ndarray | None = None  # opened in the process that reads
+
+    @staticmethod
+    def write(directory: Path, rows: Iterable[tuple[int, np.ndarray]]) -> None:
+        """Files of `directory` from (row, array) pairs, each row once, in any order."""
+        order, lengths, values = [], [], np.zeros(0)
+        with open(directory / "values.bin", "wb") as file:
+            for row, values in rows:
+                file.write(values.tobytes())
+                order.append(row)
+                lengths.append(len(values))
+        assert sorted(order) == list(range(len(order)))
+        index = {"dtype": values.dtype.str, "shape": values.shape[1:]}
+        index |= {"order": order, "lengths": lengths}
+        (directory / "index.json").write_text(json.dumps(index))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_values": None}  # a pickled memory map would carry its content
+
+    def part(self, rows: Sequence[int]) -> "PackedRows":
+        """The same memory map with only these rows, in this order."""
+        part = copy.copy(self)
+        part.offsets, part.lengths = self.offsets[rows], self.lengths[rows]
+        return part
+
+    def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """A copy of start..stop of the row."""
+        if self._values is None:
+            flat = np.memmap(self.directory / "values.bin", dtype=self.dtype, mode="r")
+            self._values = flat.reshape(-1, *self.shape)
+        length, offset = int(self.lengths[row]), int(self.offsets[row])
+        stop = length if stop is None else min(stop, length)
+        values = self._values[offset + start : offset + stop]
+        if self.dtype == np.int16:
+            return values.astype(np.float32) / 32768
+        return np.array(values)
 
 
-def decode(u: Utterance) -> tuple[np.ndarray, str, list[str]]:
-    """(int16 mono samples at SAMPLE_RATE, "", what was changed), or (none, reason, [])."""
-    nothing = np.zeros(0, dtype=np.int16)
-    try:
-        if not u.path.is_file():  # opening a pipe would wait for ever
-            return nothing, "no such file, or not a regular one", []
-        if not os.access(u.path, os.R_OK):
-            return nothing, "no permission to read it", []
-        with soundfile.SoundFile(u.path) as file:
-            rate, frames = file.samplerate, file.frames
-            log = file.extra_info[len(f"File : {u.path}") :]  # a name could hold anything
-            promised, reason, changes = check_header(log)
-            if not RATES[0] <= rate <= RATES[1]:
-                reason = f"sample rate outside {RATES[0]}..{RATES[1]} Hz ({rate})"
-            first = round(u.start * rate)
-            wanted = round(promised * frames if u.end is None else u.end * rate)
-            last = min(wanted, frames)
-            if last <= first:
-                reason = reason or f"no samples (from {u.start:g} s on, of {frames / rate:.2f} s)"
-            elif last - first > MAX_CLIP_SECONDS * rate:
-                reason = reason or f"longer than {MAX_CLIP_SECONDS} s: give start and end"
-            if reason:
-                return nothing, reason, []
-            file.seek(first)
-            audio = file.read(last - first, dtype="float32", always_2d=True)  # (L, channels)
-    # TypeError: a .raw file; UnicodeError: a name that is not UTF-8
-    except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
-        return nothing, f"cannot be decoded ({str(error).split(': ')[-1]})", []
-    missing = 1 - len(audio) / (wanted - first)
-    if missing > MOST_MISSING:
-        return nothing, f"samples missing ({100 * missing:.0f} %)", []
-    if not np.isfinite(audio).all():
-        return nothing, "samples are not finite", []
-    if missing > 0:
-        changes.append("a little shorter than its header or end says, kept")
-    if audio.shape[1] > 1:
-        changes.append(f"mixed to mono from {audio.shape[1]} channels")
-    mono = audio.mean(axis=1)  # (L,)
-    if np.mean(mono**2) < 0.01 * np.mean(audio**2):
-        changes.append("channels cancel out, the first one taken")
-        mono = audio[:, 0]
-    audio = mono
-    if rate != SAMPLE_RATE:
-        audio = soxr.resample(audio, rate, SAMPLE_RATE, quality="HQ")
-        changes.append(f"resampled from {rate} Hz")
-    peak = float(np.abs(audio).max(initial=0.0))
-    if peak > 4:  # no overshoot: the file does not use the scale -1..1 [guess]
-        return nothing, f"samples not in the scale -1..1 (up to {peak:.3g})", []
-    if peak > 1.12:  # 1 dB: more than resampling overshoots by
-        changes.append("above full scale, clipped")
-    elif peak > 0.9999 and np.mean(np.abs(audio) > 0.9999) > 0.01:
-        changes.append("clipped when it was recorded, kept")
-    samples = np.clip(np.round(audio * 32768), -32768, 32767).astype(np.int16)
-    if not len(samples) or int(samples.max()) - int(samples.min()) <= 2:  # a quiet constant
-        return nothing, "no sound in it, all samples are alike", []
-    if len(samples) < MIN_SAMPLES:
-        samples = np.pad(samples, (0, MIN_SAMPLES - len(samples)))
-        changes.append(f"padded to {MIN_SAMPLES} samples")
-    return samples, "", changes
+def announce_cache(directory: Path, num_bytes: int, what: str, fix: str = "") -> None:
+    """Logs the size of a cache before it is filled. UserError if it does not fit the disk."""
+    other = "free disk space there, or set another --cache_dir"
+    check_disk_space(directory.parent, num_bytes, what, f"{other}{fix}")
+    log.info(f"{what}: writing {gib(num_bytes)} to {directory}")
 
 
 def identity(path: Path) -> tuple[int, int]:
-    """(bytes, time of the last change in ns) of a file; (-1, -1) where it cannot be looked at."""
+    """(bytes, time of the last change in ns) of a file; (-1, -1) if it cannot be looked at."""
     try:
         stat = path.stat()
     except OSError:
@@ -177,79 +143,54 @@ def identity(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-class AudioPack:
-    """All audio as one int16 memory map, shared by folds, ranks and workers.
-
-    `lengths` (N,) samples; `bad` row -> reason (length 0); `changes` what was done to how many.
-    """
-
-    def __init__(self, corpus: Corpus, cache_dir: str | Path) -> None:
-        files = [(str(u.path), *identity(u.path), u.start, u.end) for u in corpus.utterances]
-        versions = (PACK_VERSION, SAMPLE_RATE, soxr.__version__, soundfile.__libsndfile_version__)
-        self.key = digest(versions, files)
-        self.directory = Path(cache_dir) / f"audio-{self.key}"
-        build_cache(self.directory, lambda aside: self._write(corpus.utterances, aside))
-        index = json.loads((self.directory / "index.json").read_text())
-        self.lengths = np.array(index["lengths"], dtype=np.int64)
-        self.offsets = np.cumsum(self.lengths) - self.lengths
-        self.bad = {int(row): reason for row, reason in index["bad"].items()}
-        self.changes: dict[str, int] = index["changes"]
-        self._samples: np.ndarray | None = None  # opened in the process that reads
-
-    @staticmethod
-    def _write(utterances: list[Utterance], aside: Path) -> None:
-        lengths, bad, changes = [], {}, Counter[str]()
-        with open(aside / "samples.i16", "wb") as file, ThreadPoolExecutor(CORES) as pool:
-            blocks = range(0, len(utterances), 64)  # bounds what waits in memory
-            for block in progress(blocks, len(blocks), "audio"):
-                for audio, reason, changed in pool.map(decode, utterances[block : block + 64]):
-                    if reason:
-                        bad[len(lengths)] = reason
-                    changes.update(changed)
-                    lengths.append(len(audio))
-                    file.write(audio.tobytes())
-        index = {"lengths": lengths, "bad": bad, "changes": changes}
-        (aside / "index.json").write_text(json.dumps(index))
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_samples": None}  # a pickled memmap would carry the samples
-
-    def part(self, rows: Sequence[int]) -> "AudioPack":
-        """The same pack with only these rows, in this order."""
-        part = object.__new__(AudioPack)
-        part.__dict__ = self.__getstate__() | {"bad": {}}
-        part.lengths, part.offsets = self.lengths[rows], self.offsets[rows]
-        return part
-
-    def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Samples start..stop of the row, float32 in [-1, 1]."""
-        if self._samples is None:
-            self._samples = np.memmap(self.directory / "samples.i16", dtype=np.int16, mode="r")
-        length, offset = int(self.lengths[row]), int(self.offsets[row])
-        stop = length if stop is None else min(stop, length)
-        return self._samples[offset + start : offset + stop].astype(np.float32) / 32768
-
-
 def load_audio(
-    corpus: Corpus, cache_dir: str | Path, most_bad: float = MOST_SKIPPED
-) -> tuple[Corpus, AudioPack]:
-    """(corpus without the rows that have no usable audio, pack with the same rows).
+    corpus: Corpus, cache_dir: str | Path, max_skipped: float = MAX_SKIPPED
+) -> tuple[Corpus, PackedRows]:
+    """(corpus without the rows that have no usable audio, decoded audio of the same rows).
 
-    Rows lost are named in corpus.skipped; UserError when these, with those that the reader of the
-    corpus named before, are a larger share than `most_bad`.
+    Rows lost are named in corpus.skipped; UserError if these, with those that the reader of the
+    corpus left out before, are a larger share than `max_skipped`.
     """
-    pack = AudioPack(corpus, cache_dir)
-    lost = [(corpus.utterances[row], reason) for row, reason in sorted(pack.bad.items())]
-    good = [row for row in range(len(corpus.utterances)) if row not in pack.bad]
-    pack = pack.part(good)
+    utterances = corpus.utterances
+    clips = [(u.path, u.start, u.end) for u in utterances]
+    files = [(str(path), *identity(path), *times) for path, *times in clips]
+    versions = (VERSION, SAMPLE_RATE, soxr.__version__, soundfile.__libsndfile_version__)
+    directory = Path(cache_dir) / f"audio-{digest(versions, files)}"
+
+    def fill(aside: Path) -> None:
+        bad, changes = {}, Counter[str]()
+
+        def rows() -> Iterator[tuple[int, np.ndarray]]:
+            for first in progress(range(0, len(clips), 64), len(clips) // 64, "audio"):
+                block = zip(*clips[first : first + 64])  # bounds what waits in memory
+                for row, (samples, reason, changed) in enumerate(pool.map(decode, *block), first):
+                    if reason:
+                        bad[row] = reason
+                    changes.update(changed)
+                    yield row, samples
+
+        with ThreadPoolExecutor(CORES) as pool:
+            num_bytes = sum(pool.map(decoded_bytes, *zip(*clips)))
+            announce_cache(directory, num_bytes, "decoded audio")
+            PackedRows.write(aside, rows())
+        (aside / "decoding.json").write_text(json.dumps({"bad": bad, "changes": changes}))
+
+    build_cache(directory, fill)
+    decoding = json.loads((directory / "decoding.json").read_text())
+    bad = {int(row): reason for row, reason in decoding["bad"].items()}
+    good = [row for row in range(len(utterances)) if row not in bad]
+    pack = PackedRows(directory).part(good)
+    notes = [f"audio {what}: {count} utterances" for what, count in decoding["changes"].items()]
     corpus = dataclasses.replace(
         corpus,
-        utterances=[corpus.utterances[row] for row in good],
-        skipped=corpus.skipped + [Skipped(u.utt_id, str(u.path), why) for u, why in lost],
-        notes=corpus.notes + [f"audio {what}: {n} utterances" for what, n in pack.changes.items()],
+        utterances=[utterances[row] for row in good],
+        skipped=list(corpus.skipped),
+        notes=corpus.notes + notes,
         seconds=pack.lengths / SAMPLE_RATE,
     )
-    check_skipped(corpus, most_bad)
+    for row, reason in bad.items():
+        corpus.skip(utterances[row].utt_id, utterances[row].path, reason)
+    check_skipped(corpus, max_skipped)
     return corpus, pack
 
 
@@ -257,7 +198,7 @@ def load_audio(
 # eGeMAPS and speaker embeddings
 
 
-def egemaps_of(pack: AudioPack) -> np.ndarray:
+def egemaps_of(pack: PackedRows) -> np.ndarray:
     """(N, 88) float32 of a (part of a) pack, in this process."""
     import opensmile  # free for research only
 
@@ -267,8 +208,8 @@ def egemaps_of(pack: AudioPack) -> np.ndarray:
     return np.array(rows, dtype=np.float32)
 
 
-def egemaps(corpus: Corpus, pack: AudioPack, cache_dir: str | Path) -> np.ndarray:
-    """(N, 88) float32 eGeMAPSv02 functionals, NaN where opensmile leaves one undefined."""
+def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarray:
+    """(N, 88) float32 eGeMAPSv02 functionals, NaN if opensmile leaves one undefined."""
     try:
         import opensmile
     except ImportError:
@@ -291,9 +232,9 @@ def egemaps(corpus: Corpus, pack: AudioPack, cache_dir: str | Path) -> np.ndarra
 
 
 def speaker_embeddings(
-    corpus: Corpus, pack: AudioPack, kind: str, cache_dir: str | Path, device: str = "cpu"
+    corpus: Corpus, pack: PackedRows, kind: str, cache_dir: str | Path, device: str = "cpu"
 ) -> np.ndarray:
-    """(N, S) float32, L2-normalised, each from its utterance alone.
+    """(N, S) float32, L2-normalised, each from one utterance alone.
 
     `kind`: ecapa, xvector, a local x-vector model directory, or a directory of <utt_id>.npy (S,).
     """
@@ -345,7 +286,7 @@ def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor
 
 
 def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
-    """The same for speechbrain's ECAPA-TDNN (192-d). Never run by us: it needs torchaudio."""
+    """The same of speechbrain's ECAPA-TDNN (192-d). Never run by us: it needs torchaudio."""
     try:
         from speechbrain.inference.speaker import EncoderClassifier
     except ImportError as error:
@@ -400,75 +341,51 @@ class FrameFeatures:
 
     def __init__(self, corpus: Corpus, features_dir: str | Path) -> None:
         try:
-            self.paths = npy_files(corpus, features_dir, "--features_dir")
+            paths = npy_files(corpus, features_dir, "--features_dir")
         except UserError as error:
-            raise UserError(f"{error}; to make them: python data.py extract-faces") from None
-        self.dim = open_npy(self.paths[0], 2, None).shape[1]
-        lengths = [len(open_npy(path, 2, self.dim)) for path in self.paths]
+            raise UserError(f"{error}; faces.py makes such files from images") from None
+        self.directory = Path(features_dir)
+        self.names = np.array([path.name.encode() for path in paths])  # no objects for workers
+        self.dim = open_npy(paths[0], 2, None).shape[1]
+        lengths = [len(open_npy(path, 2, self.dim)) for path in paths]
         self.lengths = np.array(lengths, dtype=np.int64)
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """(T, D) float32. UserError if a value is not finite (found only here: needs all bytes)."""
+        path = self.directory / self.names[row].decode()
         with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused
-            frames = np.array(open_npy(self.paths[row], 2, self.dim)[start:stop], np.float32)
+            frames = np.array(open_npy(path, 2, self.dim)[start:stop], np.float32)
         if not np.isfinite(frames).all():
-            raise UserError(f"{self.paths[row]}: holds NaN or infinite values")
+            raise UserError(f"{path}: holds NaN or infinite values")
         return frames
 
 
 # ---------------------------------------------------------------------------------------------
 # Hidden states of a frozen encoder
 
-HIDDEN_VERSION = 1  # raise it with every change of what the model prepares: part of the cache key
+HIDDEN_VERSION = 2  # raise it with every change of what the model prepares: part of the cache key
 
 
-class HiddenStates:
-    """What a frozen encoder makes of every utterance, float16, in one flat memory map.
+def hidden_states(
+    key: str,
+    cache_dir: str | Path,
+    compute: Callable[[], Iterator[tuple[int, np.ndarray]]],
+    num_bytes: int,
+) -> PackedRows:
+    """What a frozen encoder makes of every utterance, float16, from the cache if it is there.
 
-    A row holds one vector (N, D) where `pooled`, else one per frame; rows lie in the order in
-    which `compute` yielded them, (corpus row, (T, N, D)), each once.
+    `compute` yields (row of the corpus, states) once per utterance in any order: frames (T, N, D),
+    or (N, D) if they are pooled. The size, `num_bytes`, is logged before the cache is filled;
+    UserError if it does not fit the disk.
     """
+    directory = Path(cache_dir) / f"hidden-{key}"
 
-    def __init__(
-        self,
-        key: str,
-        cache_dir: str | Path,
-        compute: Callable[[], Iterator[tuple[int, np.ndarray]]],
-        pooled: bool,
-    ) -> None:
-        self.directory = Path(cache_dir) / f"hidden-{key}"
-        self.pooled = pooled
-        build_cache(self.directory, lambda aside: self._write(compute(), aside))
-        index = json.loads((self.directory / "index.json").read_text())
-        self.counts = np.array(index["counts"], dtype=np.int64)  # (rows,) vectors
-        self.offsets = np.array(index["offsets"], dtype=np.int64)
-        self.shape = tuple(index["shape"])  # (N, D)
-        self._values: np.ndarray | None = None  # opened in the process that reads
+    def fill(aside: Path) -> None:
+        fix = ", or give --feature_cache off"
+        announce_cache(directory, num_bytes, "hidden states of the frozen encoder", fix)
+        PackedRows.write(aside, ((row, states.astype(np.float16)) for row, states in compute()))
 
-    @staticmethod
-    def _write(rows: Iterator[tuple[int, np.ndarray]], aside: Path) -> None:
-        counts, offsets, total, shape = {}, {}, 0, ()
-        with open(aside / "values.f16", "wb") as file:
-            for row, values in rows:
-                file.write(values.astype(np.float16).tobytes())
-                counts[row], offsets[row], shape = len(values), total, values.shape[1:]
-                total += len(values)
-        index = {
-            name: [of[row] for row in range(len(of))]
-            for name, of in (("counts", counts), ("offsets", offsets))
-        }
-        (aside / "index.json").write_text(json.dumps(index | {"shape": shape}))
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_values": None}
-
-    def read(self, row: int) -> np.ndarray:
-        """(T, N, D) float16; T = 1 where pooled."""
-        if self._values is None:
-            flat = np.memmap(self.directory / "values.f16", dtype=np.float16, mode="r")
-            self._values = flat.reshape(-1, *self.shape)
-        offset = int(self.offsets[row])
-        return np.array(self._values[offset : offset + int(self.counts[row])])
+    return PackedRows(build_cache(directory, fill))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -514,14 +431,14 @@ class BatchSpec:
 class Batches(torch.utils.data.Dataset):
     """dataset[BatchSpec] -> batch, so that a DataLoader with batch_size=None takes a plan.
 
-    `lengths` (N,): samples, or frames where there is no pack, after the cap of `max_seconds`;
-    `rate`: how many of them are a second. Every draw is a function of (seed, epoch, row).
+    `lengths` (N,): samples, or frames without a pack, after the cap of `max_seconds`; `rate`: how
+    many of them are a second. Every draw is a function of (seed, epoch, row).
     """
 
     def __init__(
         self,
         labels: np.ndarray,
-        pack: AudioPack | None,
+        pack: PackedRows | None,
         features: FrameFeatures | None,
         prosody: np.ndarray | None,
         speaker: np.ndarray | None,
@@ -537,16 +454,28 @@ class Batches(torch.utils.data.Dataset):
         self.rate = SAMPLE_RATE if pack is not None else FRAME_RATE
         source = pack if pack is not None else features
         self.lengths = np.minimum(source.lengths, int(max_seconds * self.rate))
-        self.hidden: HiddenStates | None = None  # takes the place of audio while it is set
+        self.hidden: PackedRows | None = None  # takes the place of audio while it is set
 
-    def __getitem__(self, spec: BatchSpec) -> dict:
+    def __getitem__(self, spec: BatchSpec) -> dict | UserError:
+        """The batch, or in a loader process a UserError, which the parent raises.
+
+        If it were raised there, torch would put a traceback into its message.
+        """
+        try:
+            return self.collate(spec)
+        except UserError as error:
+            if torch.utils.data.get_worker_info() is None:
+                raise
+            return error
+
+    def collate(self, spec: BatchSpec) -> dict:
         """All torch CPU tensors but the last four; turns of chunks are ordered by length:
         chunk_index (C, K) positions in the batch (-1 = padding),
         labels (B, 2), input_values (B, L) and attention_mask (B, L) True = sample,
         frames (B, T, D) and frame_mask (B, T), hidden (B, N, D) or (B, T, N, D) float16,
         prosody (B, 88) raw with NaN, speaker (B, S),
-        rows (list of the corpus'), audio_seconds and padded_share (floats), and, where the turns
-        of chunks mix lengths, groups [(start, stop, L)] of like length, to be encoded apart.
+        rows (list, of the corpus), audio_seconds and padded_share (floats), and, if the turns of
+        chunks mix lengths, groups [(start, stop, L)] of similar length, to be encoded apart.
         """
         rows = np.array([row for chunk in spec.chunks for row in chunk])
         width = max(len(chunk) for chunk in spec.chunks)
@@ -566,8 +495,8 @@ class Batches(torch.utils.data.Dataset):
         batch["padded_share"], real = 0.0, None
         if self.hidden is not None:
             states = [self.hidden.read(row) for row in rows]
-            if self.hidden.pooled:
-                batch["hidden"] = torch.from_numpy(np.concatenate(states))
+            if states[0].ndim == 2:
+                batch["hidden"] = torch.from_numpy(np.stack(states))
             else:
                 batch["hidden"], real = pad(states)
                 batch["frame_mask"] = real
@@ -593,7 +522,7 @@ class Batches(torch.utils.data.Dataset):
         return batch
 
     def _window(
-        self, source: AudioPack | FrameFeatures, rate: int, row: int, epoch: int
+        self, source: PackedRows | FrameFeatures, rate: int, row: int, epoch: int
     ) -> tuple[np.ndarray, np.random.Generator | None]:
         """At most max_seconds of the row, and the generator that goes on for augmentation.
 
@@ -601,10 +530,10 @@ class Batches(torch.utils.data.Dataset):
         the first.
         """
         rng = None if epoch < 0 else np.random.default_rng((self.seed, epoch, row))
-        most = int(self.max_seconds * rate)
-        spare = max(0, int(source.lengths[row]) - most)
+        limit = int(self.max_seconds * rate)
+        spare = max(0, int(source.lengths[row]) - limit)
         start = 0 if rng is None else int(rng.random() * (spare + 1))
-        return source.read(row, start, start + most), rng
+        return source.read(row, start, start + limit), rng
 
     def _waveform(self, row: int, epoch: int) -> np.ndarray:
         audio, rng = self._window(self.pack, SAMPLE_RATE, row, epoch)
@@ -626,13 +555,13 @@ def pad(items: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def groups_of_like_length(lengths: np.ndarray, cost: float) -> list[tuple[int, int, float]]:
-    """[(start, stop, longest)], the cut of lengths (B,), about in order, into runs that makes the
-    padded total, and `cost` for each run, least."""
-    least, cuts = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=int)
+    """[(start, stop, longest)]: runs of lengths (B,), which are about in order, cut so that the
+    padded total plus `cost` per run is smallest."""
+    smallest, cuts = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=int)
     for stop in range(1, len(lengths) + 1):
         longest = np.maximum.accumulate(lengths[:stop][::-1])[::-1]  # of a run from each start
-        totals = least[:stop] + cost + np.arange(stop, 0, -1) * longest
-        cuts[stop], least[stop] = totals.argmin(), totals.min()
+        totals = smallest[:stop] + cost + np.arange(stop, 0, -1) * longest
+        cuts[stop], smallest[stop] = totals.argmin(), totals.min()
     groups, stop = [], len(lengths)
     while stop:
         start = int(cuts[stop])
@@ -646,16 +575,13 @@ class TrainPlan:
 
     Global batches are formed first, from (seed, epoch, lengths, global size) alone, and only then
     dealt out: a step sees the same utterances however they are split over ranks and micro-steps.
-    A global batch holds utterances of like length; its micro-batches, sorted by length, go to
-    the ranks in turn, so that ranks have equal work within a micro-step.
-
-    A micro-batch holds `batch_size` utterances or, with a `budget`, as many as fit into so many
-    padded samples (units of `lengths`; give at least the longest clip), the same number in each
-    micro-batch of a step. Then the number of steps differs a little between epochs.
+    A global batch holds utterances of similar length; its micro-batches, sorted by length, go to
+    the ranks in turn, so that ranks have equal work within a micro-step. Every epoch has
+    `steps_per_epoch` steps.
     """
 
     # Sorting by length saves padding (IEMOCAP, batch 8: 1.05x instead of 2.2x [measured]) but
-    # gives an utterance the same company every epoch; these two keep the company changing.
+    # puts an utterance beside the same others every epoch; these two keep the others changing.
     WINDOW = 100  # global batches sorted together; at most half of the epoch
     BLUR = 0.03  # lengths are changed at random by up to this share before sorting
 
@@ -670,21 +596,21 @@ class TrainPlan:
         rank: int,
         world_size: int,
         seed: int,
-        budget: float | None = None,
     ) -> None:
         if batch_size % context:
             raise ValueError(f"batch_size {batch_size} is not divisible by context {context}")
         self.lengths, self.context, self.seed = lengths, context, seed
-        self.rank, self.world_size, self.budget = rank, world_size, budget
+        self.rank, self.world_size = rank, world_size
         self.accumulation = gradient_accumulation_steps
         self.micro_batches = gradient_accumulation_steps * world_size  # in a step
-        self.chunks_per_batch = batch_size // context
+        self.chunks_per_step = batch_size // context * self.micro_batches
         turns: dict[str, list[int]] = {}  # rows are in time order within a dialogue
         for row in np.sort(rows).tolist():
             turns.setdefault(dialogs[row], []).append(row)
         self.dialogues = list(turns.values())
-        self._counts: dict[int, int] = {}
-        if not self.steps_in(0):
+        chunks = sum(math.ceil(len(rows) / context) for rows in self.dialogues)
+        self.steps_per_epoch = chunks // self.chunks_per_step
+        if not self.steps_per_epoch:
             raise UserError(
                 f"the train split holds {len(rows)} utterances in chunks of up to "
                 f"{context}, fewer than one global batch of {batch_size} x "
@@ -697,23 +623,11 @@ class TrainPlan:
         """Choose the epoch, and the step to start at (resume inside an epoch)."""
         self.epoch, self.first_step = epoch, first_step
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.steps_in(0)
-
-    def steps_in(self, epoch: int) -> int:
-        if epoch not in self._counts:
-            self._counts[epoch] = len(self._steps(epoch)[1])
-        return self._counts[epoch]
-
-    def steps_before(self, epoch: int) -> int:
-        return sum(self.steps_in(e) for e in range(epoch))
-
     def __len__(self) -> int:
-        return (self.steps_in(self.epoch) - self.first_step) * self.accumulation
+        return (self.steps_per_epoch - self.first_step) * self.accumulation
 
     def _chunks(self, rng: np.random.Generator) -> list[tuple[int, ...]]:
-        """Every dialogue cut into chunks, at a place drawn anew each epoch.
+        """Every dialogue cut into chunks, at positions drawn anew each epoch.
 
         The first chunk is at least as long as the remainder of turns / context, which keeps the
         number of chunks constant.
@@ -725,43 +639,18 @@ class TrainPlan:
             chunks += [tuple(rows[a:b]) for a, b in itertools.pairwise(cuts)]
         return chunks
 
-    def _steps(self, epoch: int) -> tuple[list[tuple[int, ...]], list[np.ndarray]]:
-        """(chunks, indices into them per step, in the order of training)."""
-        rng = np.random.default_rng((self.seed, epoch))
+    def __iter__(self) -> Iterator[BatchSpec]:
+        rng = np.random.default_rng((self.seed, self.epoch))
         chunks = self._chunks(rng)
         longest = np.array([max(self.lengths[row] for row in chunk) for chunk in chunks])
-        order = rng.permutation(len(chunks))
+        order = rng.permutation(len(chunks))[: self.steps_per_epoch * self.chunks_per_step]
         blurred = longest * rng.uniform(1 - self.BLUR, 1 + self.BLUR, len(chunks))
-        if self.budget is None:
-            size = self.chunks_per_batch * self.micro_batches
-            order = order[: len(order) // size * size]
-        else:  # on average
-            size = int(self.budget * self.micro_batches / (longest.mean() * self.context))
-        window = max(1, size * min(self.WINDOW, math.ceil(len(order) / size / 2)))
-        steps, rest = [], order[:0]
-        for part in np.split(order, range(window, len(order), window)):
-            part = np.concatenate((rest, part[np.argsort(blurred[part], kind="stable")]))
-            while count := self._fitting(longest[part]):
-                steps.append(part[:count])
-                part = part[count:]
-            rest = part
-        return chunks, [steps[i] for i in rng.permutation(len(steps))]
-
-    def _fitting(self, longest: np.ndarray) -> int:
-        """How many of the chunks, about in order of length, make a step; 0 = too few are left."""
-        if self.budget is None:
-            count = self.chunks_per_batch * self.micro_batches
-            return count if count <= len(longest) else 0
-        counts = np.arange(self.micro_batches, len(longest) + 1, self.micro_batches)
-        if not len(counts):
-            return 0
-        padded = counts // self.micro_batches * self.context
-        padded = padded * np.maximum.accumulate(longest)[counts - 1]
-        return int(counts[max(0, np.searchsorted(padded, self.budget, side="right") - 1)])
-
-    def __iter__(self) -> Iterator[BatchSpec]:
-        chunks, steps = self._steps(self.epoch)
-        longest = np.array([max(self.lengths[row] for row in chunk) for chunk in chunks])
+        window = self.chunks_per_step * min(self.WINDOW, math.ceil(self.steps_per_epoch / 2))
+        for first in range(0, len(order), window):
+            part = order[first : first + window]
+            order[first : first + window] = part[np.argsort(blurred[part], kind="stable")]
+        steps = order.reshape(self.steps_per_epoch, self.chunks_per_step)
+        steps = steps[rng.permutation(self.steps_per_epoch)]
         for step in steps[self.first_step :]:
             step = step[np.argsort(longest[step], kind="stable")]
             step_size = sum(len(chunks[i]) for i in step)
@@ -788,177 +677,180 @@ def eval_plan(
             batches.append([])
         batches[-1].append(row)
     load = [0] * world_size
-    mine = []
+    specs = []
     for batch in sorted(batches, key=lambda b: -len(b) * int(lengths[b[0]])):
-        lightest = load.index(min(load))
-        load[lightest] += len(batch) * int(lengths[batch[0]])
-        if lightest == rank:
-            mine.append(BatchSpec(tuple((row,) for row in batch)))
-    return mine
+        receiver = load.index(min(load))
+        load[receiver] += len(batch) * int(lengths[batch[0]])
+        if receiver == rank:
+            specs.append(BatchSpec(tuple((row,) for row in batch)))
+    return specs
+
+
+# ---------------------------------------------------------------------------------------------
+# A fold of a corpus
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """Sizes of the inputs that the flags alone do not tell."""
+
+    speaker_dim: int  # width of the speaker vectors; 0 = none
+    frame_dim: int  # width of the feature files; 0 = none
+    length: int  # samples of the longest utterance, or frames where features are read
+    rate: float  # samples or frames per second
+
+
+@dataclass
+class Fold:
+    """One fold of a corpus, ready to be batched."""
+
+    corpus: Corpus
+    splits: dict[str, np.ndarray]  # train, dev, test: rows of the corpus
+    dataset: Batches
+    dialogs: list[str]  # of every row
+    labels: torch.Tensor  # (N, 2) in [0, 1]
+    shape: InputShape
+
+    def in_label_scale(self, preds: torch.Tensor) -> torch.Tensor:
+        """Predictions (n, 2) in [0, 1] in the units of the labels."""
+        low, high = self.corpus.label_range
+        return low + (high - low) * preds
+
+    def plan_batches(self, args: argparse.Namespace, rank: int, world_size: int) -> TrainPlan:
+        """The train split's batches of this rank."""
+        return TrainPlan(
+            lengths=self.dataset.lengths,
+            rows=self.splits["train"],
+            dialogs=self.dialogs,
+            batch_size=args.batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            context=args.context,
+            rank=rank,
+            world_size=world_size,
+            seed=args.seed,
+        )
+
+    def speakers(self, split: str) -> list[str]:
+        return [self.corpus.utterances[row].speaker for row in self.splits[split]]
+
+
+def load_fold(args: argparse.Namespace) -> Fold:
+    """The corpus, its splits for --fold and the inputs of the model; builds missing caches.
+
+    Nothing is normalised here: the model's normaliser sees the train split alone.
+    """
+    label_range = tuple(args.label_range) if args.label_range else None
+    corpus = read_corpus(args.data, args.data_dir, label_range, Path(args.cache_dir))
+    corpus, pack = load_audio(corpus, args.cache_dir)
+    features = prosody = speaker = None
+    if args.features_dir:
+        features = FrameFeatures(corpus, args.features_dir)
+    if args.prosody == "egemaps":
+        prosody = egemaps(corpus, pack, args.cache_dir)
+    if args.speaker != "none" and not args.no_film:
+        speaker = speaker_embeddings(corpus, pack, args.speaker, args.cache_dir)
+    dataset = Batches(
+        labels=corpus.labels(TARGETS),
+        pack=None if features else pack,
+        features=features,
+        prosody=prosody,
+        speaker=speaker,
+        max_seconds=args.max_seconds,
+        augment=args.augment,
+        seed=args.seed,
+    )
+    return Fold(
+        corpus=corpus,
+        splits=make_splits(corpus, args.fold),
+        dataset=dataset,
+        dialogs=[utterance.dialog for utterance in corpus.utterances],
+        labels=torch.from_numpy(dataset.labels),
+        shape=InputShape(
+            speaker_dim=0 if speaker is None else speaker.shape[1],
+            frame_dim=0 if features is None else features.dim,
+            length=int(dataset.lengths.max()),
+            rate=dataset.rate,
+        ),
+    )
 
 
 # ---------------------------------------------------------------------------------------------
 # python data.py
 
 
-def bars(values: np.ndarray, lo: float, hi: float) -> list[str]:
-    """Nine lines of a histogram; the bins are centred on lo, ..., hi."""
-    half = (hi - lo) / 16
-    counts, _ = np.histogram(values, bins=9, range=(lo - half, hi + half))
-    bins = zip(np.linspace(lo, hi, 9), counts)
-    return [f"{centre:6.2f} {n:6d} {'#' * round(30 * n / counts.max())}" for centre, n in bins]
-
-
 def inspect(args: argparse.Namespace) -> None:
-    """Print what a careful person wants to know before training. UserError: do not train."""
+    """Print what one should know before training. UserError: do not train on it."""
     corpus = read_corpus(args.data, args.data_dir, args.label_range, args.cache_dir)
-    corpus, pack = load_audio(corpus, args.cache_dir, most_bad=1.0)
+    corpus, pack = load_audio(corpus, args.cache_dir, max_skipped=1.0)
     if args.skipped:
         write_skipped(Path(args.skipped), corpus)
-    print("".join(f"note        {note}\n" for note in corpus.notes), end="")
+    for note in corpus.notes:
+        print(f"note        {note}")
     print(f"skipped     {len(corpus.skipped)}")
     for kind, skipped in skipped_by_kind(corpus).items():
-        few = f"{', '.join(s.utt_id for s in skipped[:5])}{' ...' * (len(skipped) > 5)}"
-        print(f"            {kind}: {len(skipped)} ({few})")
+        first = ", ".join(s.utt_id for s in skipped[:5])
+        print(f"            {kind}: {len(skipped)} ({first}{', ...' if len(skipped) > 5 else ''})")
     check_skipped(corpus)
     utterances, seconds = corpus.utterances, corpus.seconds
     turns = Counter(u.dialog for u in utterances).values()
     speakers = {u.speaker for u in utterances if known_speaker(u.speaker)}
-    p5, p50, p95 = np.percentile(seconds, [5, 50, 95])
+    low, p5, p50, p95, high = np.percentile(seconds, [0, 5, 50, 95, 100])
     print(f"corpus      {corpus.name} in {corpus.root}")
     print(f"utterances  {len(utterances)}, {seconds.sum() / 3600:.2f} h, {len(speakers)} speakers")
     print(f"dialogues   {len(turns)} of {min(turns)} to {max(turns)} turns")
     print(
-        f"seconds     mean {seconds.mean():.2f}, p5 {p5:.2f}, p50 {p50:.2f}, p95 {p95:.2f}, ",
-        end="",
+        f"seconds     mean {seconds.mean():.2f}, p5 {p5:.2f}, p50 {p50:.2f}, p95 {p95:.2f}, "
+        f"min {low:.2f}, max {high:.2f}"
     )
-    print(f"min {seconds.min():.2f}, max {seconds.max():.2f}")
-    for title, attribute in (("genders", "gender"), ("emotions", "emotion")):
+    for attribute in ("gender", "emotion"):
         counts = Counter(getattr(u, attribute) or "-" for u in utterances).most_common(12)
-        print(f"{title:<12}{', '.join(f'{name} {n}' for name, n in counts)}")
-    print(f"audio pack  {pack.directory}, {pack.lengths.sum() * 2 / 2**20:.0f} MiB")
-
-    lo, hi = corpus.label_range
-    labels = np.array([[getattr(u, label) for label in LABELS] for u in utterances])  # (N, 2)
-    titles = [f"{LABELS[0]}, labels in {lo:g}..{hi:g}", *LABELS[1:]]
-    print()
-    for cells in [titles, *zip(*(bars(values, lo, hi) for values in labels.T))]:
-        print("".join(f"{cell:<46}" for cell in cells).rstrip())
-    for name, values in zip(LABELS, labels.T):
-        print(f"{name} mean {values.mean():.2f}, standard deviation {values.std():.2f}")
-        if values.std() == 0:
-            raise UserError(f"{corpus.name}: {name} is {values[0]:g} everywhere, nothing to learn")
-    for (one, x), (two, y) in itertools.combinations(zip(LABELS, labels.T), 2):
-        print(f"correlation of {one} and {two} {np.corrcoef(x, y)[0, 1]:+.2f}")
+        print(f"{attribute + 's':<12}{', '.join(f'{name} {n}' for name, n in counts)}")
+    print(f"audio pack  {pack.directory}, {gib(2 * pack.lengths.sum())}")
+    print_labels(corpus)
     if args.features_dir:
         features = FrameFeatures(corpus, args.features_dir)
         frames = sum(len(features.read(row)) for row in range(len(utterances)))  # finds NaN
-        print(f"features    {frames} frames, {features.dim} wide, all finite")
+        print(f"\nfeatures    {frames} frames, {features.dim} wide, all finite")
     for fold in [args.fold] if args.fold is not None else range(1, num_folds(corpus) + 1):
         print(f"\nfold {fold}\n{describe_splits(corpus, make_splits(corpus, fold))}")
 
 
-def extract_faces(args: argparse.Namespace) -> None:
-    """Images of each utterance -> OUT/<utt_id>.npy (T, D) float32, in the order of file names.
-
-    Resumable: existing files are kept; OUT/extract.json holds the weights' hash, so that two
-    models are never mixed. Frames of --video_dir are resized and centre-cropped as the model's
-    processor does, no face is searched; crops of --face_dir are taken whole at 224 pixels.
-    """
-    from PIL import Image
-    from transformers import AutoImageProcessor, AutoModel
-
-    folders: dict[str, Path] = {}
-    for base in filter(None, (args.video_dir, args.face_dir)):  # the later one wins
-        if not Path(base).is_dir():
-            raise UserError(f"{base} is not a directory (--video_dir, --face_dir)")
-        folders |= {p.name: p for p in Path(base).iterdir() if p.is_dir()}
-    wanted = sorted(folders)
-    if args.data:
-        corpus = read_corpus(args.data, args.data_dir, args.label_range, args.cache_dir)
-        wanted = [u.utt_id for u in corpus.utterances]
-    images = {utt_id: image_files(folders.get(utt_id)) for utt_id in wanted}
-    empty = [utt_id for utt_id, files in images.items() if not files]
-    if empty or not images:
-        fault = f"{len(empty)} of {len(images)} utterances have no .jpg or .png in a folder of"
-        raise UserError(
-            f"{fault} their name below --video_dir or --face_dir ({', '.join(empty[:3])})"
+def print_labels(corpus: Corpus) -> None:
+    """A histogram of each label and their correlations. UserError if one is constant."""
+    lo, hi = corpus.label_range
+    labels = {name: np.array([getattr(u, name) for u in corpus.utterances]) for name in LABELS}
+    half_bin = (hi - lo) / 16
+    for name, values in labels.items():
+        print(
+            f"\n{name}, labels in {lo:g}..{hi:g}: mean {values.mean():.2f}, "
+            f"standard deviation {values.std():.2f}"
         )
-    try:
-        options = {"trust_remote_code": False}
-        processor = AutoImageProcessor.from_pretrained(args.vision_model, **options)
-        model = AutoModel.from_pretrained(args.vision_model, **options).to(args.device).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--vision_model {args.vision_model}: cannot be loaded ({error})") from None
-    out = Path(args.features_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    made_by = json.dumps([weights_digest(model), processor.to_json_string()])
-    stamp = out / "extract.json"
-    if stamp.exists() and stamp.read_text() != made_by:
-        raise UserError(f"{out} holds features of another model: choose another --features_224_dir")
-    stamp.write_text(made_by)
-
-    def embed(files: list[Path], whole: bool) -> torch.Tensor:
-        pictures = [Image.open(path).convert("RGB") for path in files]
-        if whole:
-            pictures = [picture.resize((224, 224)) for picture in pictures]
-        options = {"do_resize": False, "do_center_crop": False} if whole else {}
-        pixels = processor(pictures, return_tensors="pt", **options)["pixel_values"]
-        output = model(pixel_values=pixels.to(args.device))
-        hidden = output.last_hidden_state  # (B, 1 + patches, D), or (B, D, H, W) of a CNN
-        return hidden[:, 0] if hidden.ndim == 3 else output.pooler_output.flatten(1)  # (B, D)
-
-    todo = [utt_id for utt_id in wanted if not (out / f"{utt_id}.npy").exists()]
-    for utt_id in progress(todo, len(todo), "faces"):
-        whole = bool(args.face_dir) and folders[utt_id].parent == Path(args.face_dir)
-        files = images[utt_id]
-        parts = [files[i : i + args.batch_size] for i in range(0, len(files), args.batch_size)]
-        with torch.inference_mode(), replacing(out / f"{utt_id}.npy") as file:
-            np.save(file, torch.cat([embed(part, whole) for part in parts]).float().cpu().numpy())
-    print(f"{out}: {len(todo)} files written, {len(wanted) - len(todo)} were there")
-
-
-def image_files(folder: Path | None) -> list[Path]:
-    """.jpg, .jpeg and .png files of a folder, frame 10 after frame 9."""
-    found = folder.iterdir() if folder else []
-    found = [p for p in found if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
-    return sorted((p for p in found if p.name[0] != "."), key=lambda p: natural(p.name))
+        if values.std() == 0:
+            raise UserError(f"{corpus.name}: {name} is {values[0]:g} everywhere, nothing to learn")
+        counts, _ = np.histogram(values, bins=9, range=(lo - half_bin, hi + half_bin))
+        for centre, count in zip(np.linspace(lo, hi, 9), counts):
+            bar = "#" * round(30 * count / counts.max())
+            print(f"{centre:6.2f} {count:6d} {bar}".rstrip())
+    for one, two in itertools.combinations(LABELS, 2):
+        correlation = np.corrcoef(labels[one], labels[two])[0, 1]
+        print(f"correlation of {one} and {two} {correlation:+.2f}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
-    faces = argv[:1] == ["extract-faces"]
-    parser = argparse.ArgumentParser(
-        description="frame features from images" if faces else "inspect a corpus"
-    )
+    parser = argparse.ArgumentParser(description="inspect a corpus before training")
     add = parser.add_argument
-    add("--data", required=not faces, help="demo, iemocap, msp_podcast, or a .csv")
-    add("--data_dir", help="root of the corpus, or of a CSV's relative paths")
+    add("--data", required=True, help="demo, iemocap, msp_podcast, or a .csv")
+    add("--data_dir", help="root of the corpus, or of the relative paths in a CSV")
     add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
-    add("--cache_dir", default="cache", help="where caches are kept")
-    if faces:
-        add("--video_dir", help="frames: VIDEO_DIR/<utt_id>/*.jpg or *.png")
-        add("--face_dir", help="224-pixel crops, laid out alike; wins over --video_dir")
-        add("--features_224_dir", "--features_dir", dest="features_dir", required=True)
-        add("--vision_model", default="facebook/dinov2-base", help="hub name or local directory")
-        add("--batch_size", type=int, default=32, help="images per forward")
-        add("--device", default="cpu", help="torch device")
-    else:
-        add("--fold", type=int, help="print only this fold (default: all)")
-        add("--features_dir", help="check frame features too")
-        add("--skipped", metavar="CSV", help="write utterances left out, and why, into this file")
-    args = parser.parse_args(argv[faces:])
-    args.command = extract_faces if faces else inspect
+    add("--cache_dir", default="cache", help="directory of caches")
+    add("--fold", type=int, help="print only this fold (default: all)")
+    add("--features_dir", help="directory of frame features to check, too")
+    add("--skipped", metavar="CSV", help="file for the utterances left out, and why")
+    args = parser.parse_args(argv)
     args.label_range = tuple(args.label_range) if args.label_range else None
-    if faces and not (args.video_dir or args.face_dir):
-        parser.error("give --video_dir, --face_dir, or both")
     return args
 
 
 if __name__ == "__main__":
     args = parse_args()
-    try:
-        args.command(args)
-    except (UserError, OSError) as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_script("data.py", lambda: inspect(args)))

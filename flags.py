@@ -42,7 +42,8 @@ PRESETS = {
 # A resumed run may differ from the interrupted one in these flags and in no other.
 FREE_ON_RESUME = {
     "resume", "overwrite", "num_workers", "log_every", "cache_dir", "out", "data_dir", "dry_run",
-    "gpu_gib", "memory_fraction", "preset", "device", "plot_every", "save_every", "timeout",
+    "gpu_gib", "memory_fraction", "preset", "device", "plot_every", "separation_every",
+    "save_every", "timeout",
 }  # fmt: skip
 
 # A run with --init_from takes the model flags of its start, except for these.
@@ -51,40 +52,38 @@ FREE_WITH_INIT_FROM = {"max_seconds", "context", "wavlm", "wavlm_revision", "spe
 AUTO_STEPS = 20  # --batch_size auto leaves at least so many steps in an epoch
 
 
-def number(
-    kind: type, low: float, high: float = math.inf, below: bool = False
-) -> Callable[[str], float]:
-    """An argparse type: a finite number in low..high, or in [low, high) with `below`."""
+def at_least(low: float, kind: type = int) -> Callable[[str], float]:
+    """An argparse type: a finite number from `low` on."""
 
     def parse(text: str) -> float:
         value = kind(text)
-        inside = low <= value < high if below or math.isinf(high) else low <= value <= high
-        if not inside:
-            allowed = f"in {low:g}..{high:g}"
-            if math.isinf(high):
-                allowed = f"at least {low:g}, and finite"
-            elif below:
-                allowed = f"at least {low:g} and below {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be {allowed}")
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low:g}, and finite")
         return value
 
     parse.__name__ = kind.__name__  # which argparse names: "invalid int value"
     return parse
 
 
-def counted_from(low: int) -> Callable[[str], float]:
-    return number(int, low)
+def share(text: str) -> float:
+    """An argparse type: a number in 0..1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be in 0..1")
+    return value
 
 
-def batch_size(text: str) -> int | str:
-    """An argparse type: a number from 1, or auto."""
-    return text if text == "auto" else number(int, 1)(text)
+def size_or_auto(text: str) -> int | str:
+    """An argparse type: a whole number from 1 on, or auto."""
+    if text != "auto" and not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1, or auto")
+    return text if text == "auto" else int(text)
 
 
-def ema_alpha(text: str) -> str:
-    """An argparse type: learned, or a number in [0, 1) as text."""
+def share_or_learned(text: str) -> str:
+    """An argparse type: a number in 0..1, as text, or learned."""
     if text != "learned":
-        number(float, 0, 1, below=True)(text)
+        share(text)
     return text
 
 
@@ -95,21 +94,19 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    share = number(float, 0, 1)
-    probability = number(float, 0, 1, below=True)
-    rate = number(float, 0)
+    rate = at_least(0, float)
     # fmt: off
     add = p.add_argument_group("data").add_argument
     add("--data", default="demo", help="demo, iemocap, msp_podcast, or a .csv file")
     add("--data_dir", help="root of iemocap or msp_podcast, or of the audio paths in a CSV")
-    add("--fold", type=counted_from(1), default=1, help="test session 1..K; dev is the next one")
+    add("--fold", type=at_least(1), default=1, help="test session 1..K; dev is the next one")
     add("--label_range", type=float, nargs=2, metavar=("LO", "HI"),
-        help="scale of the labels; default: the corpus's own; for a CSV --init_from's, or 0 1")
-    add("--max_seconds", type=number(float, 0.1), default=12.0,
+        help="scale of the labels; default: the corpus's; for a CSV that of --init_from, else 0 1")
+    add("--max_seconds", type=at_least(0.1, float), default=12.0,
         help="longest clip; training takes a random window of longer ones, evaluation the start")
-    add("--context", type=counted_from(1), default=1,
+    add("--context", type=at_least(1), default=1,
         help="turns per dialogue chunk; 1 = single utterances")
-    add("--num_workers", type=counted_from(0), default=2, help="loader workers per rank")
+    add("--num_workers", type=at_least(0), default=2, help="loader workers per rank")
     add("--cache_dir", default="cache", help="decoded audio, eGeMAPS, speaker embeddings")
     add("--feature_cache", choices=("auto", "on", "off"), default="auto",
         help="while WavLM is frozen, run it once per utterance and keep its hidden states in "
@@ -122,89 +119,91 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wavlm", default="microsoft/wavlm-large",
         help=f"hub name, local directory, or random weights: {', '.join(SIZES)}")
     add("--wavlm_revision", help="hub commit or tag of --wavlm")
-    add("--wavlm_dropout", type=probability, help="replaces all dropouts of the WavLM checkpoint")
+    add("--wavlm_dropout", type=share, help="replaces all dropouts of the WavLM checkpoint")
     add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")
-    add("--pooling", choices=("mean", "attention"), default="mean", help="frames to utterance")
+    add("--pooling", choices=("mean", "attention"), default="mean",
+        help="how frames become one utterance vector")
     add("--features_dir", "--features_224_dir", help="<utt_id>.npy (T, D) for the Transformers")
     add("--prosody", choices=("egemaps", "none"), default="egemaps",
         help="88 functionals by opensmile, which is free for research only")
     add("--speaker", default="none",
-        help="ecapa, xvector, a DIR of <utt_id>.npy or of an x-vector model, or none")
+        help="ecapa, xvector, a directory of <utt_id>.npy or of an x-vector model, or none")
     add("--no_film", action="store_true", help="do not condition the speech on the speaker")
-    add("--d_prosody", type=counted_from(1), default=64, help="width of the prosody code")
-    add("--d_hidden", type=counted_from(2), default=256,
+    add("--d_prosody", type=at_least(1), default=64, help="width of the prosody code")
+    add("--d_hidden", type=at_least(2), default=256,
         help="hidden width of FiLM, updater and heads")
-    add("--d_state", type=counted_from(0), default=64, help="width of the dialogue state; 0 = none")
-    add("--ema_alpha", type=ema_alpha, default="0.8",
+    add("--d_state", type=at_least(0), default=64, help="width of the dialogue state; 0 = none")
+    add("--ema_alpha", type=share_or_learned, default="0.8",
         help="decay of the dialogue state in [0, 1), or learned")
-    add("--mamba_layers", type=counted_from(0), default=2,
+    add("--mamba_layers", type=at_least(0), default=2,
         help="Mamba blocks in the updater; 0 = linear")
     add("--feedback", action="store_true",
         help="feed the previous prediction; teacher forcing falls from 1 to 0 over the epochs")
-    add("--d_model", type=counted_from(64), default=768, help="width of the feature Transformer")
-    add("--num_layers", type=counted_from(1), default=4, help="layers of the feature Transformer")
-    add("--base_channels", type=counted_from(1), default=64,
+    add("--d_model", type=at_least(64), default=768, help="width of the feature Transformer")
+    add("--num_layers", type=at_least(1), default=4, help="layers of the feature Transformer")
+    add("--base_channels", type=at_least(1), default=64,
         help="channels of the CNN's first block")
-    add("--num_blocks", type=counted_from(1), default=4, help="blocks of the CNN")
-    add("--dropout", type=probability, default=0.2, help="dropout outside WavLM, which has its own")
+    add("--num_blocks", type=at_least(1), default=4, help="blocks of the CNN")
+    add("--dropout", type=share, default=0.2, help="dropout outside WavLM, which has its own")
 
     add = p.add_argument_group("optimization").add_argument
-    add("--epochs", type=counted_from(1), default=20, help="passes over the train split")
-    add("--max_steps", type=counted_from(-1), default=-1,
+    add("--epochs", type=at_least(1), default=20, help="passes over the train split")
+    add("--max_steps", type=at_least(-1), default=-1,
         help="stop after this many steps; -1 = off")
-    add("--batch_size", type=batch_size, default=8,
-        help="utterances per GPU and micro-step; auto: the largest that fits, by plan and trial, "
-        f"and leaves {AUTO_STEPS} steps in an epoch")
-    add("--gradient_accumulation_steps", type=counted_from(1),
+    add("--batch_size", type=size_or_auto, default=8,
+        help="utterances per GPU and micro-step; auto: the largest that fits, planned, "
+        f"then tried, and leaves {AUTO_STEPS} steps in an epoch")
+    add("--gradient_accumulation_steps", type=at_least(1),
         help="micro-steps per step; default 1")
-    add("--global_batch_size", type=counted_from(1),
+    add("--global_batch_size", type=at_least(1),
         help="= batch_size x accumulation x ranks, which is the default")
-    add("--lr", type=rate, default=1e-4, help="peak learning rate of what starts from scratch")
+    add("--lr", type=rate, default=1e-4, help="peak learning rate of everything except WavLM")
     add("--encoder_lr", type=rate, default=1e-5, help="peak learning rate of WavLM")
-    add("--lr_reference_batch", type=counted_from(0), default=0,
+    add("--lr_reference_batch", type=at_least(0), default=0,
         help="multiply both rates by global_batch_size / this; 0 = off")
     add("--weight_decay", type=rate, default=0.01, help="weight decay of AdamW, on matrices only")
     add("--max_grad_norm", type=rate, default=1.0, help="clip the gradient norm; 0 = off")
     add("--scheduler", choices=("none", "cosine", "plateau"), default="cosine",
         help="plateau: halve the rates after 3 evaluations without a better dev CCC")
-    add("--warmup", type=share, default=0.1, help="share of all steps with rising rates")
+    add("--warmup", type=share, default=0.1, help="share of all steps used for warm-up")
     add("--unfreeze", default="none",
         help="part of WavLM that trains: none, all, transformer, top:K, or a schedule "
         "EPOCH:WHAT,... e.g. 1:none,6:top:4,9:all")
     add("--loss", choices=("ccc", "mse"), default="ccc", help="ccc: 1 - CCC + mse_weight x MSE")
-    add("--mse_weight", type=rate, default=0.1, help="share of MSE in --loss ccc")
+    add("--mse_weight", type=rate, default=0.1, help="weight of MSE in --loss ccc")
     add("--valence_weight", type=share, default=0.5,
         help="weight of valence in [0, 1]; other targets share the rest")
     add("--exact_ccc", choices=("on", "off"), default="on",
         help="CCC of the global batch; with accumulation this costs one more forward, a third more "
         "time. off: mean of the micro-batches' CCCs, 0.13 too low at 4 utterances [measured]")
-    add("--patience", type=counted_from(0), default=0,
+    add("--patience", type=at_least(0), default=0,
         help="stop after this many evaluations without a better dev CCC; 0 = off")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed")
+    add("--seed", type=at_least(0), default=0, help="random seed")
 
     add = p.add_argument_group("precision and memory").add_argument
     add("--amp", choices=("fp16", "bf16", "off"),
         help="autocast; default fp16 (with GradScaler) on a GPU, off on a CPU")
     add("--no_amp", dest="amp", action="store_const", const="off", help="same as --amp off")
-    add("--tf32", choices=("on", "off"), default="on", help="TF32 for what stays fp32 on a GPU")
+    add("--tf32", choices=("on", "off"), default="on",
+        help="TF32 in matrix products and convolutions of float32 tensors on a GPU")
     add("--gradient_checkpointing", action="store_true",
         help="keep only layer inputs for backward, which then runs each layer again")
     add("--compile", action="store_true", help="torch.compile the encoder's layers")
     add("--attention", choices=ATTENTIONS, default="fused",
         help="kernel of WavLM's attention; fused keeps no frames x frames tensor for backward")
-    add("--gpu_gib", type=number(float, 0.1),
+    add("--gpu_gib", type=at_least(0.1, float),
         help=f"GPU memory to plan for, GiB; default: the GPU here, or {GPU_GIB:g} without one")
     add("--memory_fraction", type=share, default=0.0,
         help="cap this process at a share of the GPU's memory; 0 = off")
 
     add = p.add_argument_group("evaluation and output").add_argument
-    add("--eval_every", type=counted_from(1), default=1, help="epochs between evaluations on dev")
-    add("--log_every", type=counted_from(1), default=20, help="steps between log lines")
-    add("--plot_every", type=counted_from(0), default=0,
+    add("--eval_every", type=at_least(1), default=1, help="epochs between evaluations on dev")
+    add("--log_every", type=at_least(1), default=20, help="steps between log lines")
+    add("--plot_every", type=at_least(0), default=0,
         help="epochs between pictures; 0 = at the end only")
-    add("--separation_every", type=counted_from(0), default=0,
+    add("--separation_every", type=at_least(0), default=0,
         help="epochs between separation figures of the embeddings; 0 = off")
-    add("--save_every", type=counted_from(0), default=0,
+    add("--save_every", type=at_least(0), default=0,
         help="steps between checkpoints; 0 = at epoch ends")
     add("--out", default="runs", help="directory of all runs")
     add("--name", help="name of the experiment, in OUT/NAME/foldK; default CORPUS-ENCODER")
@@ -216,8 +215,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--init_from", help="run directory, best.pt or export to start from, with its model flags")
     add("--train_only", choices=("film",), help="freeze everything else (personalisation)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if present")
-    add("--timeout", type=number(float, 1), default=300.0,
-        help="seconds without an answer from another rank or from the loader that end the run")
+    add("--timeout", type=at_least(1, float), default=300.0,
+        help="end the run after this many seconds without another rank's answer or a batch")
     add("--dry_run", action="store_true", help="print the run and its memory, then stop")
     # fmt: on
     return p
@@ -257,14 +256,16 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
         parser.set_defaults(**{k: v for k, v in start["args"].items() if k in known})
     args = parser.parse_args(argv)
     if start:
-        for flag in sorted(start["args"].keys() & MODEL_FLAGS - FREE_WITH_INIT_FROM):
-            old, new = start["args"][flag], getattr(args, flag)
+        for flag in sorted(known - FREE_WITH_INIT_FROM):
+            old, new = start["args"].get(flag), getattr(args, flag)
             if new != old:
                 raise UserError(f"--{flag} {new}: the model of --init_from has {old}: leave it out")
         if args.data.endswith(".csv"):
             args.label_range = args.label_range or start["label_range"]
     if args.train_only:
-        args.unfreeze = "none"
+        if given.unfreeze != "none":
+            raise UserError(f"--train_only freezes WavLM: remove --unfreeze {given.unfreeze}")
+        args.unfreeze = "none"  # a preset may have set it
     args.amp = args.amp or ("fp16" if uses_cuda(args.device) else "off")
     corpus = Path(args.data).stem if args.data.endswith(".csv") else args.data
     args.name = args.name or f"{corpus}-{args.encoder}"
@@ -282,13 +283,19 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be a multiple of --eval_every")
     for wrong, message in (
         (args.max_steps == 0, "--max_steps 0: must be at least 1, or -1 for no limit"),
+        (args.seed >= 2**63, f"--seed {args.seed}: must be below 2^63"),
+        (1 in (args.dropout, args.wavlm_dropout), "--dropout 1 leaves nothing: must be below 1"),
+        (
+            args.ema_alpha != "learned" and float(args.ema_alpha) == 1,
+            "--ema_alpha 1 never changes the state: must be below 1",
+        ),
         (not -math.inf < low < high < math.inf, "--label_range LO HI: LO must be below HI"),
         (
             args.data.endswith(".csv") and not Path(args.data).is_file(),
             f"--data {args.data}: no such file",
         ),
         (args.resume and args.overwrite, "--resume and --overwrite exclude each other"),
-        ("/" in args.name or args.name in (".", ".."), f"--name {args.name}: without slashes"),
+        ("/" in args.name or args.name in (".", ".."), f"--name {args.name}: must not contain /"),
         (reads_features and not args.features_dir, "the Transformers need --features_dir DIR"),
         (
             args.features_dir and not reads_features,
@@ -305,7 +312,7 @@ def check(args: argparse.Namespace) -> None:
         ),
         (
             args.feedback and (args.context == 1 or not args.d_state),
-            "--feedback feeds back the turn before: give --context above 1 and --d_state",
+            "--feedback needs a previous turn: give --context above 1 and --d_state",
         ),
         (
             args.speaker != "none" and args.no_film,
@@ -323,8 +330,8 @@ def check(args: argparse.Namespace) -> None:
         ),
         (
             cached and args.augment,
-            "--feature_cache on keeps what WavLM makes of the recording itself, --augment changes "
-            "the recording every epoch: remove one of the two",
+            "--feature_cache on stores WavLM's output for the recording itself, --augment changes "
+            "it every epoch: remove one of the two",
         ),
         (
             cached and args.encoder != "wavlm",
@@ -343,27 +350,31 @@ def check(args: argparse.Namespace) -> None:
 # Batch sizes: batch_size x gradient_accumulation_steps x ranks = global_batch_size
 
 
-def split_batch(args: argparse.Namespace, size: int, world_size: int) -> None:
-    """Sets batch_size, accumulation and global batch size; UserError if they contradict."""
+def split_batch(
+    args: argparse.Namespace, size: int, world_size: int, total: int | None = None
+) -> None:
+    """Sets batch_size, accumulation and global batch size; UserError if they contradict.
+
+    `total`: global batch size that a run has already, whose accumulation then follows.
+    """
     if size % args.context:
         raise UserError(
             f"--batch_size {size} is not a multiple of --context {args.context}: "
             "a micro-batch holds complete chunks of turns"
         )
     per_micro_step = size * world_size
-    total = args.global_batch_size
-    if total is None:
-        total = per_micro_step * (args.gradient_accumulation_steps or 1)
+    wanted = args.gradient_accumulation_steps if total is None else None
+    total = total or args.global_batch_size or per_micro_step * (wanted or 1)
     accumulation, rest = divmod(total, per_micro_step)
     if rest or accumulation < 1:
         raise UserError(
             f"--global_batch_size {total} is not a multiple of "
             f"batch_size {size} x {world_size} ranks = {per_micro_step}"
         )
-    if args.gradient_accumulation_steps not in (None, accumulation):
+    if wanted not in (None, accumulation):
         raise UserError(
             f"--global_batch_size {total} needs --gradient_accumulation_steps {accumulation}, "
-            f"not {args.gradient_accumulation_steps}"
+            f"not {wanted}"
         )
     args.batch_size, args.global_batch_size = size, total
     args.gradient_accumulation_steps = accumulation
@@ -373,8 +384,7 @@ def halve_batch(args: argparse.Namespace, world_size: int) -> None:
     """At most half the micro-batch in the same global batch; OutOfMemoryError if there is none."""
     for size in range(args.batch_size // 2, 0, -1):
         if size % args.context == 0 and args.global_batch_size % (size * world_size) == 0:
-            args.gradient_accumulation_steps = None
-            split_batch(args, size, world_size)
+            split_batch(args, size, world_size, args.global_batch_size)
             return
     raise torch.OutOfMemoryError(
         f"no room for --batch_size {args.batch_size}, which cannot be split further: lower "

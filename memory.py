@@ -228,7 +228,7 @@ class Planner:
         return fitting
 
 
-def plan(args: argparse.Namespace, shape: updates.InputShape, world_size: int = 1) -> Plan:
+def plan(args: argparse.Namespace, shape: vadata.InputShape, world_size: int = 1) -> Plan:
     """The heaviest stage's worst moment with utterances of `seconds`, evaluation included."""
     widths, seconds = (shape.speaker_dim, shape.frame_dim), shape.length / shape.rate
     planner = Planner(args, widths, seconds, world_size)
@@ -317,7 +317,7 @@ def probe(
 def auto_batch(
     model: torch.nn.Module,
     args: argparse.Namespace,
-    shape: updates.InputShape,
+    shape: vadata.InputShape,
     device: torch.device,
     world_size: int,
     most: int,
@@ -370,7 +370,7 @@ def measure(
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated(device)
-    model = updates.build_model(args, updates.InputShape(*widths, 0, 0)).to(device)
+    model = updates.build_model(args, vadata.InputShape(*widths, 0, 0)).to(device)
     run, between = real_step(model, args, widths, seconds, args.unfreeze, device)
     run()
     if device.type == "cuda":

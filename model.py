@@ -3,10 +3,10 @@
     python model.py --encoder wavlm --wavlm large     # parameters per module, no weights needed
     python model.py --encoder convnext
 
-An encoder (WavLM, a CNN on log-mel, a Transformer on frame features) gives frame states; they are
-pooled to one vector, shifted by the speaker (FiLM), joined by prosody, tracked over the dialogue
-(Mamba updater, EMA state) and read by one gated head per target. Also here: the losses and metrics.
-Not here: files, flags, distributed launch.
+An encoder (WavLM, a CNN on log-mel, a Transformer on frame features) gives frame states. They are
+pooled to one vector, scaled and shifted by the speaker (FiLM), joined with prosody, tracked over
+the dialogue (Mamba updater, EMA state) and read by one gated head per target. The losses and the
+metrics are also here. Not here: files, flags, distributed launch.
 
 Shapes: B utterances, L samples, T frames (about L / 320), D encoder width, N layers, H heads,
 C dialogue chunks, K turns in a chunk, U = D + d_prosody.
@@ -18,6 +18,7 @@ ConvNeXt arXiv:2201.03545; CCC: Lin, Biometrics 45 (1989), with 1/n moments.
 
 import argparse
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -26,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wavlm import SIZES, WavLM, WavLMConfig
+from util.files import UserError
+from wavlm import SIZES, WavLM, WavLMConfig, autocast_off
 
-try:  # optional; used on CUDA only and never run by us without a GPU
+try:  # optional, for CUDA
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 except ImportError:
     selective_scan_fn = None
@@ -40,14 +42,14 @@ ENCODERS = ("wavlm", "convnext", "baseline", "transformer", "lightweight_transfo
 
 @dataclass
 class ModelConfig:
-    """Everything that decides the shape of an EmotionModel; plain values, so it travels as JSON."""
+    """Everything that decides the shape of an EmotionModel, in plain values that JSON can hold."""
 
     encoder: str = "wavlm"  # one of ENCODERS
     wavlm: dict | None = None  # a Hugging Face WavLM config.json, for encoder "wavlm"
     layers: tuple[int, ...] = ()  # hidden states to mix; () = the quarter points
     pooling: str = "mean"  # mean | attention
     attention: str = "fused"  # WavLM's attention: fused | sdpa | eager
-    frame_dim: int = 0  # width of the feature files, for the feature transformers
+    frame_dim: int = 0  # width of the feature files, for the feature Transformers
     speaker_dim: int = 0  # width of the speaker embedding; 0 = FiLM on a learned vector
     prosody_dim: int = 88  # eGeMAPS functionals; 0 = no prosody
     film: bool = True
@@ -57,7 +59,7 @@ class ModelConfig:
     d_state: int = 64  # 0 = no dialogue state
     ema_alpha: float = 0.8  # -1 = learned, started at 0.8
     mamba_layers: int = 2
-    feedback: bool = False  # the previous prediction enters the updater
+    feedback: bool = False  # the previous prediction is an input of the updater
     d_model: int = 768
     num_layers: int = 4
     base_channels: int = 64
@@ -66,24 +68,26 @@ class ModelConfig:
 
 
 # ---------------------------------------------------------------------------------------------
-# Encoders: batch -> (list of hidden states (B, T, D), frame_mask (B, T)); `width` is D
+# Encoders: batch -> (list of hidden states (B, T, D), frame_mask (B, T)). `width` is D,
+# `num_states` the length of the list.
 
 
 class WavLMEncoder(nn.Module):
-    """WavLM on the zero-mean, unit-variance waveform; gives one hidden state per layer to mix."""
+    """WavLM on the zero-mean, unit-variance waveform; one hidden state per layer to mix."""
 
     def __init__(self, config: ModelConfig, wavlm: WavLM | None) -> None:
         super().__init__()
         self.wavlm = wavlm or WavLM(WavLMConfig.from_dict(config.wavlm))
         depth = self.wavlm.config.num_hidden_layers
         self.layers = config.layers or tuple(math.ceil(depth * q / 4) for q in (1, 2, 3, 4))
-        if not all(0 <= layer <= depth for layer in self.layers):
-            raise ValueError(f"--layers {self.layers}: this WavLM has layers 0..{depth}")
+        for layer in self.layers:
+            if not 0 <= layer <= depth:
+                raise UserError(f"--layers {layer}: this WavLM has layers 0 to {depth}")
         self.wavlm.truncate(max(self.layers))  # layers above the last one used cost memory only
         self.wavlm.attention = config.attention
         self.width = self.wavlm.config.hidden_size
         self.num_states = len(self.layers)
-        # the "group" front end was trained on zero-padded audio without a mask
+        # a "group" front end was trained on zero-padded audio without a mask
         self.takes_mask = self.wavlm.config.feat_extract_norm == "layer"
 
     def forward(self, batch: dict) -> tuple[list[Tensor], Tensor]:
@@ -104,10 +108,10 @@ class WavLMEncoder(nn.Module):
 class LogMel(nn.Module):
     """Log-mel frames (B, T, 80) and frame_mask (B, T) of a 16 kHz waveform: 25 ms every 10 ms.
 
-    No centring: a frame is real when all its samples are, so padding changes no real frame. Each
-    utterance is brought to zero mean and unit variance over its real frames and all bands: that
-    takes away the recording's level, which on a new microphone says nothing, and keeps the shape of
-    the spectrum.
+    Not centred: a frame is real if all its samples are, so padding changes no real frame. Each
+    utterance has zero mean and unit variance over its real frames and all bands. That removes the
+    level of the recording, which means nothing on a new microphone, and keeps the shape of the
+    spectrum.
     """
 
     n_fft, hop, n_mels = 400, 160, 80
@@ -127,7 +131,7 @@ class LogMel(nn.Module):
         return torch.minimum(rising, falling).clamp(min=0)
 
     def forward(self, waveform: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(waveform.device.type, enabled=False):
+        with autocast_off(waveform):
             spectrum = torch.stft(
                 waveform, self.n_fft, self.hop, window=self.window, center=False,
                 return_complex=True,
@@ -140,17 +144,17 @@ class LogMel(nn.Module):
             x = mel.clamp(min=1e-10).log10()
             x = x - (x * real).sum((1, 2), keepdim=True) / count
             deviation = ((x * real).square().sum((1, 2), keepdim=True) / count).sqrt()
-            return x / (deviation + 0.1), frame_mask  # 0.1: silence stays quiet
+            return x / (deviation + 0.1), frame_mask  # 0.1 keeps silence quiet
 
 
 class UtteranceNorm(nn.Module):
-    """x (B, C, T, M) at zero mean and unit variance over the real frames of its own utterance.
+    """x (B, C, T, M) with zero mean and unit variance per utterance, over its real frames.
 
     Over channels, frames and bands together, then a scale and shift per channel. Nothing is shared
-    between utterances, so neither padding nor the split of a batch changes a result (BatchNorm
-    fails both), and channels and frames keep their relative levels, which LayerNorm over channels
-    alone loses. With LogMel's level taken away as well, the baseline's arousal CCC on five unseen
-    speakers went from 0.67 to 0.73, convnext's did not move [measured, Berlin clips, one seed].
+    between utterances, so neither padding nor the split of a batch changes a result (with BatchNorm
+    both do), and channels and frames keep their relative levels, which LayerNorm over channels
+    alone loses. Together with LogMel's normalisation it took the baseline's arousal CCC on five
+    unseen speakers from 0.67 to 0.73; convnext's did not move [measured, Berlin clips, one seed].
     """
 
     def __init__(self, channels: int) -> None:
@@ -159,7 +163,7 @@ class UtteranceNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """mask (B, 1, T, 1), 1 = real; float32 inside, since it sums over the whole utterance."""
+        """mask (B, 1, T, 1), 1 = real; computed in float32, since sums run over an utterance."""
         dtype, x = x.dtype, x.float()
         count = mask.sum((1, 2, 3), keepdim=True) * x.shape[1] * x.shape[3]
         x = x - (x * mask).sum((1, 2, 3), keepdim=True) / count
@@ -168,7 +172,7 @@ class UtteranceNorm(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """The baseline's block: 3x3 convolution and max pooling by `stride` in time and mel."""
+    """Block of the baseline: 3x3 convolution and max pooling by `stride` in time and mel."""
 
     def __init__(self, before: int, after: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -183,7 +187,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """A strided convolution that divides time and mel by `stride`, then ConvNeXt's block."""
+    """A strided convolution that divides time and mel by `stride`, then a ConvNeXt block."""
 
     def __init__(self, before: int, after: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -202,33 +206,37 @@ class ConvNeXtBlock(nn.Module):
 
 
 def shrink(mask: Tensor, stride: int) -> Tensor:
-    """mask (B, 1, T, 1) -> (B, 1, T / stride, 1): real where any of the frames was."""
+    """mask (B, 1, T, 1) -> (B, 1, T / stride, 1): real if any of the frames was."""
     return F.max_pool2d(mask, (stride, 1))
 
 
 class ConvEncoder(nn.Module):
     """A CNN on log-mel: `convnext` or `baseline`.
 
-    Each of the first four blocks divides time and mel (by 2, convnext's first by 4), and channels
-    double up to the fourth. Padded frames are zeroed before every convolution that looks at
-    neighbours, so a real frame sees the zeros it would see at the end of the utterance alone.
+    Each of the first four blocks divides time and mel by 2 (convnext's first by 4), and channels
+    double up to the fourth. Padding is set to zero before every convolution over time, so that a
+    real frame has the neighbours that it would have if the utterance were alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        block = {"convnext": ConvNeXtBlock, "baseline": ConvBlock}[config.encoder]
-        strides = [2 if i < 4 else 1 for i in range(config.num_blocks)]
-        strides[0] = 4 if config.encoder == "convnext" else 2
-        self.total_stride = math.prod(strides)
-        channels = [1, *(config.base_channels * 2 ** min(i, 3) for i in range(config.num_blocks))]
         self.log_mel = LogMel()
-        self.blocks = nn.ModuleList(
-            block(before, after, stride, config.dropout)
-            for before, after, stride in zip(channels, channels[1:], strides)
-        )
+        self.blocks = nn.ModuleList()
         self.num_states = 1
-        self.width = channels[-1]
+        self.width = 1  # channels after the blocks so far
+        self.total_stride = 1
         self.gradient_checkpointing = False
+        for i in range(config.num_blocks):
+            channels = config.base_channels * 2 ** min(i, 3)
+            stride = 2 if i < 4 else 1
+            if config.encoder == "convnext":
+                stride = 4 if i == 0 else stride
+                block = ConvNeXtBlock(self.width, channels, stride, config.dropout)
+            else:
+                block = ConvBlock(self.width, channels, stride, config.dropout)
+            self.blocks.append(block)
+            self.width = channels
+            self.total_stride *= stride
         self.norm = nn.LayerNorm(self.width)
 
     def forward(self, batch: dict) -> tuple[list[Tensor], Tensor]:
@@ -246,8 +254,11 @@ class ConvEncoder(nn.Module):
 
 
 class FeatureTransformer(nn.Module):
-    """A pre-norm Transformer over feature files. The lightweight one takes every second frame's
-    mean, a quarter of the width and half the feed-forward: about 1/30 of the cost."""
+    """A pre-norm Transformer over feature files.
+
+    The lightweight one averages pairs of frames and has a quarter of the width and half the
+    feed-forward: about 1/30 of the cost.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -302,9 +313,9 @@ class Pooling(nn.Module):
     """pooled (B, D) from hidden states [(B, T, D)]: softmax mix of the layers, masked over time.
 
     Each layer is normalised before it is mixed: the residual stream of a pre-norm WavLM grows
-    with depth, and raw mix weights would compare scales. Mean pooling is linear, so it goes
-    first and the mix costs (B, D), not (B, T, D). `prepare` does what needs no weights, and its
-    result, small and within float16's range, is what a frozen encoder's cache holds.
+    with depth, so the mix weights would otherwise compare scales. Mean pooling is linear, so it
+    comes first and the mix costs (B, D), not (B, T, D). `prepare` does what needs no weights; its
+    result is small, fits float16, and is what the cache of a frozen encoder holds.
     """
 
     def __init__(self, kind: str, num_states: int, width: int) -> None:
@@ -337,10 +348,10 @@ class Pooling(nn.Module):
 
 
 class Prosody(nn.Module):
-    """eGeMAPS functionals (B, 88) -> (B, d_prosody); standardised by the train split's moments.
+    """eGeMAPS functionals (B, 88) -> (B, d_prosody), standardised with the train split's moments.
 
-    The moments are buffers, so they travel in the checkpoint.
-    Undefined functionals (NaN, on clips of a few periods) become the train mean.
+    The moments are buffers, so a checkpoint holds them. Undefined functionals (NaN, in clips of a
+    few periods) become the train mean.
     """
 
     def __init__(self, prosody_dim: int, d_prosody: int, dropout: float) -> None:
@@ -359,7 +370,7 @@ class Prosody(nn.Module):
 
     @torch.no_grad()
     def fit(self, prosody: Tensor) -> None:
-        """Takes mean and std of prosody (n, 88) over its defined values; give the train split."""
+        """Takes mean and std from prosody (n, 88) of the train split, over its defined values."""
         mean = prosody.nanmean(0)
         std = (prosody - mean).square().nanmean(0).sqrt()
         self.mean.copy_(mean.nan_to_num(0.0))
@@ -371,7 +382,7 @@ class Prosody(nn.Module):
 
 
 class SpeakerFiLM(nn.Module):
-    """Scale and shift of the pooled speech (B, D) by who speaks, arXiv:1709.07871.
+    """Scale and shift of the pooled speech (B, D) by the speaker embedding, arXiv:1709.07871.
 
     Without speaker embeddings the condition is one learned vector, the same for all.
     """
@@ -398,24 +409,22 @@ class SpeakerFiLM(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# Over the dialogue: Mamba updater and EMA state. State in, state out: a dialogue may be given
-# whole, in chunks, or one turn at a time, with the same result.
+# Over the dialogue: Mamba updater and EMA state. Each call takes a state and returns the next, so
+# a dialogue may be given at once, in chunks, or turn by turn, with the same result.
 
 
 class Mamba(nn.Module):
     """The selective state space block of arXiv:2312.00752 in plain PyTorch.
 
-    Parameter names are mamba-ssm's, so weights move between both. Ours also takes the state it
-    starts from: conv (C, d_inner, d_conv - 1) and ssm (C, d_inner, d_state); None = zeros.
+    Parameter names are mamba-ssm's, so weights can be exchanged. Ours also takes the state to
+    start from: conv (C, d_inner, d_conv - 1) and ssm (C, d_inner, d_state); None = zeros.
     """
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
         super().__init__()
-        self.d_state, self.d_inner, self.dt_rank = (
-            d_state,
-            expand * d_model,
-            math.ceil(d_model / 16),
-        )
+        self.d_state = d_state
+        self.d_inner = expand * d_model
+        self.dt_rank = math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
@@ -432,16 +441,19 @@ class Mamba(nn.Module):
         self, hidden: Tensor, state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         x, z = self.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)  # each (C, d_inner, K)
-        width = self.conv1d.kernel_size[0] - 1
-        before = x.new_zeros(*x.shape[:2], width) if state is None else state[0].to(x.dtype)
-        x = torch.cat((before, x), dim=2)
-        conv_state = x[:, :, x.shape[2] - width :]
+        turns, width = x.shape[2], self.conv1d.kernel_size[0] - 1
+        if state is None:
+            x, ssm_state = F.pad(x, (width, 0)), None
+        else:
+            x, ssm_state = torch.cat((state[0].to(x.dtype), x), dim=2), state[1]
+        conv_state = x[:, :, turns:]
         x = F.silu(self.conv1d(x))  #                                  (C, d_inner, K)
         sizes = (self.dt_rank, self.d_state, self.d_state)
         dt, b, c = self.x_proj(x.transpose(1, 2)).split(sizes, dim=2)
         dt = dt @ self.dt_proj.weight.t()  #                           (C, K, d_inner)
         a = -self.A_log.float().exp()  #                               (d_inner, d_state)
-        if selective_scan_fn is not None and x.is_cuda and state is None:
+        # the kernel takes no state, and no gradient reaches the one it returns: not turn by turn
+        if selective_scan_fn is not None and x.is_cuda and state is None and turns > 1:
             y, ssm_state = selective_scan_fn(
                 x, dt.transpose(1, 2), a, b.transpose(1, 2), c.transpose(1, 2), self.D.float(),
                 z=z, delta_bias=self.dt_proj.bias.float(), delta_softplus=True,
@@ -449,7 +461,7 @@ class Mamba(nn.Module):
             )  # fmt: skip
             return self.out_proj(y.transpose(1, 2)), (conv_state, ssm_state)
         dt = F.softplus(dt.float() + self.dt_proj.bias.float())
-        y, ssm_state = selective_scan(x, dt, a, b, c, None if state is None else state[1])
+        y, ssm_state = selective_scan(x, dt, a, b, c, ssm_state)
         y = (y + self.D.float() * x.transpose(1, 2).float()) * F.silu(z.transpose(1, 2).float())
         return self.out_proj(y.to(hidden.dtype)), (conv_state, ssm_state)
 
@@ -459,8 +471,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """y (C, K, d_inner) and the last state of h_t = exp(dt a) h_{t-1} + dt x_t b_t, y_t = h_t c_t.
 
-    In fp32, step by step: for dialogues of up to a hundred turns, unbind + addcmul + stack beats
-    indexing 17 times and an associative scan 3 times on CPU [measured, 2 cores].
+    In fp32, step by step: for up to a hundred turns, unbind + addcmul + stack is 17 times as fast
+    as indexing and 3 times as fast as an associative scan [measured, 2 CPU cores].
     """
     decay = torch.exp(dt.unsqueeze(3) * a)  #                               (C, K, d_inner, d_state)
     drive = (dt * x.transpose(1, 2).float()).unsqueeze(3) * b.float().unsqueeze(2)
@@ -473,7 +485,7 @@ def selective_scan(
 
 
 class Updater(nn.Module):
-    """What a turn adds to the state, (C, K, input) -> (C, K, d_state): residual pre-norm Mamba."""
+    """What a turn adds to the state, (C, K, width) -> (C, K, d_state): residual pre-norm Mamba."""
 
     def __init__(self, width: int, d_hidden: int, d_state: int, mamba_layers: int) -> None:
         super().__init__()
@@ -495,14 +507,16 @@ class Updater(nn.Module):
 
 
 class Head(nn.Module):
-    """One target in [0, 1] from (..., inputs): a gate weighs the target's own inputs against the
-    rest, then three layers. `own` is the slice of the inputs the gate singles out."""
+    """One target in [0, 1] from (..., inputs): a gate, then three layers.
 
-    def __init__(self, inputs: int, own: slice, d_hidden: int, dropout: float) -> None:
+    The gate weighs the inputs in the slice `gated` against all others.
+    """
+
+    def __init__(self, inputs: int, gated: slice, d_hidden: int, dropout: float) -> None:
         super().__init__()
         mask = torch.zeros(inputs, dtype=torch.bool)
-        mask[own] = True
-        self.register_buffer("own", mask, persistent=False)
+        mask[gated] = True
+        self.register_buffer("gated", mask, persistent=False)
         self.gate = nn.Sequential(nn.Linear(inputs, d_hidden), nn.Tanh(), nn.Linear(d_hidden, 2))
         self.net = nn.Sequential(
             nn.Linear(inputs, d_hidden),
@@ -517,12 +531,12 @@ class Head(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        own, rest = (2 * self.gate(x).softmax(-1)).chunk(2, dim=-1)  # 1 and 1 when undecided
-        return self.net(x * torch.where(self.own, own, rest)).float().sigmoid()
+        gated, others = (2 * self.gate(x).softmax(-1)).chunk(2, dim=-1)  # 1 and 1 if undecided
+        return self.net(x * torch.where(self.gated, gated, others)).float().sigmoid()
 
 
 class EmotionModel(nn.Module):
-    """(B, 2) predictions in [0, 1], columns as TARGETS, from a batch of data.py."""
+    """(B, 2) predictions in [0, 1], in the order of TARGETS, from a batch of data.py."""
 
     def __init__(self, config: ModelConfig, wavlm: WavLM | None = None) -> None:
         super().__init__()
@@ -537,32 +551,36 @@ class EmotionModel(nn.Module):
         self.pooling = Pooling(config.pooling, self.encoder.num_states, width)
         self.film = self.prosody = self.updater = self.alpha_logit = None
         if config.film:
-            # FiLM's own hidden layer does not follow d_hidden below the size of its condition
             self.film = SpeakerFiLM(config.speaker_dim, config.d_speaker, config.d_hidden, width)
         if config.prosody_dim:
             self.prosody = Prosody(config.prosody_dim, config.d_prosody, config.dropout)
             width += config.d_prosody
         self.width = width  # U
         if config.d_state:
-            inputs = width + len(TARGETS) * config.feedback
-            layers = config.mamba_layers
-            self.updater = Updater(inputs, config.d_hidden, config.d_state, layers)
+            inputs = width + len(TARGETS) if config.feedback else width
+            self.updater = Updater(inputs, config.d_hidden, config.d_state, config.mamba_layers)
             if config.ema_alpha < 0:
                 self.alpha_logit = nn.Parameter(torch.tensor(math.log(0.8 / 0.2)))
-        speech = slice(0, self.encoder.width)
-        prosody = slice(self.encoder.width, width) if config.prosody_dim else speech
-        own = dict.fromkeys(TARGETS, speech) | {"valence": prosody}
-        inputs = width + config.d_state
-        self.heads = nn.ModuleDict(
-            {t: Head(inputs, own[t], config.d_hidden, config.dropout) for t in TARGETS}
-        )
+        self.heads = nn.ModuleDict()
+        for target in TARGETS:
+            gated = slice(0, self.encoder.width)  # speech
+            if target == "valence" and config.prosody_dim:
+                gated = slice(self.encoder.width, width)  # prosody
+            inputs = width + config.d_state
+            self.heads[target] = Head(inputs, gated, config.d_hidden, config.dropout)
+
+    @property
+    def sees_padding(self) -> bool:
+        """True for Base-type WavLM, whose first norm ("group") runs over padding, too: evaluation
+        then pads nothing, so that a result does not depend on what shares the batch."""
+        return self.config.encoder == "wavlm" and not self.encoder.takes_mask
 
     def encode(self, batch: dict) -> Tensor:
-        """Utterance vectors (B, U), each from its own utterance alone, float32."""
-        if "hidden" in batch:  # of a frozen encoder, from the cache
+        """Utterance vectors (B, U) in float32; none depends on another utterance."""
+        if "hidden" in batch:  # the cached states of a frozen encoder
             utterance = self.pooling(batch["hidden"].float(), batch.get("frame_mask"))
         else:
-            utterance = torch.cat([self.encode_speech(part) for part in like_lengths(batch)])
+            utterance = torch.cat([self.encode_speech(part) for part in split_by_length(batch)])
         if self.film is not None:
             utterance = self.film(utterance, batch.get("speaker"))
         if self.prosody is not None:
@@ -570,7 +588,7 @@ class EmotionModel(nn.Module):
         return utterance.float()
 
     def encode_speech(self, batch: dict) -> Tensor:
-        """(B, D) of waveforms or frames."""
+        """Pooled vectors (B, D) of waveforms or feature frames."""
         states, frame_mask = self.encoder(batch)
         return self.pooling(self.pooling.prepare(states, frame_mask), frame_mask)
 
@@ -584,27 +602,26 @@ class EmotionModel(nn.Module):
         """preds (C, K, 2) of turns (C, K, U) in time order, and the state after the last one.
 
         `state` is what an earlier call returned (None = a dialogue begins). With feedback, the
-        previous turn's label (C, K, 2) is fed instead of the prediction with probability
-        `teacher_forcing` (scheduled sampling, arXiv:1506.03099). Padding may only follow a turn.
+        label of the previous turn (labels are (C, K, 2)) replaces its prediction with probability
+        `teacher_forcing` (scheduled sampling, arXiv:1506.03099). Padding must follow the turns.
         """
         if not self.config.feedback:
             return self._track(turns, state or {})
         preds = []
-        middle = turns.new_full((len(turns), len(TARGETS)), 0.5)
-        state = dict(state) if state else {"preds": middle}
+        state = state or {"preds": turns.new_full((len(turns), len(TARGETS)), 0.5)}
         for t in range(turns.shape[1]):
-            fed = state.pop("preds")
+            previous = state["preds"]
             if labels is not None and t > 0 and teacher_forcing > 0:
                 forced = torch.rand(len(turns), 1, device=turns.device) < teacher_forcing
-                fed = torch.where(forced, labels[:, t - 1], fed)
-            turn = torch.cat((turns[:, t], fed.to(turns.dtype)), dim=1).unsqueeze(1)
+                previous = torch.where(forced, labels[:, t - 1], previous)
+            turn = torch.cat((turns[:, t], previous.to(turns.dtype)), dim=1).unsqueeze(1)
             pred, state = self._track(turn, state)
             state["preds"] = pred[:, 0].detach()
             preds.append(pred)
         return torch.cat(preds, dim=1), state
 
     def _track(self, turns: Tensor, state: dict) -> tuple[Tensor, dict]:
-        context = turns
+        context = turns[..., : self.width]
         after = {}
         if self.updater is not None:
             update, after["mamba"] = self.updater(turns, state.get("mamba"))
@@ -617,9 +634,7 @@ class EmotionModel(nn.Module):
                 ema = alpha * ema + (1 - alpha) * update_t
                 track.append(ema)
             after["ema"] = ema
-            context = torch.cat((turns[..., : self.width], torch.stack(track, dim=1)), dim=2)
-        else:
-            context = turns[..., : self.width]
+            context = torch.cat((context, torch.stack(track, dim=1)), dim=2)
         preds = torch.cat([self.heads[target](context) for target in TARGETS], dim=2)
         return preds, after
 
@@ -636,19 +651,16 @@ class EmotionModel(nn.Module):
         return flat[:-1]
 
 
-def like_lengths(batch: dict) -> list[dict]:
-    """The batch, or for the encoder its groups of like length, each padded to its own longest."""
-    if not batch.get("groups"):
-        return [batch]
-    names = batch.keys() & {"input_values", "attention_mask", "frames", "frame_mask"}
-    return [
-        batch | {name: batch[name][start:stop, :longest] for name in names}
-        for start, stop, longest in batch["groups"]
-    ]
-
-
-# ---------------------------------------------------------------------------------------------
-# Many utterances: encode in any order, then track each dialogue in its own
+def split_by_length(batch: dict) -> list[dict]:
+    """Parts of a batch for the encoder, each of similar length and padded to its longest only."""
+    parts = []
+    for start, stop, longest in batch.get("groups") or ():
+        part = dict(batch)
+        for name in ("input_values", "attention_mask", "frames", "frame_mask"):
+            if name in batch:
+                part[name] = batch[name][start:stop, :longest]
+        parts.append(part)
+    return parts or [batch]
 
 
 @torch.no_grad()
@@ -657,15 +669,14 @@ def track_dialogues(model: EmotionModel, turns: Tensor, dialogs: Sequence[Hashab
 
     Dialogues are tracked 64 at a time, in the order of their first turn.
     """
-    members = {}
+    rows = {}
     for i, dialog in enumerate(dialogs):
-        members.setdefault(dialog, []).append(i)
-    dialogues = list(members.values())
+        rows.setdefault(dialog, []).append(i)
+    dialogues = [torch.tensor(row) for row in rows.values()]
     preds = torch.zeros(len(turns), len(TARGETS))
     for start in range(0, len(dialogues), 64):
         chunk = dialogues[start : start + 64]
-        longest = max(map(len, chunk))
-        index = torch.tensor([d + d[-1:] * (longest - len(d)) for d in chunk])  # (C, K)
+        index = nn.utils.rnn.pad_sequence(chunk, batch_first=True)  # (C, K), padded with 0
         tracked, _ = model.track(turns[index.to(turns.device)])
         for dialogue, values in zip(chunk, tracked.float().cpu()):
             preds[dialogue] = values[: len(dialogue)]
@@ -673,12 +684,12 @@ def track_dialogues(model: EmotionModel, turns: Tensor, dialogs: Sequence[Hashab
 
 
 # ---------------------------------------------------------------------------------------------
-# Loss and metrics. CCC is a function of six sums over utterances, so any split of a batch can be
-# added up exactly; an average of CCCs is not a CCC.
+# Loss and metrics. CCC is a function of six sums over utterances, so the sums of any split of a
+# batch give it exactly; an average of CCCs does not.
 
 
 def moment_sums(preds: Tensor, labels: Tensor) -> Tensor:
-    """(6, 2) float64: n, sum p, sum y, sum p^2, sum y^2, sum p y, per target; sums add up."""
+    """(6, 2) in float64, per target: n, sum p, sum y, sum p^2, sum y^2, sum p y."""
     p, y = preds.double(), labels.double()
     return torch.stack((torch.ones_like(p), p, y, p * p, y * y, p * y)).sum(1)
 
@@ -691,36 +702,33 @@ def moments(sums: Tensor) -> tuple[Tensor, ...]:
 
 
 def concordance(sums: Tensor) -> Tensor:
-    """CCC per target (2,); 0 where predictions or labels are constant (Lin 1989)."""
+    """CCC per target (2,); 0 if predictions or labels are constant (Lin 1989)."""
     mp, my, vp, vy, cov = moments(sums)
     return 2 * cov / (vp + vy + (mp - my) ** 2 + 1e-8)
 
 
 def loss_from_sums(sums: Tensor, loss: str, valence_weight: float, mse_weight: float) -> Tensor:
-    """The batch's loss from its moment sums.
+    """Loss of a batch from its moment sums.
 
-    ccc: 1 - weighted mean CCC + mse_weight * MSE (weighted alike); mse: weighted MSE. Valence has
-    valence_weight, the other targets share the rest. Finite for one utterance or constant
+    ccc: 1 - weighted mean CCC + mse_weight * weighted MSE; mse: weighted MSE. Valence has
+    valence_weight, the other targets share the rest. Finite even for one utterance or constant
     predictions.
     """
     n, _, _, pp, yy, py = sums
     rest = (1 - valence_weight) / (len(TARGETS) - 1)
-    weights = dict.fromkeys(TARGETS, rest) | {"valence": valence_weight}
-    mse = weighted_sum(weights, (pp - 2 * py + yy) / n)
+    weights = [valence_weight if target == "valence" else rest for target in TARGETS]
+    mse = sum(w * value for w, value in zip(weights, (pp - 2 * py + yy) / n))
     if loss == "mse":
         return mse
-    return 1 - weighted_sum(weights, concordance(sums)) + mse_weight * mse
-
-
-def weighted_sum(weights: dict[str, float], values: Tensor) -> Tensor:
-    return sum(weights[target] * value for target, value in zip(TARGETS, values))
+    ccc = sum(w * value for w, value in zip(weights, concordance(sums)))
+    return 1 - ccc + mse_weight * mse
 
 
 def metrics(preds: Tensor, labels: Tensor, scale: float = 1.0) -> dict[str, float]:
     """CCC, PCC and RMSE per target and the mean CCC of preds and labels (n, 2), in float64.
 
-    RMSE is multiplied by `scale` (the width of the label range gives the label's own units).
-    PCC of a constant is reported as 0. ValueError on an empty set.
+    RMSE is multiplied by `scale` (the width of the label range gives the units of the labels).
+    PCC of a constant is reported as 0. ValueError for an empty set.
     """
     if len(preds) == 0:
         raise ValueError("no utterance to compute a metric from")
@@ -737,27 +745,19 @@ def metrics(preds: Tensor, labels: Tensor, scale: float = 1.0) -> dict[str, floa
 
 
 # ---------------------------------------------------------------------------------------------
+# `python model.py`
 
 
 def parameter_table(model: EmotionModel) -> str:
-    """One line per module with its parameters in millions, total last."""
-
-    def millions(*modules: nn.Module | None) -> float:
-        return sum(p.numel() for m in modules if m is not None for p in m.parameters()) / 1e6
-
-    film = model.film
-    rows = [
-        (f"encoder: {model.config.encoder}", millions(model.encoder)),
-        ("layer mix and pooling", millions(model.pooling)),
-        ("prosody encoder", millions(model.prosody)),
-        ("speaker encoder", millions(film.speaker) if film else 0.0),
-        ("FiLM", millions(film) - millions(film.speaker) if film else 0.0),
-        ("Mamba updater", millions(model.updater)),
-        *((f"{name} head", millions(head)) for name, head in model.heads.items()),
-        ("total", millions(model)),
-        ("all but the encoder", millions(model) - millions(model.encoder)),
-    ]
-    return "\n".join(f"{name:<28}{count:>10.4f} M" for name, count in rows)
+    """One line per module with its parameters in millions, totals last."""
+    counts = defaultdict(int)
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        depth = 2 if parts[0] in ("film", "heads") else 1
+        counts[".".join(parts[:depth])] += parameter.numel()
+    total = sum(counts.values())
+    counts |= {"total": total, "total without encoder": total - counts["encoder"]}
+    return "\n".join(f"{name:<28}{count / 1e6:>10.4f} M" for name, count in counts.items())
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Valence and arousal of recordings, in the label's own scale, from trained checkpoints.
+"""Valence and arousal of recordings, in the label's scale, from trained checkpoints.
 
     python predict.py --checkpoint runs/demo/fold1 a.wav b.flac recordings/ --out out.csv
     python predict.py --checkpoint runs/x/fold1 --checkpoint runs/x/fold2 --data m.csv --out out.csv
@@ -6,33 +6,44 @@
     ls turns/*.wav | python predict.py --checkpoint runs/dialogues/fold1 --stream --state state
     python predict.py --checkpoint runs/demo/fold1 --export model
 
-Files, folders of files, or a CSV manifest (utt_id, path, and start, end, dialog, speaker if it has
-them; labels are not needed). Several checkpoints give the mean and, over them, the standard
-deviation. A run that was trained on dialogues (--context above 1) tracks the turns of a manifest's
-dialogue in order; a file alone, or a window, is a dialogue of one turn. --stream tracks the files
-it is given, or the paths that come in on stdin, as one dialogue; an empty line begins the next.
+Input: files, folders of files, or a CSV manifest (utt_id, path, and start, end, dialog, speaker if
+it has them; labels are not needed). Output: a row per utterance with utt_id, path, dialog, speaker,
+seconds and predictions; several checkpoints give the mean and, over them, the standard deviation.
+The utt_id of a file is its name without suffix or, if two files share it, the shortest end of its
+path that no other file has.
+
+A run that was trained on dialogues (--context above 1) tracks the turns of a manifest's dialogue in
+order. Files in one folder need not be one conversation, so a file, like a window, is a dialogue of
+one turn, and its dialog is empty. --stream tracks the files it is given, or the paths that come in
+on stdin, as one dialogue; an empty line begins the next.
+
+Predictions equal those of the run's evaluation: to six decimals from audio, to about 1e-4 where
+evaluation read float16 states of a frozen WavLM from the cache. For Base-type WavLM, whose first
+norm sees padding, both encode clips of equal length together and pad nothing, so a prediction does
+not depend on what else is predicted. On a CPU, a run trained under --amp fp16 is evaluated in fp32.
 
 Nothing is cached: audio is decoded into a temporary folder ($TMPDIR; 115 MB an hour, with --window
 that times window / hop). What cannot be decoded is named on stderr and left out. Exit code: 0 done;
 1 nothing could be decoded; 2 wrong flags or files.
-
 Not here: training and personalisation (train.py --init_from RUN --train_only film).
 """
 
 import argparse
 import csv
 import dataclasses
-import io
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import soundfile
 import torch
 from safetensors import safe_open
@@ -43,7 +54,7 @@ from tqdm import tqdm
 import data as vadata
 from corpora import Corpus, Utterance, read_csv, turn_order
 from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
-from pictures import plot_windows
+from report import COLOURS, MARKERS, new_figure
 from util import distributed
 from util.files import UserError, digest, replace_text, replacing, weights_digest
 from util.runs import MODEL_FLAGS, load_model
@@ -134,16 +145,28 @@ def corpus_of_files(paths: list[str]) -> Corpus:
             raise UserError(f"{path}: no such file or folder")
     if not files:
         raise UserError(f"no audio files in {' '.join(paths)}")
-    nan = float("nan")
-    utterances = [Utterance(str(p), p, nan, nan, dialog=str(p)) for p in files]
+    named = zip(names_of(files), files)
+    utterances = [Utterance(name, file, math.nan, math.nan) for name, file in named]
     return Corpus("files", Path("."), (0.0, 1.0), utterances)
+
+
+def names_of(files: list[Path]) -> list[str]:
+    """The stem of each file, or the shortest end of its path that is the name of no other."""
+    candidates = []
+    for file in files:
+        parts = file.absolute().parts[1:]
+        ends = ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        candidates.append([file.stem, *ends])
+    uses = Counter(name for names in candidates for name in {*names})
+    unique = [[name for name in names if uses[name] == 1] for names in candidates]
+    return [alone[0] if alone else names[-1] for alone, names in zip(unique, candidates)]
 
 
 def cut_windows(corpus: Corpus, window: float, hop: float) -> Corpus:
     """The corpus with each utterance as windows (seconds), the last of which ends where it ends.
 
-    An utterance that is no longer than a window is one; so is a file that cannot be opened, which
-    is decoded in vain later and then named.
+    An utterance that is no longer than a window is one window; so is a file that cannot be opened:
+    decode() names it later.
     """
     cut = []
     for u in corpus.utterances:
@@ -158,46 +181,54 @@ def cut_windows(corpus: Corpus, window: float, hop: float) -> Corpus:
     return dataclasses.replace(corpus, utterances=cut)
 
 
-def decode(corpus: Corpus, cache_dir: str) -> tuple[Corpus, vadata.AudioPack]:
-    """data.load_audio, however much has to be left out; that is named on stderr."""
-    corpus, pack = vadata.load_audio(corpus, cache_dir, most_bad=1.0)
-    for utt_id, *_, reason in corpus.skipped:
-        print(f"skipped {utt_id}: {reason}", file=sys.stderr)
+def decode(corpus: Corpus, cache_dir: str) -> tuple[Corpus, vadata.PackedRows]:
+    """Decoded audio, and the utterances that have any; the others are named on stderr."""
+    corpus, pack = vadata.load_audio(corpus, cache_dir, 1.0)  # however many are left out
+    for utt_id, file, reason in corpus.skipped:
+        print(f"skipped {utt_id} ({file}): {reason}", file=sys.stderr)
     return corpus, pack
+
+
+# ---------------------------------------------------------------------------------------------
+# Utterance vectors
 
 
 def build_inputs(
     corpus: Corpus,
-    pack: vadata.AudioPack,
+    pack: vadata.PackedRows,
     cache_dir: str,
     args: argparse.Namespace,
     model: EmotionModel,
     flags: dict,
-    device: torch.device,
 ) -> vadata.Batches:
     """What the model of a run trained with `flags` reads of the corpus."""
-    features = prosody = speaker = None
-    named = corpus  # .npy files of a recording are looked up by its name without suffix
-    if not args.data:
+    reads_features = model.config.encoder.endswith("transformer")
+    reads_speaker = model.config.speaker_dim > 0
+    kind = args.speaker or flags["speaker"]
+    if len(args.checkpoint) == 1:  # of several, another one may read it
+        for flag, value, is_read in (
+            ("--features_dir", args.features_dir, reads_features),
+            ("--speaker", args.speaker, reads_speaker),
+        ):
+            if value and not is_read:
+                fault = f"{flag} {value}: the run was trained without such input"
+                raise UserError(f"{fault}: remove it")
+    if reads_features and not args.features_dir:
+        raise UserError("the run reads feature files: give --features_dir DIR")
+    if reads_speaker and kind == "none":
+        raise UserError("--speaker none: the run was trained with speaker embeddings")
+    named = corpus
+    if not args.data:  # .npy files belong to a recording by its name without suffix
         stems = [dataclasses.replace(u, utt_id=u.path.stem) for u in corpus.utterances]
         named = dataclasses.replace(corpus, utterances=stems)
-    for flag, value, unused in (
-        ("--features_dir", args.features_dir, not model.config.encoder.endswith("transformer")),
-        ("--speaker", args.speaker, not model.config.speaker_dim),
-    ):
-        if value and unused and len(args.checkpoint) == 1:  # of several, another may read it
-            raise UserError(f"{flag} {value}: the run was trained without such input: remove it")
-    if model.config.encoder.endswith("transformer"):
-        if not args.features_dir:
-            raise UserError("the run reads feature files: give --features_dir DIR")
+    features = prosody = speaker = None
+    if reads_features:
         features = vadata.FrameFeatures(named, args.features_dir)
     if model.config.prosody_dim:
         prosody = vadata.egemaps(corpus, pack, cache_dir)
-    if model.config.speaker_dim:
-        kind = args.speaker or flags["speaker"]
-        if kind == "none":
-            raise UserError("--speaker none: the run was trained with speaker embeddings")
-        speaker = vadata.speaker_embeddings(named, pack, kind, cache_dir, str(device))
+    if reads_speaker:
+        device = str(next(model.parameters()).device)
+        speaker = vadata.speaker_embeddings(named, pack, kind, cache_dir, device)
     return vadata.Batches(
         labels=np.zeros((len(corpus.utterances), len(TARGETS)), dtype=np.float32),
         pack=None if features else pack,
@@ -219,18 +250,18 @@ def evaluated_as(flags: dict, device: torch.device) -> torch.autocast:
 
 @torch.no_grad()
 def encode(model: EmotionModel, dataset: vadata.Batches, device: torch.device) -> Tensor:
-    """Utterance vectors (N, U) of the whole dataset, batched as train.py's evaluation is.
+    """Utterance vectors (N, U) of all rows, in the batches of train.py's evaluation.
 
-    UserError when memory does not suffice for one utterance.
+    UserError if memory does not suffice for one utterance.
     """
-    everything = np.arange(len(dataset.lengths))
-    plan = vadata.eval_plan(dataset, everything, 0, 1)
+    rows = np.arange(len(dataset.lengths))
+    plan = vadata.eval_plan(dataset, rows, 0, 1, model.sees_padding)
     quiet = not sys.stderr.isatty() or len(plan) < 2
     batches = tqdm((dataset[spec] for spec in plan), total=len(plan), unit="batch", disable=quiet)
-    turns = torch.zeros(len(everything), model.width, device=device)
+    turns = torch.zeros(len(rows), model.width, device=device)
     try:
-        for rows, vectors in distributed.encode_in_pieces(model.encode, batches, device):
-            turns[rows] = vectors
+        for some, vectors in distributed.encode_in_pieces(model.encode, batches, device):
+            turns[some] = vectors
     except torch.OutOfMemoryError as error:
         raise UserError(f"{error} or --window") from None
     return turns
@@ -252,7 +283,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
         raise UserError(f"--out {args.out} is an input, or a folder: give another name")
     if args.window:
         corpus = cut_windows(corpus, args.window, args.hop)
-    preds, label_range = [], None  # per checkpoint (N, 2), in the label's own scale
+    preds, label_range = [], None  # per checkpoint (N, 2), in the label's scale
     with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
         corpus, pack = decode(corpus, cache_dir)
         if not corpus.utterances:
@@ -260,12 +291,13 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
             return 1
         for path in args.checkpoint:
             model, checkpoint = load_model(path, "--checkpoint")
+            model.to(device)
             flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
             if label_range not in (None, (low, high)):
                 differ = f"{label_range} and {(low, high)}"
                 raise UserError(f"--checkpoint: the runs differ in label range: {differ}")
             label_range = low, high
-            dataset = build_inputs(corpus, pack, cache_dir, args, model, flags, device)
+            dataset = build_inputs(corpus, pack, cache_dir, args, model, flags)
             longer = int((corpus.seconds > dataset.max_seconds + 0.1).sum())
             if longer:
                 print(
@@ -273,40 +305,71 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
                     "as in training; --window 8 gives a curve over all",
                     file=sys.stderr,
                 )
-            dialogs, order = [*range(len(corpus.utterances))], [*range(len(corpus.utterances))]
+            order = list(range(len(corpus.utterances)))
+            dialogs = order  # each utterance is one
             if flags["context"] > 1 and args.data and not args.window:
+                order = sorted(order, key=lambda row: turn_order(corpus.utterances[row]))
                 dialogs = [u.dialog for u in corpus.utterances]
-                order.sort(key=lambda row: turn_order(corpus.utterances[row]))
             with evaluated_as(flags, device):
-                turns = encode(model.to(device), dataset, device)
+                turns = encode(model, dataset, device)
                 tracked = track_dialogues(model, turns[order], [dialogs[row] for row in order])
             preds.append(torch.empty_like(tracked))
             preds[-1][order] = low + (high - low) * tracked
     preds = torch.stack(preds)
-    write_csv(Path(args.out), corpus, preds, bool(args.window))
+    table = table_of(corpus, preds)
+    columns = ["utt_id", "path", "dialog", "speaker", "seconds"]
+    if args.window:
+        columns = ["utt_id", "path", "start", "end"]
+    columns += [f"pred_{target}" for target in TARGETS]
+    if len(preds) > 1:
+        columns += [f"std_{target}" for target in TARGETS]
+    replace_text(Path(args.out), table[columns].to_csv(index=False, float_format="%.6f"))
     if args.plot:
-        plot_windows(Path(args.plot), corpus, preds, label_range)
+        plot_windows(Path(args.plot), table, len(preds), label_range)
     what = "windows" if args.window else "utterances"
     scale = f"{' and '.join(TARGETS)} in {low:g}..{high:g}"
     print(f"{len(preds[0])} {what}, {len(corpus.skipped)} skipped, {scale}: {args.out}")
     return 0
 
 
-def write_csv(path: Path, corpus: Corpus, preds: Tensor, windows: bool) -> None:
-    """utt_id, then dialog, speaker and seconds, or start and end of windows (seconds), then the
-    mean over checkpoints of preds (M, N, 2), with its standard deviation where M > 1."""
-    header = ["utt_id", *(("start", "end") if windows else ("dialog", "speaker", "seconds"))]
-    header += [f"{what}_{t}" for what in ("pred", "std")[: len(preds)] for t in TARGETS]
-    values = torch.cat((preds.mean(0), preds.std(0)), 1) if len(preds) > 1 else preds[0]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(header)
-    for u, seconds, row in zip(corpus.utterances, corpus.seconds, values.tolist()):
-        about = [u.dialog, u.speaker, f"{seconds:.3f}"]
-        if windows:
-            about = [f"{u.start:.3f}", f"{u.start + seconds:.3f}"]
-        writer.writerow([u.utt_id, *about, *(f"{value:.6f}" for value in row)])
-    replace_text(path, text.getvalue())
+def table_of(corpus: Corpus, preds: Tensor) -> pd.DataFrame:
+    """A row per utterance or window; mean (pred_*) and deviation (std_*) over preds (M, N, 2)."""
+    texts = [(u.utt_id, path_of(u, corpus), u.dialog, u.speaker) for u in corpus.utterances]
+    columns = ["utt_id", "path", "dialog", "speaker"]
+    table = pd.DataFrame(texts, columns=columns, dtype=object)  # names need not be UTF-8
+    table["start"], table["seconds"] = [u.start for u in corpus.utterances], corpus.seconds
+    table["end"] = table["start"] + table["seconds"]
+    std = preds.std(0, correction=min(1, len(preds) - 1))
+    for i, target in enumerate(TARGETS):
+        table[f"pred_{target}"], table[f"std_{target}"] = preds.mean(0)[:, i], std[:, i]
+    return table
+
+
+def path_of(u: Utterance, corpus: Corpus) -> str:
+    """The file as it was given; of a manifest, below its folder or --data_dir."""
+    return str(u.path.relative_to(corpus.root) if u.path.is_relative_to(corpus.root) else u.path)
+
+
+def plot_windows(
+    directory: Path, table: pd.DataFrame, checkpoints: int, label_range: tuple[float, float]
+) -> None:
+    """<utt_id>.png, with _ for /: mean over checkpoints at the middles of the windows, in a band of
+    one standard deviation."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for utt_id, windows in table.groupby("utt_id"):
+        figure, [axis] = new_figure(1, width=9)
+        x = (windows["start"] + windows["end"]) / 2
+        size = 3 if len(windows) < 100 else 0  # more dots than that hide the line
+        for target, marker, colour in zip(TARGETS, MARKERS, COLOURS):
+            mean, std = windows[f"pred_{target}"], windows[f"std_{target}"]
+            axis.plot(x, mean, f"{marker}-", ms=size, lw=1.2, color=colour, label=target)
+            axis.fill_between(x, mean - std, mean + std, alpha=0.25, lw=0, color=colour)
+        axis.set(xlabel="middle of the window, s", ylim=label_range, title=utt_id)
+        if checkpoints > 1:
+            axis.set_title(f"{utt_id}: mean and deviation of {checkpoints}")
+        axis.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=2)
+        figure.savefig(directory / f"{utt_id.replace('/', '_')}.png")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -322,16 +385,16 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
     flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
     carries, state = flags["context"] > 1, None
     if not carries:
-        about = "the run was trained on single utterances (--context 1): nothing is carried"
+        fault = "the run was trained on single utterances (--context 1): nothing is carried"
         if args.state:
-            raise UserError(f"--state {args.state}: {about}: remove it")
-        print(f"note: {about}", file=sys.stderr)
+            raise UserError(f"--state {args.state}: {fault}: remove it")
+        print(f"note: {fault}", file=sys.stderr)
     if args.state:
         key = digest(weights_digest(model), dataclasses.asdict(model.config))
         state = None if args.reset else read_state(Path(args.state), key, device)
     model.to(device)
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["utt_id", "seconds", *(f"pred_{t}" for t in TARGETS)])
+    writer.writerow(["utt_id", "path", "seconds", *(f"pred_{t}" for t in TARGETS)])
     sys.stdout.flush()
     microseconds, skipped = [], 0
     for line in args.audio or sys.stdin:
@@ -346,7 +409,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
                 if not (corpus and corpus.utterances):
                     skipped += 1
                     continue
-                dataset = build_inputs(corpus, pack, cache_dir, args, model, flags, device)
+                dataset = build_inputs(corpus, pack, cache_dir, args, model, flags)
                 with torch.no_grad(), evaluated_as(flags, device):
                     turns = encode(model, dataset, device)  # (K, U), K = 1 unless it is a folder
                     if device.type == "cuda":
@@ -356,7 +419,8 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
                     preds = (low + (high - low) * preds.float().flatten(0, 1)).tolist()
                     microseconds.append(1e6 * (time.perf_counter() - start) / len(preds))
             for u, seconds, values in zip(corpus.utterances, corpus.seconds, preds):
-                lines.append([u.utt_id, f"{seconds:.3f}", *(f"{value:.6f}" for value in values)])
+                cells = [u.utt_id, path_of(u, corpus), f"{seconds:.3f}"]
+                lines.append([*cells, *(f"{value:.6f}" for value in values)])
         state = after if path and carries else None
         if args.state:
             save_state(Path(args.state), key, state)
@@ -373,7 +437,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
 
 def save_state(path: Path, key: str, state: dict | None) -> None:
     """What EmotionModel.track returned (None: a dialogue begins), under the checkpoint's key;
-    written aside and renamed, so that it is whole at every moment."""
+    written aside and renamed, so that it is never half-written."""
     tensors = dict(state or {})
     for i, pair in enumerate(tensors.pop("mamba", [])):
         tensors |= {f"mamba.{i}.{name}": value for name, value in zip(("conv", "ssm"), pair)}
@@ -414,7 +478,7 @@ def export(path: str, directory: Path) -> None:
     """Writes config.json and model.safetensors, which load_model reads, README.md (a model card)
     and, of a WavLM, wavlm/ for transformers' WavLMModel and train.py --wavlm.
 
-    The directory appears when it is whole. UserError when it exists.
+    The directory appears when it is complete. UserError if it exists.
     """
     model, checkpoint = load_model(path, "--checkpoint")
     if "name" not in checkpoint["args"]:
@@ -453,7 +517,7 @@ is the encoder alone: `transformers.WavLMModel.from_pretrained`, `train.py --wav
 ## Intended use and limits
 
 Research on speech like that of the corpus above. Other languages, microphones, ages and ways of
-speaking are untested. The labels say how the corpus' own raters or designers placed an utterance,
+speaking are untested. The labels say how raters or designers of the corpus placed an utterance,
 not what a person felt. The first {max_seconds:g} s of an utterance are read. eGeMAPS, where used,
 comes from opensmile, which is free for research only. Not for decisions about people.
 """
@@ -462,7 +526,7 @@ comes from opensmile, which is free for research only. Not for decisions about p
 def model_card(run: Path, checkpoint: dict) -> str:
     """README.md of an export: figures from the run's result.json, or that there is none."""
     flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
-    commit, scores = "unknown", "There is no result.json: the run was not evaluated to its end."
+    commit, scores = "unknown", "There is no result.json: the run was not evaluated on test."
     if (run / "result.json").is_file():
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         commit = result["git_commit"]
@@ -478,14 +542,15 @@ def model_card(run: Path, checkpoint: dict) -> str:
             "say little about other\nspeakers. Versions: "
             + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         )
-    about = {"data": Path(flags["data"]).name, "commit": commit, "scores": scores, "origin": ""}
+    origin = ""
     if flags["init_from"]:
         start = "/".join(Path(flags["init_from"]).parts[-2:])
-        about["origin"] = f"\nIt went on from {start}, whose training data are not in this table.\n"
-    about["targets"] = " and ".join(TARGETS).capitalize()
+        origin = f"\nTraining started from {start}, whose training data are not in this table.\n"
     if flags["train_only"]:
-        about["origin"] += "Only FiLM was trained: if on one speaker, for that speaker alone.\n"
-    return CARD.format(**(flags | about | {"low": low, "high": high}))
+        origin += "Only FiLM was trained: if on one speaker, for that speaker alone.\n"
+    values = {"low": low, "high": high, "commit": commit, "scores": scores, "origin": origin}
+    values |= {"data": Path(flags["data"]).name, "targets": " and ".join(TARGETS).capitalize()}
+    return CARD.format(**(flags | values))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -504,6 +569,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     try:
         sys.exit(main(parse_args()))
     except UserError as error:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import data as vadata
+import data
 from model import (
     AUTOCAST,
     TARGETS,
@@ -35,10 +35,11 @@ from model import (
 from util import distributed
 from util.files import UserError, digest, weights_digest
 from util.files import progress as progress_bar
-from util.runs import Progress
-from wavlm import WavLM, load_wavlm, read_config
+from wavlm import WavLM, WavLMError, load_wavlm, read_config
 
 log = logging.getLogger("vatune")
+
+PLATEAU_EVALS = 3  # evaluations without a better dev CCC, after which plateau halves the rates
 
 
 # ---------------------------------------------------------------------------------------------
@@ -93,7 +94,10 @@ def reads_cache(args: argparse.Namespace, stage: str) -> bool:
 def set_trainable(model: EmotionModel, stage: str, train_only: str | None = None) -> None:
     """Sets requires_grad of every parameter for a stage of --unfreeze."""
     if model.config.encoder == "wavlm":
-        model.encoder.wavlm.set_trainable(stage)
+        try:
+            model.encoder.wavlm.set_trainable(stage)
+        except WavLMError as error:  # top:K of fewer layers
+            raise UserError(str(error)) from error
     if train_only == "film":
         model.requires_grad_(False)
         model.film.requires_grad_(True)
@@ -104,8 +108,10 @@ def lr_at(step: int, total_steps: int, warmup: float, scheduler: str) -> float:
     warmup_steps = int(warmup * total_steps)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    if scheduler != "cosine":
+    if scheduler in ("none", "plateau"):
         return 1.0
+    if scheduler != "cosine":
+        raise ValueError(f"no such scheduler: {scheduler}")
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * done))
 
@@ -114,20 +120,12 @@ def lr_at(step: int, total_steps: int, warmup: float, scheduler: str) -> float:
 # Model and optimizer
 
 
-@dataclass(frozen=True)
-class InputShape:
-    """Sizes of the inputs that the flags alone do not tell."""
-
-    speaker_dim: int  # width of the speaker vectors; 0 = none
-    frame_dim: int  # width of the feature files; 0 = none
-    length: int  # samples of the longest utterance, or frames where features are read
-    rate: float  # samples or frames per second
-
-
-def build_model(args: argparse.Namespace, shape: InputShape, load: bool = True) -> EmotionModel:
+def build_model(
+    args: argparse.Namespace, shape: data.InputShape, load: bool = True
+) -> EmotionModel:
     """The model that the flags describe; load=False builds WavLM without its weights (for meta)."""
-    names = {f.name for f in fields(ModelConfig)} & vars(args).keys() - {"wavlm"}
-    settings = {name: getattr(args, name) for name in names}
+    names = {f.name for f in fields(ModelConfig)} - {"wavlm"}
+    settings = {name: value for name, value in vars(args).items() if name in names}
     settings["layers"] = tuple(args.layers or ())
     settings["prosody_dim"] = 88 if args.prosody == "egemaps" else 0
     settings["ema_alpha"] = -1.0 if args.ema_alpha == "learned" else float(args.ema_alpha)
@@ -137,7 +135,10 @@ def build_model(args: argparse.Namespace, shape: InputShape, load: bool = True) 
     wavlm = None
     if args.encoder == "wavlm":
         source = (args.wavlm, args.wavlm_revision, args.wavlm_dropout)
-        wavlm = load_wavlm(*source) if load else WavLM(read_config(*source))
+        try:
+            wavlm = load_wavlm(*source) if load else WavLM(read_config(*source))
+        except WavLMError as error:
+            raise UserError(f"--wavlm {error}") from error
         settings["wavlm"] = wavlm.config.to_dict()
     model = EmotionModel(ModelConfig(**settings), wavlm)
     set_checkpointing(model, args.gradient_checkpointing)
@@ -199,7 +200,7 @@ def param_groups(model: EmotionModel, args: argparse.Namespace) -> list[dict]:
 
 
 def build_optimizer(model: EmotionModel, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW, fused: no temporaries, and on a CPU a third of the time [measured]."""
+    """AdamW, fused: it has no temporaries, and takes a third of the time on a CPU [measured]."""
     groups = param_groups(model, args)
     fused = not groups[0]["params"][0].is_meta  # which has no fused kernel
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=fused)
@@ -215,12 +216,42 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 @dataclass
+class Progress:
+    """How far a run is; saved in last.pt."""
+
+    step: int = 0  # optimizer updates done
+    epoch: int = 0  # epochs done, with their evaluation
+    best_ccc: float = -math.inf  # mean dev CCC of best_epoch
+    best_epoch: int = 0  # from 1
+    bad_evals: int = 0  # evaluations since best_epoch
+    plateau_evals: int = 0  # evaluations without a better CCC since lr_factor fell
+    lr_factor: float = 1.0
+    seconds: float = 0.0
+    stopped: str = ""  # why the run ended before its last epoch
+
+    def update(self, ccc: float, patience: int, scheduler: str) -> bool:
+        """Counts an evaluation for --patience and --scheduler plateau; True if it is the best."""
+        better = ccc > self.best_ccc
+        if better:
+            self.best_ccc, self.best_epoch = ccc, self.epoch
+            self.bad_evals = self.plateau_evals = 0
+        else:
+            self.bad_evals += 1
+            self.plateau_evals += 1
+        if scheduler == "plateau" and self.plateau_evals == PLATEAU_EVALS:
+            self.lr_factor, self.plateau_evals = self.lr_factor / 2, 0
+        if patience and self.bad_evals >= patience:
+            self.stopped = "patience"
+        return better
+
+
+@dataclass
 class StepResult:
-    """What an update says about itself; sums and norm stay on the device."""
+    """What one update returns; sums and norm stay on the device."""
 
     sums: Tensor  # (6, 2) moment sums of the global batch
     gradient_norm: Tensor  # before clipping
-    stop: bool  # some rank has got a signal
+    stop: bool  # some rank has received a signal
 
 
 def seed_micro_step(seed: int, step: int, micro_step: int, rank: int) -> None:
@@ -240,6 +271,10 @@ def zero_sums(device: torch.device) -> Tensor:
 
 
 def batch_loss(sums: Tensor, args: argparse.Namespace) -> Tensor:
+    """Loss of the utterances behind moment sums (6, 2).
+
+    A loss that is not a function of these sums belongs into train_step, beside this one.
+    """
     return loss_from_sums(sums, args.loss, args.valence_weight, args.mse_weight)
 
 
@@ -253,13 +288,13 @@ def train_step(
 ) -> StepResult:
     """One update from this rank's micro-batches (all ranks participate).
 
-    The loss is that of the global batch, whose moment sums over all ranks and micro-batches it is a
-    function of. Each micro-batch replaces its own share of them by one that carries a gradient.
-    With several micro-batches, a first forward of all of them under the same random numbers gives
-    the sums; one micro-batch finds them in its only forward, and MSE needs no more than the number
-    of utterances.
+    The loss is computed from moment sums over the global batch; in each micro-step only its own
+    share of them carries a gradient. With several micro-batches, a first forward of all of them
+    under the same random numbers gives the sums; one micro-batch finds them in its only forward,
+    and MSE needs no more than the number of utterances.
     """
-    device = batches[0]["labels"].device
+    device = next(ddp_model.parameters()).device
+    batches = [to_device(batch, device) for batch in batches]
     teacher_forcing = 1 - progress.epoch / max(1, args.epochs - 1)
 
     def forward(micro_step: int) -> Tensor:
@@ -270,7 +305,7 @@ def train_step(
 
     last = len(batches) - 1
     exact = args.loss == "mse" or args.exact_ccc == "on"
-    two_passes = args.loss == "ccc" and exact and last > 0
+    two_passes = exact and args.loss != "mse" and last > 0
     total = zero_sums(device)
     if two_passes:
         with torch.no_grad():
@@ -310,14 +345,14 @@ def train_step(
 
 
 def make_loader(
-    dataset: vadata.Batches, plan: object, args: argparse.Namespace, device: torch.device
+    dataset: data.Batches, plan: object, args: argparse.Namespace, device: torch.device
 ) -> DataLoader:
-    """The batches of `plan` in order, decoded by num_workers processes; hidden states by this
-    one."""
+    """The batches of `plan` in order, decoded by num_workers processes; hidden states are read in
+    this one."""
     workers = {}
     num_workers = args.num_workers if dataset.hidden is None else 0
     if num_workers:
-        workers = {"prefetch_factor": vadata.PREFETCH_FACTOR, "persistent_workers": True}
+        workers = {"prefetch_factor": data.PREFETCH, "persistent_workers": True}
         workers["worker_init_fn"] = distributed.start_worker
     return DataLoader(
         dataset,
@@ -329,21 +364,21 @@ def make_loader(
     )
 
 
-def group_micro_batches(
-    batches: Iterator[dict], accumulation: int, device: torch.device
-) -> Iterator[list[dict]]:
-    """The micro-batches of one step at a time, on the device."""
+def group_micro_batches(batches: Iterator[dict], accumulation: int) -> Iterator[list[dict]]:
+    """The micro-batches of one step at a time."""
     group = []
     for batch in batches:
-        group.append(
-            {
-                key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                for key, value in batch.items()
-            }
-        )
+        group.append(batch)
         if len(group) == accumulation:
             yield group
             group = []
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -371,7 +406,7 @@ class Evaluation:
 
 def evaluate(
     model: EmotionModel,
-    dataset: vadata.Batches,
+    dataset: data.Batches,
     rows: np.ndarray,
     dialogs: list[str],
     args: argparse.Namespace,
@@ -384,9 +419,8 @@ def evaluate(
     then tracked turn after turn, else each utterance is one. All ranks together raise Stopped if
     one has got a signal, and StepTooLarge if one has no memory for a single utterance.
     """
-    alone = evaluates_unpadded(model)
     plans = [
-        vadata.eval_plan(dataset, rows, rank, distributed.world_size(), alone)
+        data.eval_plan(dataset, rows, rank, distributed.world_size(), model.sees_padding)
         for rank in range(distributed.world_size())
     ]
     plan = plans[distributed.rank()]
@@ -402,7 +436,7 @@ def evaluate(
                 vectors[[position[row] for row in batch_rows]] = batch_vectors
         except torch.OutOfMemoryError as error:
             fault = str(error)
-            for _ in batches:  # the other ranks' polls wait for this one's
+            for _ in batches:  # keep polling: the other ranks wait for it
                 pass
         distributed.agree_on_step(fault)
         distributed.all_reduce(vectors)  # each row was filled by one rank
@@ -411,19 +445,13 @@ def evaluate(
     return Evaluation(preds, vectors.cpu())
 
 
-def evaluates_unpadded(model: EmotionModel) -> bool:
-    """True for Base-type WavLM, whose first norm ("group") sees padding: evaluation then pads
-    nothing, so that an utterance's result does not depend on what shares its batch."""
-    return model.config.encoder == "wavlm" and not model.encoder.takes_mask
-
-
 def frozen_states(
     model: EmotionModel,
-    dataset: vadata.Batches,
+    dataset: data.Batches,
     args: argparse.Namespace,
     stage: str,
     device: torch.device,
-) -> vadata.HiddenStates | None:
+) -> data.PackedRows | None:
     """WavLM's hidden states of all utterances if `stage` freezes it and they are cached, else None.
 
     Computed on first use, under a key of everything that decides them; folds share them. A clip
@@ -433,7 +461,7 @@ def frozen_states(
         return None
     wavlm, pooled = model.encoder.wavlm, model.pooling.score is None
     key = digest(
-        vadata.HIDDEN_VERSION, dataset.pack.key, len(dataset.lengths), args.max_seconds, args.amp,
+        data.HIDDEN_VERSION, dataset.pack.key, len(dataset.lengths), args.max_seconds, args.amp,
         weights_digest(wavlm), wavlm.config.to_dict(), list(model.encoder.layers), pooled,
     )  # fmt: skip
 
@@ -445,13 +473,17 @@ def frozen_states(
 
     def compute() -> Iterator[tuple[int, np.ndarray]]:
         rows = np.arange(len(dataset.lengths))
-        plan = vadata.eval_plan(dataset, rows, 0, 1, evaluates_unpadded(model))
+        plan = data.eval_plan(dataset, rows, 0, 1, model.sees_padding)
         loader = distributed.with_timeout(make_loader(dataset, plan, args, device), args.timeout)
         batches = progress_bar(loader, len(plan), "hidden states")
         with inference(model):
             encoded = distributed.encode_in_pieces(encode, batches, device)
             for batch_rows, (hidden, counts) in encoded:
                 for row, values, count in zip(batch_rows, hidden, counts):
-                    yield row, values[None] if pooled else values[:count]
+                    yield row, values if pooled else values[:count]
 
-    return vadata.HiddenStates(key, args.cache_dir, compute, pooled)
+    vectors = len(dataset.lengths)  # one per utterance, or one per frame
+    if not pooled:
+        vectors = int(wavlm.frame_lengths(dataset.lengths).sum())
+    num_bytes = 2 * vectors * len(model.encoder.layers) * wavlm.config.hidden_size
+    return data.hidden_states(key, args.cache_dir, compute, num_bytes)

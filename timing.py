@@ -127,7 +127,7 @@ def calibrate(args: argparse.Namespace) -> Machine:
         flags = {"wavlm": "large", "layers": [2], "unfreeze": "transformer", "amp": amp}
         flags |= {"prosody": "none", "gradient_accumulation_steps": 1, "batch_size": 4}
         setting = argparse.Namespace(**vars(args) | flags)
-        model = updates.build_model(setting, updates.InputShape(0, 0, 0, 0)).to(device)
+        model = updates.build_model(setting, vadata.InputShape(0, 0, 0, 0)).to(device)
         run, _ = real_step(model, setting, (0, 0), 5.0, "transformer", device)
         measured = median_seconds(run, cuda, 3)
         work = sum(trace(setting, (0, 0), 4, 5.0, "transformer").work.values())
@@ -251,7 +251,7 @@ class Clock:
         if twice and not updates.reads_cache(args, stage):
             total += self.forward(stage, np.repeat(longest, counts), **flags)
         step = self.planner.trace(8 * args.context, stage, self.long, **flags)
-        return total + plan.steps_in(0) * float(self.machine.seconds(step.work["optimizer"]))
+        return total + plan.steps_per_epoch * float(self.machine.seconds(step.work["optimizer"]))
 
     def fold(
         self, unfreeze: str, batch_size: int, accumulation: int, **flags: object

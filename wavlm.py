@@ -7,25 +7,25 @@
     states, frame_mask = model(input_values, attention_mask, layers=[6, 12, 18, 24])
 
 To use it elsewhere, copy this file. It needs torch and numpy; huggingface_hub and safetensors are
-imported only where weights are read or written.
+imported only when weights are read or written.
 
-Not here: LayerDrop (taken as 0 whatever the config says: a rank that skips a layer breaks DDP),
+Not here: LayerDrop (0 whatever the config says, because a rank that skips a layer breaks DDP),
 SpecAugment (masked_spec_embed is kept only to be saved again), adapters, task heads, and the
-input's normalisation (zero mean, unit variance per utterance over its real samples, the caller's).
+normalisation of the input: the caller gives each utterance zero mean and unit variance over its
+real samples.
 
 Shapes: B utterances, L samples, T frames (about L / 320), D width, H heads, d = D / H, N layers,
 W = T rounded up to a multiple of 8.
 
-Padding: where feat_extract_norm is "layer" (Large), pass attention_mask; padding then does not
-change an utterance's output. Where it is "group" (Base), the first norm averages over all L
-samples, padding included, exactly as transformers does: such checkpoints were trained on
-zero-padded batches without a mask.
+Padding: if feat_extract_norm is "layer" (Large), pass attention_mask; padding then does not change
+an utterance's output. If it is "group" (Base), the first norm averages over all L samples, padding
+included, exactly as in transformers: such checkpoints were trained on zero-padded batches without
+a mask.
 
-References: Chen et al. 2021 (arXiv 2110.13900); transformers' modeling_wavlm.py, which
-tests/test_wavlm.py compares every hidden state and gradient with.
+References: Chen et al. 2021 (arXiv 2110.13900); transformers' modeling_wavlm.py, with which
+tests/test_wavlm.py compares every hidden state and gradient.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -51,18 +51,25 @@ ACTIVATIONS = {
     "swish": F.silu,
 }
 CNN_SLICE_SAMPLES = 30 * 16_000  # the frozen CNN takes about this much at a time: bounds its peak
-CPU_BLOCK = 400_000  # attention scores at a time on a CPU: 1.6 MB, about a cache [measured]
-# Added to the scores of padding. exp of it is 0, yet float16 holds it; where all keys are padding
-# the softmax stays finite (-inf gives NaN) and the log-sum-exp keeps digits (-1e38 keeps none).
+# Added to the scores of padding. Its exp is 0, yet float16 holds it; if all keys are padding the
+# softmax stays finite (-inf gives NaN) and the log-sum-exp keeps its digits (-1e38 keeps none).
 PADDING_BIAS = -30_000.0
+
+
+class WavLMError(ValueError):
+    """A checkpoint that cannot be read, or a choice of layers to train that does not fit.
+
+    The message is complete: it names the checkpoint and file (or the flag of train.py), what was
+    found, and the fix. A script prints it in one line; any other exception is a bug.
+    """
 
 
 # ---------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class WavLMConfig:
-    """The fields of a WavLM config.json that matter here, by transformers' names and defaults.
+    """The fields of a WavLM config.json that matter here, with transformers' names and defaults.
 
-    `final_layer_norm` is ours: False after `WavLM.truncate`, which leaves an inner layer last.
+    `final_layer_norm` is ours: False after `WavLM.truncate`, which makes an inner layer the last.
     """
 
     hidden_size: int = 768
@@ -87,16 +94,16 @@ class WavLMConfig:
     num_buckets: int = 320
     max_bucket_distance: int = 800
     do_stable_layer_norm: bool = False
-    mask_time_prob: float = 0.05  # with mask_feature_prob: does masked_spec_embed exist?
+    mask_time_prob: float = 0.05  # masked_spec_embed exists if this or the next is above 0
     mask_feature_prob: float = 0.0
     final_layer_norm: bool = True
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> "WavLMConfig":
-        """Config from a config.json's dict, all of which is kept to be saved again.
+    def from_dict(cls, raw: dict[str, Any], source: str = "WavLM config") -> "WavLMConfig":
+        """Config from the dict of a config.json, all of which is kept to be saved again.
 
-        ValueError on a norm or activation that this file does not have.
+        WavLMError, which names `source`, for a value that this file has no code for.
         """
         names = {f.name for f in dataclasses.fields(cls)} - {"raw"}
         config = cls(**{k: v for k, v in raw.items() if k in names}, raw=dict(raw))
@@ -105,9 +112,12 @@ class WavLMConfig:
             ("hidden_act", ACTIVATIONS),
             ("feat_extract_activation", ACTIVATIONS),
         ):
-            if getattr(config, name) not in allowed:
-                got = getattr(config, name)
-                raise ValueError(f"{name} is {got!r}, not one of {', '.join(allowed)}")
+            value = getattr(config, name)
+            if value not in allowed:
+                raise WavLMError(f"{source}: {name} is {value!r}, not one of {', '.join(allowed)}")
+        width, heads = config.hidden_size, config.num_attention_heads
+        if heads < 1 or width % heads:
+            raise WavLMError(f"{source}: {heads} attention heads do not divide hidden_size {width}")
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,7 +128,7 @@ class WavLMConfig:
 
 
 # base and large are microsoft/wavlm-base(-plus) and -large: shapes checked by parameter count,
-# dropouts from memory [guess] (a loaded checkpoint brings its own). tiny is ours: 1 M parameters,
+# dropouts from memory [guess] (a checkpoint brings its config). tiny is ours: 1 M parameters,
 # 0.16 GFLOP per second of audio in a forward of 4 s [measured].
 SIZES = {
     "tiny": WavLMConfig(
@@ -147,58 +157,31 @@ SIZES = {
 }
 
 
-# ---------------------------------------------------------------------------- small parts
+# ---------------------------------------------------------------------------- CNN front end
+def autocast_off(x: Tensor) -> torch.autocast:
+    """No autocast for x's device. Meta tensors have none; they follow the CPU's."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """norm(x) in x's own dtype, statistics in float32.
+    """norm(x) in x's dtype, statistics in float32.
 
     Under autocast a module would cast x to float32, keep that copy for backward and return
     float32, which every linear map after it casts and keeps once more.
     """
     if x.dtype == norm.weight.dtype:
         return norm(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
         return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
-def keep_mask(bits: np.random.SFC64, dropout: float, out: Tensor) -> Tensor:
-    """Fills the contiguous `out` with 1 (kept) and 0 (dropped), with steps of 2^-16 in probability.
-
-    On a CPU torch's own draw takes seven times as long as this one [measured].
-    """
-    if not out.is_meta:
-        words = bits.random_raw(-(-out.numel() // 4)).view(np.int16)[: out.numel()]
-        torch.ge(torch.from_numpy(words), dropped_in_65536(dropout) - 32_768, out=out.view(-1))
-    return out
-
-
-def dropped_in_65536(dropout: float) -> int:
-    return round(dropout * 65_536)
-
-
-def keep_scale(dropout: float) -> float:
-    """What the kept values are multiplied by, exact for keep_mask's probability."""
-    return 65_536 / (65_536 - dropped_in_65536(dropout))
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout with keep_mask's draws on a CPU; they are a function of torch's generator."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        active = self.training and self.p > 0
-        if not active or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
-        bits = np.random.SFC64(int(torch.randint(2**62, ())))
-        return x * keep_mask(bits, self.p, x.new_empty(x.shape)).mul_(keep_scale(self.p))
-
-
-# ---------------------------------------------------------------------------- CNN front end
 class ConvLayer(nn.Module):
     """One strided convolution, (B, T, C) to (B, T', C'), as matrix products over rows of frames.
 
     norm is "layer" (over channels), "group" (over time) or None. With channels last, a kernel of
     up to two strides is one or two products without a copy of the input, and the norm needs no
-    transpose: 1.7 times as fast on a CPU as nn.Conv1d, forward and backward [measured].
+    transpose: 1.7 times as fast as nn.Conv1d on a CPU, forward and backward [measured].
     """
 
     def __init__(self, config: WavLMConfig, index: int, norm: str | None) -> None:
@@ -218,7 +201,7 @@ class ConvLayer(nn.Module):
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
         frames = (x.shape[1] - kernel) // stride + 1
         weight = self.conv.weight.permute(2, 1, 0)  # (kernel, C, C')
-        step = kernel if x.shape[2] == 1 else stride  # of the waveform a copy costs little
+        step = kernel if x.shape[2] == 1 else stride  # copying the waveform costs little
         out = None
         for first in range(0, kernel, step):
             taps = weight[first : first + step]
@@ -255,7 +238,7 @@ class FeatureExtractor(nn.Module):
 
 
 class FeatureProjection(nn.Module):
-    """Layer norm and a linear map of the CNN's features to the Transformer's width."""
+    """Layer norm, and a linear map from the CNN's channels to the Transformer's width."""
 
     def __init__(self, config: WavLMConfig) -> None:
         super().__init__()
@@ -268,7 +251,7 @@ class FeatureProjection(nn.Module):
 
 
 class PositionConv(nn.Module):
-    """Position embedding by a wide grouped convolution over time, same length out as in."""
+    """Position embedding by a wide grouped convolution over time; the length stays the same."""
 
     def __init__(self, config: WavLMConfig) -> None:
         super().__init__()
@@ -285,11 +268,11 @@ class PositionConv(nn.Module):
         return self.activation(y).transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------- Transformer
+# ---------------------------------------------------------------------------- attention
 class Attention(nn.Module):
     """Self-attention with a gated relative position bias: gate[b, h, i] * table[h, i, j].
 
-    The gate is a function of the layer's input; the table is layer 0's and shared by all layers.
+    The gate is a function of the layer's input; the table is layer 1's and shared by all layers.
     """
 
     def __init__(self, config: WavLMConfig, has_table: bool) -> None:
@@ -297,8 +280,7 @@ class Attention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // self.num_heads
         self.dropout = config.attention_dropout
-        self.num_buckets = config.num_buckets
-        self.max_distance = config.max_bucket_distance
+        self.num_buckets, self.max_distance = config.num_buckets, config.max_bucket_distance
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -309,12 +291,12 @@ class Attention(nn.Module):
             self.rel_attn_embed = nn.Embedding(self.num_buckets, self.num_heads)
 
     def position_bias(self, num_frames: int) -> Tensor:
-        """(H, T + W - 1) bias before gating, of key j for query i at index j - i + T - 1."""
+        """(H, T + W - 1) bias before gating; that of key j for query i is at j - i + T - 1."""
         width = -(-num_frames // 8) * 8
         device = self.rel_attn_embed.weight.device
         distance = torch.arange(1 - num_frames, width, device=device)  # j - i
-        half = self.num_buckets // 2  # one half of the buckets per direction; of these, one half
-        exact = half // 2  # holds one distance each, the other grows with the distance's logarithm
+        half = self.num_buckets // 2  # buckets per direction: the first half of them hold one
+        exact = half // 2  # distance each, the width of the others grows with the distance
         far = distance.abs().clamp(min=exact)
         log_ratio = torch.log(far.float() / exact) / math.log(self.max_distance / exact)
         far = (exact + log_ratio * (half - exact)).long().clamp(max=half - 1)
@@ -343,25 +325,21 @@ class Attention(nn.Module):
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    position: Tensor,
-    key_bias: Tensor | None,
-    dropout: float,
-    kind: str,
-) -> Tensor:
-    """(B, H, T, d) softmax(q k' / sqrt(d) + gate * table + key_bias) v, by `kind`.
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, position: Tensor, key_bias: Tensor | None,
+    dropout: float, kind: str,
+) -> Tensor:  # fmt: skip
+    """(B, H, T, d) softmax(q k' / sqrt(d) + gate * table + key_bias) v, computed as `kind` says.
 
-    gate (B, H, T, 1) and key_bias (B, 1, 1, W) have q's dtype. `position` is what the table is
-    made of, (H, T + W - 1), for "fused", and `dense_table` of it in q's dtype for the others.
-    What each way keeps for backward per B * H * T^2 element: "fused" nothing; "sdpa" the bias
-    (CUDA) or the softmax (CPU); "eager" the softmax, and with dropout two more.
+    gate (B, H, T, 1) and key_bias (B, 1, 1, W) have q's dtype. `position` is the table in short,
+    (H, T + W - 1), for "fused", and `dense_table` of it in q's dtype for the others.
+    Kept for backward, per B * H * T^2 element: "fused" nothing; "sdpa" the bias (CUDA) or the
+    softmax (CPU); "eager" the softmax, and with dropout two more.
+    Meta tensors take CUDA's path, so that what a GPU allocates can be counted without one.
     """
+    if kind == "fused" and q.device.type == "cpu":
+        return block_attention(q, k, v, gate, position, key_bias, dropout)
     if kind == "fused":
-        way = block_attention if q.device.type == "cpu" else KernelAttention.apply
-        return way(q, k, v, gate, position, key_bias, dropout)
+        return KernelAttention.apply(q, k, v, gate, position, key_bias, dropout)
     bias = dense_bias(gate, position, key_bias)
     if kind == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
@@ -374,14 +352,14 @@ def attend(
 def dense_table(position: Tensor, num_frames: int) -> Tensor:
     """(H, T, W) from position (H, T + W - 1): row i, column j holds the bias of distance j - i.
 
-    W, not T, columns: the memory-efficient kernel wants row strides that are multiples of 8.
+    W columns, not T: the memory-efficient kernel wants row strides that are multiples of 8.
     """
     rows_reversed = position.unfold(1, position.shape[1] - num_frames + 1, 1)
     return rows_reversed.flip(1).contiguous()  # flip alone may give columns the stride of rows
 
 
 def dense_bias(gate: Tensor, table: Tensor, key_bias: Tensor | None) -> Tensor:
-    """(B, H, T, T) view, row stride W, of what is added to the scores."""
+    """(B, H, T, T), a view with row stride W: what is added to the scores."""
     bias = gate * table if key_bias is None else torch.addcmul(key_bias, gate, table)
     return bias[..., : table.shape[1]]
 
@@ -396,24 +374,17 @@ def antidiagonal_sums(x: Tensor) -> Tensor:
     return slanted.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------------------- fused attention
 class KernelAttention(torch.autograd.Function):
-    """`attend`'s "fused" on CUDA: the memory-efficient kernel, its bias built again in backward.
+    """The "fused" attention on CUDA: the memory-efficient kernel, its bias rebuilt in backward.
 
     Deterministic: keys are not split (num_splits_key), so no two blocks add to one gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gate: Tensor,
-        position: Tensor,
-        key_bias: Tensor | None,
-        dropout: float,
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, position: Tensor,
+        key_bias: Tensor | None, dropout: float,
+    ) -> Tensor:  # fmt: skip
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T, H, d)
         table = dense_table(position.to(q.dtype), q.shape[1])
         bias = dense_bias(gate, table, key_bias)
@@ -444,130 +415,8 @@ class KernelAttention(torch.autograd.Function):
         return (*(g.transpose(1, 2) for g in (dq, dk, dv)), dgate, dposition, None, None)
 
 
-class Block(NamedTuple):
-    """Some query rows of some heads of one utterance of n frames, its keys in reverse order.
-
-    Reversed, the bias of row i and column j is at i + j + constant in the reversed `position`:
-    an overlapping view of a few kB instead of a T x T table.
-    """
-
-    at: tuple[int, slice, slice]  # utterance, heads, rows
-    keys: Tensor  # (heads, n, d)
-    values: Tensor  # (heads, n, d)
-    bias: Tensor  # (heads, rows, n) view, before gating
-    diagonals: slice  # where that view lies in the reversed position
-    probs: Tensor  # (heads, rows, n), buffers that the next block uses again
-    scratch: Tensor
-    keep: Tensor | None  # dropout: 1 = kept, 0 = dropped
-
-
-def attention_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    position: Tensor,
-    key_bias: Tensor | None,
-    dropout: float,
-    seed: int,
-) -> Iterator[Block]:
-    """Softmaxed scores block by block, the same in forward and backward; padding is left out."""
-    batch, num_heads, num_frames, width = q.shape
-    last = position.shape[1] - num_frames  # index of distance 0 in the reversed position
-    position = position.to(q.dtype).flip(1)
-    counts = [num_frames] * batch
-    if q.is_meta:
-        counts = [num_frames]  # no values: one utterance shows what all allocate
-    elif key_bias is not None:
-        counts = (key_bias[:, 0, 0, :num_frames] == 0).sum(1).tolist()
-    bits = np.random.SFC64(seed)
-    for b, count in enumerate(counts):
-        if count == 0:
-            continue
-        keys, values = k[b, :, :count].flip(1), v[b, :, :count].flip(1)
-        heads = min(num_heads, max(1, CPU_BLOCK // count**2))
-        rows = min(count, max(1, CPU_BLOCK // (heads * count)))
-        buffers = q.new_empty(3, heads * rows * count)
-        for h in (slice(i, min(i + heads, num_heads)) for i in range(0, num_heads, heads)):
-            for r in (slice(i, min(i + rows, count)) for i in range(0, count, rows)):
-                shape = (h.stop - h.start, r.stop - r.start, count)
-                probs, scratch, keep = (x[: math.prod(shape)].view(shape) for x in buffers)
-                first = last + 1 - count + r.start
-                diagonals = slice(first, first + shape[1] + count - 1)
-                bias = position[h, diagonals].unfold(1, count, 1)
-                torch.mul(gate[b, h, r], bias, out=probs)
-                probs.baddbmm_(q[b, h, r], keys[h].mT, alpha=width**-0.5)
-                torch.softmax(probs, -1, out=probs)
-                keep = keep_mask(bits, dropout, keep) if dropout else None
-                at = (b, h, r)
-                yield Block(at, keys[h], values[h], bias, diagonals, probs, scratch, keep)
-
-
-class BlockAttention(torch.autograd.Function):
-    """`attend`'s "fused" on a CPU: scores live in a cache-sized buffer, twice, and nowhere else.
-
-    Rows of padding come out as 0 and take no gradient.
-    """
-
-    @staticmethod
-    @torch.autocast("cpu", enabled=False)
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gate: Tensor,
-        position: Tensor,
-        key_bias: Tensor | None,
-        dropout: float,
-    ) -> Tensor:
-        seed = int(torch.randint(2**62, ())) if dropout else 0
-        out = q.new_zeros(q.transpose(1, 2).shape).transpose(1, 2)
-        for block in attention_blocks(q, k, v, gate, position, key_bias, dropout, seed):
-            if dropout:
-                block.probs.mul_(block.keep)
-            out[block.at] = torch.bmm(block.probs, block.values)
-        ctx.save_for_backward(q, k, v, gate, position, key_bias)
-        ctx.dropout, ctx.seed = dropout, seed
-        return out.mul_(keep_scale(dropout)) if dropout else out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        q, _, _, gate, position, _ = saved
-        scale = q.shape[-1] ** -0.5
-        if ctx.dropout:
-            grad = grad * keep_scale(ctx.dropout)
-        dq, dk, dv = (q.new_zeros(q.transpose(1, 2).shape).transpose(1, 2) for _ in range(3))
-        dgate, dposition = torch.zeros_like(gate), torch.zeros_like(position)
-        for block in attention_blocks(*saved, ctx.dropout, ctx.seed):
-            (b, h, r), probs, dprobs = block.at, block.probs, block.scratch
-            count = probs.shape[2]
-            given = grad[b, h, r]
-            kept = torch.mul(probs, block.keep, out=dprobs) if ctx.dropout else probs
-            dv[b, h, :count] += torch.bmm(kept.mT, given).flip(1)
-            torch.bmm(given, block.values.mT, out=dprobs)
-            if ctx.dropout:
-                dprobs.mul_(block.keep)
-            dscores = torch._softmax_backward_data(
-                dprobs, probs, -1, probs.dtype, grad_input=dprobs
-            )
-            dq[block.at] = torch.bmm(dscores, block.keys).mul_(scale)
-            dk[b, h, :count] += torch.bmm(dscores.mT, q[block.at]).flip(1).mul_(scale)
-            dgate[block.at] = torch.mul(dscores, block.bias, out=probs).sum(-1, keepdim=True)
-            if ctx.needs_input_grad[4]:
-                torch.mul(dscores, gate[block.at], out=probs)
-                dposition[h, block.diagonals] += antidiagonal_sums(probs)
-        return dq, dk, dv, dgate, dposition.flip(1), None, None
-
-
-@torch.compiler.disable  # a loop over blocks, with draws that torch.compile cannot see into
-def block_attention(*args: Any) -> Tensor:
-    return BlockAttention.apply(*args)
-
-
 class GeluLinear(torch.autograd.Function):
-    """linear(gelu(x), weight, bias), keeping x but not gelu(x): 2 bytes per element less in half.
+    """linear(gelu(x), weight, bias) that keeps x for backward, but not gelu(x).
 
     gelu is computed again in backward, under 1 % of a layer's time [measured, CPU].
     """
@@ -678,19 +527,19 @@ class WavLM(nn.Module):
         attention_mask: Tensor | None = None,
         layers: Sequence[int] | None = None,
     ) -> tuple[dict[int, Tensor], Tensor | None]:
-        """The hidden states asked for, {layer: (B, T, D)}, and frame_mask (B, T) or None.
+        """The hidden states of `layers`, {layer: (B, T, D)}, and frame_mask (B, T) or None.
 
         input_values (B, L) are used as they are. attention_mask (B, L): 1 or True = sample,
         0 = padding, all of it behind the samples. frame_mask: True = frame. Layer 0 is the input
-        of layer 1, layer N the output, after the final layer norm where the config has one
-        (transformers' last_hidden_state); default: the last. Nothing above the highest is
-        computed, so `truncate` to it before training, or DDP waits for gradients that never come.
-        Frames of padding hold arbitrary finite numbers. ValueError on a layer outside 0..N.
+        of layer 1; layer N, the default, is the output, after the final layer norm if the config
+        has one (transformers' last_hidden_state). Nothing above the highest layer is computed, so
+        `truncate` to it before training, or DDP waits for gradients that never come.
+        Frames of padding hold arbitrary finite numbers. ValueError for a layer outside 0..N.
         """
         num_layers = len(self.encoder.layers)
         layers = [num_layers] if layers is None else layers
         if not layers or min(layers) < 0 or max(layers) > num_layers:
-            raise ValueError(f"--layers {list(layers)}: give layers between 0 and {num_layers}")
+            raise ValueError(f"layers {list(layers)}: this WavLM has layers 0 to {num_layers}")
         grad = torch.is_grad_enabled()
 
         with torch.set_grad_enabled(grad and self.frozen_blocks < 1):
@@ -740,18 +589,18 @@ class WavLM(nn.Module):
         return states, frame_mask
 
     def frame_lengths(self, lengths: Any) -> Any:
-        """Frames that the CNN makes of `lengths` samples (int, numpy array or tensor, 400 on)."""
+        """Frames that the CNN makes of `lengths` samples (int, array or tensor; at least 400)."""
         for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride):
             lengths = (lengths - kernel) // stride + 1
         return lengths
 
     def set_trainable(self, what: str) -> None:
-        """Freeze all blocks below the lowest that trains; ValueError on anything else.
+        """Freeze all blocks below the lowest that trains; WavLMError for any other `what`.
 
         what: "none"; "all"; "transformer" (all but the CNN); "top:K" (the last K layers and the
         final layer norm; the relative position table belongs to layer 1 and stays frozen with it).
-        Frozen blocks run under no_grad and in eval mode, also after `train()`. masked_spec_embed
-        never trains, nor a final layer norm that is not applied.
+        Frozen blocks run under no_grad and in eval mode, even after `train()`. masked_spec_embed
+        never trains, nor does a final layer norm that is not applied.
         """
         num_layers = len(self.encoder.layers)
         if what in ("none", "all", "transformer"):
@@ -759,7 +608,7 @@ class WavLM(nn.Module):
         else:
             kind, _, count = what.partition(":")
             if kind != "top" or not count.isdecimal() or not 1 <= int(count) <= num_layers:
-                raise ValueError(
+                raise WavLMError(
                     f"--unfreeze {what}: give none, all, transformer, or top:K with K between 1 "
                     f"and {num_layers}, the layers that this WavLM keeps"
                 )
@@ -782,13 +631,12 @@ class WavLM(nn.Module):
         """Drop all layers above `num_layers`; hidden states keep their meaning and gradients.
 
         A final layer norm is then no longer applied (its weights stay, frozen, to be saved).
-        What trains is kept as the same blocks: call `set_trainable` after it.
+        Call `set_trainable` after it: the lowest block that trains stays the same.
         """
-        if not 0 <= num_layers <= len(self.encoder.layers):
-            raise ValueError(
-                f"--layers {num_layers}: this WavLM has layers 0 to {len(self.encoder.layers)}"
-            )
-        if num_layers == len(self.encoder.layers):
+        depth = len(self.encoder.layers)
+        if not 0 <= num_layers <= depth:
+            raise ValueError(f"layers {num_layers}: this WavLM has layers 0 to {depth}")
+        if num_layers == depth:
             return
         del self.encoder.layers[num_layers:]
         self.config = dataclasses.replace(
@@ -801,7 +649,7 @@ class WavLM(nn.Module):
         return self.config.do_stable_layer_norm and self.config.final_layer_norm
 
     def _blocks(self) -> list[list[nn.Module]]:
-        """The CNN, the embedding, then each layer: what freezes as one, in forward's order."""
+        """What freezes together, in forward's order: the CNN, the embedding, then each layer."""
         encoder = self.encoder
         embedding = [self.feature_projection, encoder.pos_conv_embed, encoder.dropout]
         blocks = [[self.feature_extractor], embedding, *([layer] for layer in encoder.layers)]
@@ -813,7 +661,7 @@ class WavLM(nn.Module):
 
 
 def _init_weights(module: nn.Module, std: float) -> None:
-    """transformers' initialisation; modules with their own scheme overwrite it."""
+    """transformers' initialisation; modules with another scheme overwrite it."""
     if isinstance(module, ConvLayer):
         nn.init.kaiming_normal_(module.conv.weight)
         if module.conv.bias is not None:
@@ -827,96 +675,92 @@ def _init_weights(module: nn.Module, std: float) -> None:
 
 
 # ---------------------------------------------------------------------------- weights on disk
-def read_config(
-    name: str, revision: str | None = None, dropout: float | None = None
-) -> WavLMConfig:
-    """The shape of a WavLM by size, local directory or hub name; ValueError as `load_wavlm`.
-
-    `dropout`, where given, takes the place of all four dropouts of the checkpoint.
-    """
-    if dropout is not None:
-        names = ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout")
-        config = read_config(name, revision)
-        return dataclasses.replace(config, **dict.fromkeys(names, dropout))
-    if name in SIZES:
-        return SIZES[name]
-    with _naming_the_flag(name):
-        raw = json.loads(_fetch(name, ("config.json",), revision).read_text(encoding="utf-8"))
-        if not isinstance(raw, dict) or raw.get("model_type") != "wavlm":
-            found = raw.get("model_type") if isinstance(raw, dict) else None
-            raise ValueError(f"config.json has model_type {found!r}, not 'wavlm'")
-        return WavLMConfig.from_dict(raw)
-
-
 def load_wavlm(name: str, revision: str | None = None, dropout: float | None = None) -> WavLM:
-    """A WavLM by size ("tiny", "base", "large": random), local directory or hub name, in float32.
+    """A WavLM in float32: "tiny", "base" or "large" (random), a local directory or a hub name.
 
     model.safetensors is preferred; pytorch_model.bin is read with weights_only. A checkpoint of a
     task model ("wavlm." prefix) gives its encoder. `revision` is a branch, tag or commit of the
-    hub. `dropout`, where given, takes the place of the checkpoint's. ValueError, one line that
-    names --wavlm, on anything unreadable or not exactly a WavLM.
+    hub. `dropout`, if given, replaces the four dropouts of the checkpoint. WavLMError if there is
+    nothing to read, or if it is not exactly a WavLM.
     """
     config = read_config(name, revision, dropout)
     if name in SIZES:
         return WavLM(config)
-    with _naming_the_flag(name):
-        state = _read_weights(_fetch(name, ("model.safetensors", "pytorch_model.bin"), revision))
-        with torch.device("meta"):
-            model = WavLM(config)
-        _load_state(model, state)
+    path = _find(name, ("model.safetensors", "pytorch_model.bin"), revision)
+    with torch.device("meta"):
+        model = WavLM(config)
+    _load_state(model, path, f"{name}/{path.name}")
     return model
 
 
-@contextlib.contextmanager
-def _naming_the_flag(name: str) -> Iterator[None]:
-    """Whatever a reader raises becomes a ValueError of one line: the fix is another --wavlm."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"--wavlm {name}: {reason} (give {', '.join(SIZES)}, a directory with config.json and "
-            f"model.safetensors, or a hub name like microsoft/wavlm-large)"
-        ) from error
+def read_config(
+    name: str, revision: str | None = None, dropout: float | None = None
+) -> WavLMConfig:
+    """The config of a WavLM; arguments and WavLMError as in `load_wavlm`."""
+    if name in SIZES:
+        config = SIZES[name]
+    else:
+        where = f"{name}/config.json"
+        try:
+            raw = json.loads(_find(name, ("config.json",), revision).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise _unusable(where, error) from error
+        model_type = raw.get("model_type") if isinstance(raw, dict) else None
+        if model_type != "wavlm":
+            raise _unusable(where, f"model_type is {model_type!r}, not 'wavlm'")
+        config = WavLMConfig.from_dict(raw, where)
+    if dropout is None:
+        return config
+    names = ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout")
+    return dataclasses.replace(config, **dict.fromkeys(names, dropout))
 
 
-def _fetch(name: str, files: Sequence[str], revision: str | None) -> Path:
+def _unusable(where: str, found: object) -> WavLMError:
+    """The error for a checkpoint that is not there or not a WavLM, in one line."""
+    return WavLMError(
+        f"{where}: {' '.join(str(found).split())} (give {', '.join(SIZES)}, a directory with "
+        "config.json and model.safetensors, or a hub name like microsoft/wavlm-large)"
+    )
+
+
+def _find(name: str, files: Sequence[str], revision: str | None) -> Path:
     """Path of the first of `files` that the directory or hub repository `name` has."""
     if Path(name).exists():
         for file in files:
             if (Path(name) / file).is_file():
                 return Path(name) / file
-        raise ValueError(f"no {' or '.join(files)} in this directory")
+        raise _unusable(name, f"no {' or '.join(files)} in this directory")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    for file in files[:-1]:
+    reason = None
+    for file in files:
         try:
             return Path(hf_hub_download(name, file, revision=revision))
-        except EntryNotFoundError:
-            continue  # not in the repository, or offline and not in the local cache
-    return Path(hf_hub_download(name, files[-1], revision=revision))
+        except EntryNotFoundError as error:  # not in the repository, or offline and not cached
+            reason = error
+        except Exception as error:  # errors of the hub, the network, the disk: no common base class
+            raise _unusable(name, f"no such directory, and from the hub: {error}") from error
+    raise _unusable(name, f"no such directory, and from the hub: {reason}") from reason
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The checkpoint's tensors on CPU under transformers' present names, heads dropped."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def _load_state(model: WavLM, path: Path, where: str) -> None:
+    """Fill a model that was built on the meta device; every name and shape must agree."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if any(key.startswith("wavlm.") for key in state):
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what the two libraries raise has no common base class
+        raise _unusable(where, error) from error
+    if any(key.startswith("wavlm.") for key in state):  # a task model: leave out its head
         state = {k.removeprefix("wavlm."): v for k, v in state.items() if k.startswith("wavlm.")}
     conv = "encoder.pos_conv_embed.conv."
     for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
         if conv + old in state:
             state[f"{conv}parametrizations.weight.{new}"] = state.pop(conv + old)
-    return state
-
-
-def _load_state(model: WavLM, state: dict[str, Tensor]) -> None:
-    """Fill a model that was built on the meta device; every name and shape must agree."""
     wanted = model.state_dict()
     if "masked_spec_embed" not in wanted:
         state.pop("masked_spec_embed", None)
@@ -925,15 +769,16 @@ def _load_state(model: WavLM, state: dict[str, Tensor]) -> None:
     for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"weights do not fit: {what}: {', '.join(names[:5])}{more}")
+            found = f"weights do not fit config.json: {what}: {', '.join(names[:5])}{more}"
+            raise _unusable(where, found)
     model.to_empty(device="cpu").load_state_dict(state)  # copies, to float32
 
 
 def save_wavlm(model: WavLM, directory: str | Path) -> None:
     """Write config.json and model.safetensors, which `load_wavlm` and transformers load.
 
-    Of a truncated model with a final layer norm, transformers' last_hidden_state is normed and
-    ours is not (its hidden_states[-1] is ours).
+    transformers applies the final layer norm also to a truncated model: its hidden_states[-1] is
+    then our last state, its last_hidden_state is not.
     """
     from safetensors.torch import save_file
 
@@ -943,3 +788,147 @@ def save_wavlm(model: WavLM, directory: str | Path) -> None:
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.dumps(model.config.to_dict(), indent=2, sort_keys=True) + "\n"
     (directory / "config.json").write_text(config, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------- attention on a CPU
+# For those who train without a GPU: faster than "eager", and no T x T scores are kept. If you only
+# use GPUs, delete this section and the branch of `attend` that calls it, and write nn.Dropout for
+# Dropout.
+CPU_BLOCK = 400_000  # scores at a time: 1.6 MB, about a cache [measured]
+
+
+class Block(NamedTuple):
+    """Some query rows of some heads of one utterance of n frames, its keys in reverse order.
+
+    With reversed keys the bias of row i and column j is at i + j + constant in the reversed
+    `position`: an overlapping view of a few kB instead of a T x T table.
+    """
+
+    at: tuple[int, slice, slice]  # utterance, heads, rows
+    keys: Tensor  # (heads, n, d)
+    values: Tensor  # (heads, n, d)
+    bias: Tensor  # (heads, rows, n) view, before gating
+    diagonals: slice  # where that view lies in the reversed position
+    probs: Tensor  # (heads, rows, n), buffers that the next block uses again
+    scratch: Tensor
+    keep: Tensor | None  # dropout: 1 = kept, 0 = dropped
+
+
+def attention_blocks(
+    inputs: tuple[Tensor | None, ...], dropout: float, seed: int
+) -> Iterator[Block]:
+    """Softmaxed scores block by block, the same in forward and backward; padding is left out.
+
+    inputs: q, k, v, gate, position and key_bias as in `attend`.
+    """
+    q, k, v, gate, position, key_bias = inputs
+    batch, num_heads, num_frames, width = q.shape
+    last = position.shape[1] - num_frames  # index of distance 0 in the reversed position
+    position = position.to(q.dtype).flip(1)
+    counts = [num_frames] * batch
+    if key_bias is not None:
+        counts = (key_bias[:, 0, 0, :num_frames] == 0).sum(1).tolist()
+    bits = np.random.SFC64(seed)
+    for b, count in enumerate(counts):
+        if count == 0:
+            continue
+        keys, values = k[b, :, :count].flip(1), v[b, :, :count].flip(1)
+        heads = min(num_heads, max(1, CPU_BLOCK // count**2))
+        rows = min(count, max(1, CPU_BLOCK // (heads * count)))
+        buffers = q.new_empty(3, heads * rows * count)
+        for h in (slice(i, min(i + heads, num_heads)) for i in range(0, num_heads, heads)):
+            for r in (slice(i, min(i + rows, count)) for i in range(0, count, rows)):
+                shape = (h.stop - h.start, r.stop - r.start, count)
+                probs, scratch, keep = (x[: math.prod(shape)].view(shape) for x in buffers)
+                first = last + 1 - count + r.start
+                diagonals = slice(first, first + shape[1] + count - 1)
+                bias = position[h, diagonals].unfold(1, count, 1)
+                torch.mul(gate[b, h, r], bias, out=probs)
+                probs.baddbmm_(q[b, h, r], keys[h].mT, alpha=width**-0.5)
+                torch.softmax(probs, -1, out=probs)
+                keep = keep_mask(bits, dropout, keep) if dropout else None
+                at = (b, h, r)
+                yield Block(at, keys[h], values[h], bias, diagonals, probs, scratch, keep)
+
+
+class BlockAttention(torch.autograd.Function):
+    """The "fused" attention on a CPU: scores exist in two cache-sized buffers and nowhere else.
+
+    Rows of padding come out as 0 and take no gradient.
+    """
+
+    @staticmethod
+    @torch.autocast("cpu", enabled=False)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, position: Tensor,
+        key_bias: Tensor | None, dropout: float,
+    ) -> Tensor:  # fmt: skip
+        inputs = (q, k, v, gate, position, key_bias)
+        seed = int(torch.randint(2**62, ())) if dropout else 0
+        out = q.new_zeros(q.transpose(1, 2).shape).transpose(1, 2)
+        for block in attention_blocks(inputs, dropout, seed):
+            if dropout:
+                block.probs.mul_(block.keep)
+            out[block.at] = torch.bmm(block.probs, block.values)
+        ctx.save_for_backward(*inputs)
+        ctx.dropout, ctx.seed = dropout, seed
+        return out.mul_(keep_scale(dropout)) if dropout else out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors  # read once: checkpointing allows no more
+        q, _, _, gate, position, _ = inputs
+        scale = q.shape[-1] ** -0.5
+        if ctx.dropout:
+            grad = grad * keep_scale(ctx.dropout)
+        dq, dk, dv = (q.new_zeros(q.transpose(1, 2).shape).transpose(1, 2) for _ in range(3))
+        dgate, dposition = torch.zeros_like(gate), torch.zeros_like(position)
+        for block in attention_blocks(inputs, ctx.dropout, ctx.seed):
+            (b, h, r), probs, dprobs = block.at, block.probs, block.scratch
+            count = probs.shape[2]
+            dout = grad[b, h, r]
+            kept = torch.mul(probs, block.keep, out=dprobs) if ctx.dropout else probs
+            dv[b, h, :count] += torch.bmm(kept.mT, dout).flip(1)
+            torch.bmm(dout, block.values.mT, out=dprobs)
+            if ctx.dropout:
+                dprobs.mul_(block.keep)
+            dscores = torch._softmax_backward_data(
+                dprobs, probs, -1, probs.dtype, grad_input=dprobs
+            )
+            dq[block.at] = torch.bmm(dscores, block.keys).mul_(scale)
+            dk[b, h, :count] += torch.bmm(dscores.mT, q[block.at]).flip(1).mul_(scale)
+            dgate[block.at] = torch.mul(dscores, block.bias, out=probs).sum(-1, keepdim=True)
+            if ctx.needs_input_grad[4]:
+                torch.mul(dscores, gate[block.at], out=probs)
+                dposition[h, block.diagonals] += antidiagonal_sums(probs)
+        return dq, dk, dv, dgate, dposition.flip(1), None, None
+
+
+# a loop over blocks, with draws that torch.compile cannot see into
+block_attention = torch.compiler.disable(BlockAttention.apply)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU with keep_mask's draws, seeded by torch's generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.training and self.p > 0
+        if not active or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        bits = np.random.SFC64(int(torch.randint(2**62, ())))
+        return x * keep_mask(bits, self.p, x.new_empty(x.shape)).mul_(keep_scale(self.p))
+
+
+def keep_mask(bits: np.random.SFC64, dropout: float, out: Tensor) -> Tensor:
+    """Fills the contiguous `out` with 1 (kept) and 0 (dropped), in steps of 2^-16 in probability.
+
+    torch's draw takes seven times as long on a CPU [measured].
+    """
+    words = bits.random_raw(-(-out.numel() // 4)).view(np.int16)[: out.numel()]
+    torch.ge(torch.from_numpy(words), round(dropout * 65_536) - 32_768, out=out.view(-1))
+    return out
+
+
+def keep_scale(dropout: float) -> float:
+    """What the kept values are multiplied by, exact for keep_mask's probability."""
+    return 65_536 / (65_536 - round(dropout * 65_536))

@@ -3,12 +3,12 @@
     python tests/bench_attention.py                              # layers of WavLM-Large
     python tests/bench_attention.py --amp bf16 --frames 150 600
     python tests/bench_attention.py --attention_only              # without the linear maps
-    python tests/bench_attention.py --model large                 # whole steps of train.py, a GPU
+    python tests/bench_attention.py --model large                 # training steps of WavLM, a GPU
 
-All of a line's rivals take turns within each run; what is printed are medians over runs, after
-one warm-up, and ratios of medians. The layer runs forward and backward in training mode with the
-checkpoint's dropout (0.1), all of its parameters and its input training. Run by hand; results go
-into the README with machine and date.
+The rivals of a line take turns within each run. Printed are medians over runs, after one warm-up,
+and ratios of medians. A layer runs forward and backward in training mode with the checkpoint's
+dropout (0.1); all of its parameters and its input train. Run by hand; results go into the README
+with machine and date.
 """
 
 import argparse
@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import train
 import wavlm
-from memory import GIB, allow_tf32
-from model import AUTOCAST
-from util.tracing import meta_batch
+
+GIB = 2**30
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 
 
 def synchronise(device: torch.device) -> None:
@@ -70,7 +69,7 @@ def print_race(title: str, results: dict[str, tuple[float, float]], against: str
 def layer_rivals(
     batch_size: int, frames: int, amp: str, dropout: float, device: torch.device
 ) -> dict[str, Callable[[], None]]:
-    """One training step of a layer of WavLM-Large each, the first, which owns the bias table."""
+    """name -> a training step of the first layer of WavLM-Large, which holds the bias table."""
     from transformers import WavLMConfig
     from transformers.models.wavlm.modeling_wavlm import WavLMEncoderLayerStableLayerNorm
 
@@ -82,15 +81,15 @@ def layer_rivals(
     ours = wavlm.Layer(config, True).train()
     ours.load_state_dict(theirs.state_dict())
     ours.to(device)
-    dtype = AUTOCAST[amp]  # of the residual stream, as in the whole model
+    dtype = AUTOCAST[amp]  # of the residual stream, as in the model
     x = torch.randn(batch_size, frames, 1024, device=device, dtype=dtype, requires_grad=True)
-    given = torch.randn_like(x)
+    gradient = torch.randn_like(x)
     mask = torch.ones(batch_size, frames, dtype=torch.bool, device=device)
 
     def step(forward: Callable[[], Tensor]) -> None:
         with torch.autocast(device.type, dtype, enabled=amp != "off"):
             out = forward()
-        out.backward(given.to(out.dtype))
+        out.backward(gradient.to(out.dtype))
         for parameter in (x, *theirs.parameters(), *ours.parameters()):
             parameter.grad = None
 
@@ -136,59 +135,76 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / times["mm"][0] / 1e9
 
 
-def step_flops(args: argparse.Namespace, seconds: float) -> float:
-    """FLOPs of the Transformer's linear maps and attention in one step, CNN and heads left out."""
-    config = wavlm.SIZES[args.wavlm]
-    frames = wavlm.WavLM(dataclasses.replace(config, num_hidden_layers=0)).frame_lengths(
-        int(seconds * 16_000)
-    )
+def step_flops(model: wavlm.WavLM, batch_size: int, seconds: float) -> float:
+    """FLOPs of the Transformer's linear maps and attention in a training step, without the CNN."""
+    config = model.config
+    frames = model.frame_lengths(int(seconds * 16_000))
     width, inner = config.hidden_size, config.intermediate_size
     layer = 2 * frames * (4 * width**2 + 2 * width * inner) + 4 * frames**2 * width
-    trained = {"none": 0, "all": config.num_hidden_layers}.get(args.unfreeze, 6)
-    return args.batch_size * layer * (config.num_hidden_layers + 2 * trained)
+    frozen = min(max(model.frozen_blocks - 2, 0), config.num_hidden_layers)
+    trained = config.num_hidden_layers - frozen
+    return batch_size * layer * (config.num_hidden_layers + 2 * trained)
 
 
-def whole_steps(args: argparse.Namespace, device: torch.device) -> None:
-    """train_step of train.py on one batch, over what is unfrozen, precision, switches."""
+def training_steps(args: argparse.Namespace, device: torch.device) -> None:
+    """Steps of one random batch, over what trains, precision, checkpointing and torch.compile."""
     peaks = {amp: matmul_peak(AUTOCAST[amp], device) for amp in args.amps}
     print("matmul peak", {amp: f"{peak:.0f} TFLOP/s" for amp, peak in peaks.items()})
-    switches = ([], ["--gradient_checkpointing"], ["--compile"])
+    top = min(6, wavlm.SIZES[args.model].num_hidden_layers)
     for seconds, batch_size in zip(args.seconds, args.batch_sizes):
-        for unfreeze in ("none", "top:6", "all"):
+        for unfreeze in (f"top:{top}", "all"):
             for amp in args.amps:
-                for more in switches:
-                    flags = ["--wavlm", args.model, "--prosody", "none", "--unfreeze", unfreeze]
-                    flags += ["--amp", amp, "--batch_size", str(batch_size), "--device"]
-                    run_step(train.parse_args([*flags, device.type, *more]), seconds, peaks[amp])
+                for switch in ("", "checkpointing", "compile"):
+                    title = f"{args.model} {seconds:g} s x {batch_size} | {unfreeze} | {amp}"
+                    if switch:
+                        title += f" | {switch}"
+                    model = build(args.model, unfreeze, switch, device)
+                    step = training_step(model, batch_size, seconds, AUTOCAST[amp], device)
+                    for _ in range(2):
+                        step()
+                    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+                    ((ms, gib),) = race({"step": step}, args.runs, device).values()
+                    tflops = step_flops(model, batch_size, seconds) / ms / 1e9
+                    print(
+                        f"{title} | {ms:.0f} ms | {1000 * seconds * batch_size / ms:.0f} audio-s/s "
+                        f"| {tflops:.0f} TFLOP/s, {tflops / peaks[amp]:.0%} of matmul | "
+                        f"peak {held / GIB + gib:.2f} GiB",
+                        flush=True,
+                    )
 
 
-def run_step(args: argparse.Namespace, seconds: float, peak: float) -> None:
-    device = torch.device(args.device)
-    model = train.build_model(args, 0, 0).to(device)
-    optimizer = train.build_optimizer(model, args)
-    train.set_trainable(model, args.unfreeze)
-    model.train()
-    if args.compile:
-        train.compile_layers(model)
-    shapes = meta_batch(args, 0, 0, seconds)
-    batch = {k: torch.ones(v.shape, dtype=v.dtype, device=device) for k, v in shapes.items()}
-    batch["input_values"].normal_()
-    batch["labels"].uniform_()
-    batch["chunk_index"] = torch.arange(args.batch_size, device=device)[:, None]
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    for _ in range(3):
-        train.train_step(model, model, [batch], optimizer, scaler, args)
-    held = torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0
-    step = {"fused": lambda: train.train_step(model, model, [batch], optimizer, scaler, args)}
-    ((ms, gib),) = race(step, 8, device).values()
-    tflops = step_flops(args, seconds) / ms / 1e9
-    print(
-        f"{args.wavlm} {seconds:g} s x {args.batch_size} | unfreeze {args.unfreeze} | {args.amp}"
-        f"{' | checkpointing' * args.gradient_checkpointing}{' | compile' * args.compile} | "
-        f"{ms:.0f} ms | {1000 * seconds * args.batch_size / ms:.0f} audio-s/s | "
-        f"{tflops:.0f} TFLOP/s, {tflops / peak:.0%} of matmul | peak {held + gib:.2f} GiB",
-        flush=True,
-    )
+def build(size: str, unfreeze: str, switch: str, device: torch.device) -> wavlm.WavLM:
+    model = wavlm.load_wavlm(size).to(device).train()
+    model.set_trainable(unfreeze)
+    model.gradient_checkpointing = switch == "checkpointing"
+    if switch == "compile":
+        # attention's bias is built again in backward; without this, torch keeps forward's for it
+        torch._functorch.config.ban_recompute_materialized_backward = False
+        for layer in model.encoder.layers:
+            layer.compile(dynamic=True)
+    return model
+
+
+def training_step(
+    model: wavlm.WavLM, batch_size: int, seconds: float, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    """A step with AdamW and the mean of the last state as the loss."""
+    waveform = torch.randn(batch_size, int(seconds * 16_000), device=device)
+    mask = torch.ones(waveform.shape, dtype=torch.bool, device=device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            states, _ = model(waveform, mask)
+        (last,) = states.values()
+        scaler.scale(last.float().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return step
 
 
 def main() -> None:
@@ -198,19 +214,20 @@ def main() -> None:
     p.add_argument("--amp", choices=AUTOCAST, default="off", help="precision of the layer")
     p.add_argument("--dropout", type=float, default=0.1, help="hidden and attention dropout")
     p.add_argument("--attention_only", action="store_true", help="wavlm.attend alone")
-    p.add_argument("--model", choices=wavlm.SIZES, help="whole training steps of this size")
+    p.add_argument("--model", choices=wavlm.SIZES, help="training steps of this size")
     p.add_argument("--seconds", type=float, nargs="+", default=[5.0, 11.0], help="with --model")
     p.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 16], help="one per --seconds")
     p.add_argument("--amps", nargs="+", choices=AUTOCAST, default=["fp16", "bf16"])
     p.add_argument("--runs", type=int, default=9, help="of which the median is taken")
     args = p.parse_args()
-    allow_tf32(True)  # as train.py does
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in train.py
+    torch.backends.cudnn.allow_tf32 = True
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if args.model:
-        whole_steps(args, device)
+        training_steps(args, device)
         return
     rivals, against = layer_rivals, "transformers"
     if args.attention_only:

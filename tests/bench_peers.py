@@ -181,8 +181,6 @@ def run_vatune(directory: Path, args: argparse.Namespace) -> dict:
     flags += ["--unfreeze", "none" if args.frozen else "transformer", "--attention", args.attention]
     flags += ["--num_workers", "0", "--out", directory / "runs", "--name", "b", "--overwrite"]
     flags += ["--encoder_lr", "1e-5", "--lr", "1e-5", "--max_steps", args.steps]
-    if args.batch_seconds:
-        flags += ["--batch_seconds", args.batch_seconds]
     assert train.main(train.parse_args([str(flag) for flag in flags])) == 0
     lines = (directory / "runs/b/fold1/metrics.jsonl").read_text().splitlines()
     steps = [r for r in map(json.loads, lines) if r["event"] == "train"]
@@ -231,7 +229,6 @@ def main() -> None:
     p.add_argument("--utterances", type=int, default=1600, help="in the train split")
     p.add_argument("--steps", type=int, default=12, help="of which the first is not timed")
     p.add_argument("--batch_size", type=int, default=8)
-    p.add_argument("--batch_seconds", type=float, default=0.0, help="for train.py; 0 = off")
     p.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
     p.add_argument("--attention", default="fused", help="of train.py")
     p.add_argument("--runs", type=int, default=3)

@@ -75,3 +75,27 @@ def quick_flags(corpus, small_wavlm, directory):
 @pytest.fixture
 def flags(corpus, small_wavlm, tmp_path):
     return quick_flags(corpus, small_wavlm, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(corpus, small_wavlm, tmp_path_factory):
+    """(flags, directory) of a run that is complete; tests leave it as it is."""
+    from train import main, parse_args
+    from util.runs import run_dir
+
+    flags = quick_flags(corpus, small_wavlm, tmp_path_factory.mktemp("finished"))
+    args = parse_args(flags)
+    assert main(args) == 0
+    return flags, run_dir(args)
+
+
+def tiny_vision_model(folder, seed=0):
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(seed)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    size = {"height": 56, "width": 56}
+    BitImageProcessor(size={"shortest_edge": 64}, crop_size=size).save_pretrained(folder)

@@ -7,10 +7,13 @@ its own; two ranks are started by torchrun, or forked alike where torchrun is no
 (run_ranks). `-s` shows the counts.
 """
 
+import functools
 import json
+import logging
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -20,18 +23,54 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+
+from util.runs import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "torch.utils.tensorboard", "pytest"])
+SERVER.set_forkserver_preload(["train", "torch.utils.tensorboard", "fault_kills"])
 TIMING = {"audio_seconds_per_second", "data_share", "padded_share", "ms_per_step", "peak_gib"}
 
 
-def fork(argv, log, env, fault=None):
+class OnLine(logging.Filter):
+    """Calls `act` as the run logs the `at`th line that matches `pattern`; used in a with block."""
+
+    def __init__(self, pattern, act, at=1):
+        super().__init__()
+        self.pattern, self.act, self.at, self.seen = pattern, act, at, 0
+
+    def filter(self, record):
+        if re.search(self.pattern, record.getMessage()):
+            self.seen += 1
+            if self.seen == self.at:
+                self.act()
+        return True
+
+    def __enter__(self):
+        logging.getLogger("vatune").addFilter(self)
+        return self
+
+    def __exit__(self, *_):
+        logging.getLogger("vatune").removeFilter(self)
+
+
+def raise_on(pattern, number=signal.SIGTERM, at=1):
+    """A signal to this process as it logs a line."""
+    return OnLine(pattern, functools.partial(signal.raise_signal, number), at)
+
+
+def signal_on(pattern, number, rank="0"):
+    """The same for a process of its own: a fault of run_ranks."""
+    if os.environ.get("RANK", "0") == rank:
+        raise_on(pattern, number).__enter__()
+
+
+def fork(argv, log, env, fault=None, method="fork"):
     """train.py in this process, as from a shell; `fault`: a function of a test module, and its
-    arguments, called before."""
+    arguments, called before; `method`: how loader workers start."""
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.set_start_method(method, force=True)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # as train.py's first lines do
         signal.signal(number, lambda *_: sys.exit(75))
     os.environ.update(env)
@@ -41,7 +80,7 @@ def fork(argv, log, env, fault=None):
         os.dup2(file.fileno(), 2)
     import train
 
-    train.plot_run = lambda *_: None  # most of a small run's time; torchrun's ranks draw
+    Figure.savefig = lambda *_, **__: None  # most of a small run's time; torchrun's ranks draw
     if fault:
         fault[0](*fault[1:])
     sys.exit(train.run(argv))
@@ -74,8 +113,9 @@ def run_ranks(argv, log, ranks, fault=None, seconds=120):
 class Run:
     """A run directory, and the process that works on it."""
 
-    def __init__(self, flags, directory, ranks=1):
+    def __init__(self, flags, directory, ranks=1, method="fork"):
         self.flags, self.ranks = [*flags, "--out", str(directory), "--name", "run"], ranks
+        self.method = method  # of one rank's loader workers
         self.directory = directory / "run" / "fold1"
         self.log = directory / "console.log"
         directory.mkdir(parents=True, exist_ok=True)
@@ -92,7 +132,8 @@ class Run:
                 )
         else:
             os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # of the server
-            self.process = SERVER.Process(target=fork, args=(argv, self.log, env))
+            args = (argv, self.log, env, None, self.method)
+            self.process = SERVER.Process(target=fork, args=args)
             self.process.start()
         return self
 
@@ -140,13 +181,12 @@ class Run:
 
     def outcome(self):
         """All that must not depend on where a run was interrupted."""
-        from runs import read_checkpoint
 
         def timeless(values):
             return {key: value for key, value in values.items() if key not in TIMING | {"seconds"}}
 
         last, best = (read_checkpoint(self.directory / name) for name in ("last.pt", "best.pt"))
-        kept = {"state": timeless(last["state"])}
+        kept = {"progress": timeless(last["progress"])}
         kept |= {key: last[key] for key in ("model", "optimizer", "scaler", "meter")}
         kept |= {"best": best["model"], "records": [timeless(record) for record in self.records()]}
         kept |= {
@@ -189,12 +229,12 @@ def assert_same_outcome(one, other):
         assert same(one[key], other[key]), key
 
 
-def kill_and_compare(flags, directory, ranks, kills, rng):
+def kill_and_compare(flags, directory, ranks, kills, rng, method="fork"):
     """(kills, of them within a save, starts, runs): of three kills, one comes early in the start,
     one at any time of the run's own, one as a save begins. A run that gets to its end before its
     kill is followed by another; each must end like one that was never killed.
     """
-    whole = Run(flags, directory / "whole", ranks)
+    whole = Run(flags, directory / "whole", ranks, method)
     assert whole.start().until(whole.status)
     begin = time.monotonic()
     assert whole.wait() == 0, whole.console()
@@ -202,7 +242,7 @@ def kill_and_compare(flags, directory, ranks, kills, rng):
     done = saves = starts = runs = 0
     while done < kills:
         runs += 1
-        run = Run(flags, directory / f"killed{runs}", ranks)
+        run = Run(flags, directory / f"killed{runs}", ranks, method)
 
         def saving(run=run):
             """Is a last.pt being written?"""
@@ -247,10 +287,14 @@ SETTINGS = {  # ranks, kills, flags
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_killed_run_ends_like_one_that_was_never_killed(flags, tmp_path, setting):
+@pytest.mark.parametrize(
+    ("setting", "method"),
+    [*((setting, "fork") for setting in SETTINGS), ("progressive, 1 worker", "forkserver")],
+)
+def test_a_killed_run_ends_like_one_that_was_never_killed(flags, tmp_path, setting, method):
     ranks, kills, more = SETTINGS[setting]
     flags = [*flags, "--epochs", "4", *more]
     rng = random.Random(setting)
-    done, saves, starts, runs = kill_and_compare(flags, tmp_path, ranks, kills, rng)
-    print(f"{setting}: {done} kills, {saves} within a save, {starts} starts, {runs} runs")
+    counts = kill_and_compare(flags, tmp_path, ranks, kills, rng, method)
+    done, saves, starts, runs = counts
+    print(f"{setting}, {method}: {done} kills, {saves} within a save, {starts} starts, {runs} runs")

@@ -1,9 +1,11 @@
 """Faults done to real runs: damage, full disks, signals, dead and hung ranks and workers, two runs
 in one directory. Their kills at random moments, in numbers, are fault_kills.py's."""
 
+import importlib
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -12,47 +14,50 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import quick_flags
 from fault_kills import (
     EVERYTHING,
     ROOT,
+    OnLine,
     Run,
     assert_same_outcome,
     kill_and_compare,
     processes_of,
+    raise_on,
     run_ranks,
 )
+from matplotlib.figure import Figure
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
-import train
-from data import BatchSpec
-from model import WavLMEncoder
 from train import main, parse_args, run
-from util import files
 from util.runs import load_last, read_checkpoint, save_checkpoint
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They are most of a small run's time."""
-    monkeypatch.setattr(train, "plot_run", lambda *_: None)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, small_wavlm, tmp_path_factory):
+    """A run that was never disturbed, of the flags of `flags`."""
+    directory = tmp_path_factory.mktemp("whole")
+    undisturbed = Run(quick_flags(corpus, small_wavlm, directory), directory)
+    assert main(parse_args(undisturbed.flags)) == 0
+    return undisturbed
+
+
+def progress_of(run, name="last.pt"):
+    return read_checkpoint(run.directory / name)["progress"]
 
 
 LONG = ("--epochs", "2000", "--eval_every", "3")  # minutes: it is stopped before
-
-
-def stop_in(monkeypatch, name, at=1):
-    """SIGTERM to this process in the `at`th call of train.<name>."""
-    real, calls = getattr(train, name), []
-
-    def stopping(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(train, name, stopping)
 
 
 def ended_by(process, seconds):
@@ -155,14 +160,13 @@ def damages(seed, count):
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_no_damage_to_a_checkpoint_is_silent(flags, tmp_path, monkeypatch, capsys, count):
+def test_no_damage_to_a_checkpoint_is_silent(flags, tmp_path, capsys, count):
     """Either the run ends like an undamaged one, from previous.pt, or it is refused in a line."""
     flags = [*flags, "--unfreeze", "1:none,2:all", "--save_every", "1"]
     whole = Run(flags, tmp_path / "whole")
     assert main(parse_args(whole.flags)) == 0
     stopped = Run(flags, tmp_path / "stopped")
-    with monkeypatch.context() as patch:
-        stop_in(patch, "step_line", at=5)
+    with raise_on(r"^step +4/"):
         assert main(parse_args(stopped.flags)) == 75
     other = Run([*flags, "--seed", "1"], tmp_path / "other")
     assert main(parse_args(other.flags)) == 0
@@ -199,62 +203,61 @@ def test_no_damage_to_a_checkpoint_is_silent(flags, tmp_path, monkeypatch, capsy
     print(f"{len(kinds)} fell back to previous.pt, {len(cases)} were refused, 0 silent")
 
 
-def test_a_resume_from_the_spare_keeps_the_spare_until_there_is_a_better_one(
-    flags, tmp_path, monkeypatch
-):
+def test_a_resume_from_the_spare_keeps_the_spare_until_there_is_a_better_one(flags, tmp_path):
     stopped = Run([*flags, "--save_every", "1"], tmp_path)
-    with monkeypatch.context() as patch:
-        stop_in(patch, "step_line", at=5)
+    with raise_on(r"^step +4/"):
         assert main(parse_args(stopped.flags)) == 75
     os.truncate(stopped.directory / "last.pt", 1000)
-    assert read_checkpoint(stopped.directory / "previous.pt")["state"]["step"] == 5
-    with monkeypatch.context() as patch:
-        stop_in(patch, "step_line", at=1)
+    assert progress_of(stopped, "previous.pt")["step"] == 5
+    with raise_on(r"^step +6/"):
         assert main(parse_args([*stopped.flags, "--resume"])) == 75
-    steps = [read_checkpoint(stopped.directory / n)["state"]["step"] for n in
-             ("previous.pt", "last.pt")]  # fmt: skip
-    assert steps == [6, 6] or steps == [5, 6]
+    names = ("previous.pt", "last.pt")
+    assert [progress_of(stopped, name)["step"] for name in names] == [6, 6]
 
 
 @pytest.mark.parametrize(
-    ("owner", "after", "call", "limit", "file", "saved"),
+    ("when", "limit", "file", "saved"),
     [
-        (train, "startup_block", 1, 100, "args.json", 0),
-        (train, "step_line", 2, 0, "metrics.jsonl", 0),
-        (train, "save_checkpoint", 1, 0, "predictions_dev.csv", 0),
-        (train, "save_checkpoint", 2, 0, "status.json", 3),
-        (train, "update_state", 2, 100_000, "best.pt", 3),
-        (train, "update_state", 2, 400_000, "last.pt", 3),
-        (train, "plot_run", 1, 0, "result.json", 6),
+        (r"^vatune", 100, "args.json", 0),
+        (r"^step +2/", 0, "metrics.jsonl", 0),
+        ("best.pt", 0, "predictions_dev.csv", 0),
+        ("last.pt", 0, "status.json", 3),
+        (r"^epoch +2 . dev.* best$", 100_000, "best.pt", 3),
+        (r"^epoch +2 . dev", 400_000, "last.pt", 3),
+        (r"^best epoch . . test", 0, "predictions_test.csv", 6),
+        ("predictions_test.csv", 0, "embedding_test.npy", 6),
+        ("a picture", 0, "result.json", 6),
     ],
 )
 def test_a_full_disk_spares_what_is_there_and_the_run_goes_on_after(
-    flags, tmp_path, capsys, monkeypatch, owner, after, call, limit, file, saved
+    flags, tmp_path, capsys, monkeypatch, whole, when, limit, file, saved
 ):
-    """From a certain call of a function on, no file may exceed `limit` bytes (RLIMIT_FSIZE)."""
-    whole, victim = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "victim")
-    assert run(whole.flags) == 0
+    """From a line of the log or the first file of a name on, no file may exceed `limit` bytes."""
+    victim = Run(flags, tmp_path / "victim")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    real, calls = getattr(owner, after), []
+    replace = os.replace
 
-    def filling(*args, **kwargs):
-        result = real(*args, **kwargs)
-        calls.append(after)
-        if len(calls) == call:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        return result
+    def fill_disk(*_, **__):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+    def replace_and_fill(source, target):
+        replace(source, target)
+        if Path(target).name == when:
+            fill_disk()
 
     capsys.readouterr()
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, after, filling)
+    with monkeypatch.context() as patch, OnLine(when, fill_disk):
+        patch.setattr(os, "replace", replace_and_fill)
+        if when == "a picture":
+            patch.setattr(Figure, "savefig", fill_disk)
         try:
             assert run(victim.flags) == 1
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"/{file}: File too large: make room or mend" in said
-    last = victim.directory / "last.pt"
-    assert (read_checkpoint(last)["state"]["step"] if saved else last.exists()) == saved
+    assert said.count("\n") == 1 and f"/{file}: File too large: free disk space" in said, said
+    exists = (victim.directory / "last.pt").exists()
+    assert (progress_of(victim)["step"] if exists else 0) == saved
     assert run([*victim.flags, "--resume"]) == 0
     assert_same_outcome(whole, victim)
     assert not list(victim.directory.glob(".*"))
@@ -264,28 +267,15 @@ def test_a_full_disk_spares_what_is_there_and_the_run_goes_on_after(
 
 
 @pytest.mark.parametrize(
-    ("at", "epoch"),
-    [(1, 0), (2, 1), (4, 2)],
+    ("line", "epoch"),
+    [(r"^step +3/", 0), (r"^step +6/", 1), (r"^best epoch . . dev", 2)],
     ids=["first evaluation", "last evaluation", "test"],
 )
-def test_a_run_stopped_while_it_evaluates_resumes_bit_for_bit(
-    flags, tmp_path, monkeypatch, at, epoch
-):
-    flags = [*flags, "--log_every", "2"]
-    whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
-    assert main(parse_args(whole.flags)) == 0
-    with monkeypatch.context() as patch:
-        real, calls = train.until_stopped, []
-
-        def stopping(*args):
-            calls.append(1)
-            if len(calls) == at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(*args)
-
-        patch.setattr(train, "until_stopped", stopping)
+def test_a_run_stopped_while_it_evaluates_resumes_bit_for_bit(flags, tmp_path, whole, line, epoch):
+    parted = Run(flags, tmp_path)
+    with raise_on(line):
         assert run(parted.flags) == 75
-    assert read_checkpoint(parted.directory / "last.pt")["state"]["epoch"] == epoch
+    assert progress_of(parted)["epoch"] == epoch
     assert parted.status()["exit_code"] == 75
     assert run([*parted.flags, "--resume"]) == 0
     assert_same_outcome(whole, parted)
@@ -293,17 +283,15 @@ def test_a_run_stopped_while_it_evaluates_resumes_bit_for_bit(
 
 def stop_in_evaluation(which):
     """SIGTERM to rank `which` in the second of its batches of evaluation, which are small."""
-    data.EVAL_SECONDS = 3
-    encode, calls = WavLMEncoder.forward, []
+    data.EVAL_SECONDS, batches = 3, []
 
-    def stopping(self, batch):
-        if not (self.training or batch["input_values"].is_meta):
-            calls.append(1)
-            if len(calls) == 2 and os.environ["RANK"] == which:
-                os.kill(os.getpid(), signal.SIGTERM)
-        return encode(self, batch)
+    def stop(module, inputs):
+        if type(module).__name__ == "WavLMEncoder" and not module.training:
+            batches.append(inputs)
+            if len(batches) == 2 and os.environ["RANK"] == which:
+                signal.raise_signal(signal.SIGTERM)
 
-    WavLMEncoder.forward = stopping
+    register_module_forward_pre_hook(stop)
 
 
 def test_ranks_stop_together_in_the_middle_of_an_evaluation(flags, tmp_path):
@@ -311,19 +299,39 @@ def test_ranks_stop_together_in_the_middle_of_an_evaluation(flags, tmp_path):
     whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
     assert run_ranks(whole.flags, whole.log, 2, (stop_in_evaluation, "none")) == [0, 0]
     assert run_ranks(parted.flags, parted.log, 2, (stop_in_evaluation, "1")) == [75, 75]
-    state = read_checkpoint(parted.directory / "last.pt")["state"]
-    assert (state["step"], state["epoch"]) == (3, 0)
+    progress = progress_of(parted)
+    assert (progress["step"], progress["epoch"]) == (3, 0)
     again = [*parted.flags, "--resume"]
     assert run_ranks(again, parted.log, 2, (stop_in_evaluation, "none")) == [0, 0]
     assert_same_outcome(whole, parted)
 
 
-@pytest.mark.parametrize("phase", ["load_data", "prepare_run_dir", "build_model", "wrap_ddp"])
+def stop_in(monkeypatch, name):
+    """SIGTERM to this process in the first call of a function, given by its full name."""
+    module, _, attribute = name.rpartition(".")
+    real = getattr(importlib.import_module(module), attribute)
+
+    def stopping(*args, **named):
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args, **named)
+
+    monkeypatch.setattr(name, stopping)
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        "torch.from_numpy",
+        "fcntl.lockf",
+        "torch.optim.AdamW",
+        "torch.utils.tensorboard.SummaryWriter",
+    ],
+)
 def test_a_signal_in_a_start_is_75_and_the_next_start_is_like_the_first(
-    flags, tmp_path, monkeypatch, phase
+    flags, tmp_path, monkeypatch, whole, phase
 ):
-    whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
-    assert run(whole.flags) == 0
+    parted = Run(flags, tmp_path)
     for _ in range(2):
         with monkeypatch.context() as patch:
             stop_in(patch, phase)
@@ -334,22 +342,20 @@ def test_a_signal_in_a_start_is_75_and_the_next_start_is_like_the_first(
 
 
 def test_a_signal_while_a_cache_fills_leaves_no_half_of_it(flags, tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
+    cache, fsync = tmp_path / "cache", os.fsync
     flags = [*flags, "--unfreeze", "none", "--cache_dir", str(cache)]
-    for what in ("audio", "hidden states"):
+    for what in ("audio", "hidden"):
+
+        def stopping(handle, what=what):
+            if f"/cache/.{what}-" in os.readlink(f"/proc/self/fd/{handle}"):
+                signal.raise_signal(signal.SIGUSR1)
+            fsync(handle)
+
         with monkeypatch.context() as patch:
-            real = files.progress
-
-            def stopping(iterable, total, label, what=what, real=real):
-                if label == what:
-                    os.kill(os.getpid(), signal.SIGUSR1)
-                return real(iterable, total, label)
-
-            for module in (data, train):
-                patch.setattr(module, "progress", stopping)
+            patch.setattr(os, "fsync", stopping)
             assert run([*flags, "--resume"]) == 75
         assert not [path for path in cache.glob(".*") if path.is_dir()]
-        assert not list(cache.glob(f"{what.split()[0]}-*"))
+        assert not list(cache.glob(f"{what}-*"))
     assert run([*flags, "--resume"]) == 0
 
 
@@ -416,7 +422,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(two_ranks):
     os.kill(under_way(two_ranks)[1], signal.SIGTERM)
     assert ended_by(two_ranks.process, 10) < 10
     assert two_ranks.status()["exit_code"] == 75, two_ranks.console()
-    last = read_checkpoint(two_ranks.directory / "last.pt")["state"]
+    last = progress_of(two_ranks)
     assert last["step"] == two_ranks.status()["step"] == two_ranks.records()[-1]["step"]
     gone(two_ranks.directory.parent.parent, 2)
 
@@ -438,7 +444,7 @@ def test_a_signal_to_the_agent_or_a_rank_saves(two_ranks, number, whom):
     os.kill(two_ranks.process.pid if whom == "agent" else ranks[whom], number)
     assert ended_by(two_ranks.process, 10) < 10
     assert two_ranks.status()["exit_code"] == 75, two_ranks.console()
-    state = read_checkpoint(two_ranks.directory / "last.pt")["state"]
+    state = progress_of(two_ranks)
     assert state["step"] == two_ranks.records()[-1]["step"]
     gone(two_ranks.directory.parent.parent, 2)
 
@@ -463,8 +469,7 @@ def test_a_signal_to_the_launcher_saves_every_fold(two_ranks, number, code):
     assert ended_by(two_ranks.process, 15) < 15 and two_ranks.process.returncode == code
     for fold in folds:
         assert fold.status()["exit_code"] == 75, two_ranks.console()
-        step = read_checkpoint(fold.directory / "last.pt")["state"]["step"]
-        assert step == fold.records()[-1]["step"]
+        assert progress_of(fold)["step"] == fold.records()[-1]["step"]
     gone(two_ranks.log.parent, 2)
 
 
@@ -497,35 +502,93 @@ def test_a_hung_rank_is_noticed_within_its_time_out(two_ranks):
     gone(two_ranks.directory.parent.parent, 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_dead_or_stalled_worker_is_one_line_that_names_it(flags, tmp_path, number):
-    victim = Run([*flags, "--num_workers", "1", "--timeout", "2", *LONG], tmp_path)
-    victim.start()
-    assert victim.until(lambda: len(victim.records()) > 4 and workers_of(victim.process.pid))
-    worker = workers_of(victim.process.pid)[0]
-    os.kill(worker, number)
-    assert victim.wait(20) == 1, victim.console()
+def stop_workers():
+    """SIGSTOP to the loader's workers between two epochs, in which they wait."""
+
+    def stop():
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGSTOP)
+
+    OnLine(r"^epoch +1 . dev", stop).__enter__()
+
+
+def kill_a_worker(number):
+    def kill():
+        os.kill(multiprocessing.active_children()[0].pid, number)
+
+    OnLine(r"^step +4/", kill).__enter__()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [(kill_a_worker, signal.SIGKILL), (kill_a_worker, signal.SIGSTOP), (stop_workers,)],
+    ids=["dead", "stopped", "stopped between two epochs"],
+)
+def test_a_dead_or_stalled_worker_is_one_line_that_names_it(flags, tmp_path, fault):
+    victim = Run(
+        [*flags, "--num_workers", "1", "--timeout", "2", *LONG, "--eval_every", "1"], tmp_path
+    )
+    assert run_ranks(victim.flags, victim.log, 1, fault, seconds=60) == [1]
     said = victim.console().split("train.py: error: ")[1]
-    assert "DataLoader" in said and str(worker) in said and "--resume" in said, said
+    assert re.search(r"DataLoader.*worker \d+ is .*--resume", said), said
     assert "Traceback" not in victim.console() and len(said.strip().splitlines()) == 1
     assert victim.status()["exit_code"] == 1
     gone(tmp_path, 2)
 
 
-def test_a_worker_that_stopped_between_two_epochs_is_noticed(flags):
-    args = parse_args([*flags, "--num_workers", "1"])
-    _, _, dataset, _ = train.load_data(args)
-    before = workers_of(os.getpid())
-    loader = train.make_loader(dataset, [BatchSpec(((0,),))] * 3, args, torch.device("cpu"))
-    assert len(list(train.patiently(loader, 20))) == 3
-    (worker,) = set(workers_of(os.getpid())) - set(before)
-    os.kill(worker, signal.SIGSTOP)
-    try:
-        with pytest.raises(RuntimeError, match="no batch for --timeout 1 s"):
-            list(train.patiently(loader, 1))
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises
-        os.kill(worker, signal.SIGKILL)
+@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_that_were_not_forked_end_with_their_rank(flags, tmp_path, method):
+    victim = Run([*flags, "--num_workers", "2", *LONG], tmp_path, method=method)
+    victim.start()
+    assert victim.until(lambda: len(victim.records()) > 4), victim.console()
+    assert len(processes_of(tmp_path)) > 2
+    os.kill(victim.process.pid, signal.SIGKILL)
+    gone(tmp_path, 3)
+
+
+def look_elsewhere(folder):
+    """Rank 1 finds other files under the same relative names."""
+    os.chdir(Path(folder) / ("bad" if os.environ["RANK"] == "1" else "good"))
+
+
+@pytest.mark.parametrize(
+    ("workers", "fault", "said"),
+    [
+        ("0", "not a number", r"s3d\dt\d\.npy"),  # in a batch
+        ("2", "not a number", r"s3d\dt\d\.npy"),  # in a batch that a worker reads
+        ("0", "missing", "s1d0t0"),  # at the start
+    ],
+)
+def test_a_rank_whose_data_is_bad_says_so_and_all_ranks_end(flags, tmp_path, workers, fault, said):
+    for folder in ("good", "bad"):
+        (tmp_path / folder / "frames").mkdir(parents=True)
+        for i in range(72):
+            name = f"s{i // 24 + 1}d{i // 4 % 6}t{i % 4}.npy"
+            frames = np.full((5, 10), i / 72, np.float32)
+            if folder == "bad" and fault == "not a number" and name[:2] == "s3":  # train
+                frames[2, 2] = np.nan
+            np.save(tmp_path / folder / "frames" / name, frames)
+    if fault == "missing":
+        (tmp_path / "bad" / "frames" / "s1d0t0.npy").unlink()
+    more = ["--encoder", "transformer", "--features_dir", "frames", "--d_model", "64"]
+    more += [
+        "--num_layers",
+        "1",
+        "--batch_size",
+        "4",
+        "--num_workers",
+        workers,
+        "--unfreeze",
+        "none",
+    ]
+    victim = Run([*flags, *more], tmp_path / "run")
+    begin = time.monotonic()
+    codes = run_ranks(victim.flags, victim.log, 2, (look_elsewhere, str(tmp_path)), seconds=60)
+    assert codes[1] == 2 and codes[0] in (1, 2), (codes, victim.console())
+    lines = [x for x in victim.console().splitlines() if x.startswith("train.py: error: rank 1: ")]
+    assert len(lines) == 1 and re.search(said, lines[0]), victim.console()
+    assert "Traceback" not in victim.console()
+    assert time.monotonic() - begin < 30
 
 
 # --- what is not finite
@@ -545,15 +608,15 @@ def test_a_loss_that_is_not_finite_ends_both_ranks_and_names_the_utterances_of_b
 
 def spoil_a_gradient():
     """NaN in one gradient of rank 1 in the third step."""
-    step_of = train.train_step
+    forwards = []
 
-    def spoiled(model, *rest, **named):
-        if rest[5:7] == (2, 1):  # step, rank
-            weight = next(p for p in model.parameters() if p.requires_grad)
-            weight.register_hook(lambda gradient: gradient * float("nan"))
-        return step_of(model, *rest, **named)
+    def spoil(module, _, preds):
+        if type(module).__name__ == "EmotionModel" and module.training and not preds.is_meta:
+            forwards.append(1)
+            if len(forwards) == 3 and os.environ["RANK"] == "1":
+                preds.register_hook(lambda gradient: gradient * float("nan"))
 
-    train.train_step = spoiled
+    register_module_forward_hook(spoil)
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_ends_both_and_is_never_saved(flags, tmp_path):
@@ -561,42 +624,78 @@ def test_a_gradient_that_is_not_finite_on_one_rank_ends_both_and_is_never_saved(
     assert run_ranks(victim.flags, victim.log, 2, (spoil_a_gradient,)) == [1, 1]
     said = victim.console()
     assert "Traceback" not in said and "train.py: error: step 3: loss " in said
-    assert "gradient norm nan, weight norm nan, scale 1 on s" in said, said
+    assert "gradient norm nan, weight norm nan, norm of AdamW's moments nan, scale 1 on s" in said
     for path in victim.directory.glob("*.pt"):
-        content = read_checkpoint(path)
-        assert content["state"]["step"] <= 2
-        assert all(weight.isfinite().all() for weight in content["model"].values())
-    assert read_checkpoint(victim.directory / "last.pt")["state"]["step"] == 2
+        assert all(weight.isfinite().all() for weight in read_checkpoint(path)["model"].values())
+    assert progress_of(victim)["step"] == 2
 
 
-def test_twenty_skipped_steps_in_a_row_are_an_error_and_fewer_are_not(flags):
-    corpus, *_ = train.load_data(parse_args(flags))
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
-    meter = train.Meter(torch.device("cpu"), 1)
-    batch = {"rows": [3], "audio_seconds": 1.0, "padded_share": 0.0}
-    finite, infinite = torch.tensor(1.0), torch.tensor(float("inf"))
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("weight", r"weight norm inf, norm of AdamW's moments [\d.e-]+,"),
+        ("moment", r"weight norm [\d.e-]+, norm of AdamW's moments inf,"),
+    ],
+)
+def test_what_is_not_finite_is_named_weights_apart_from_moments(flags, where, said):
+    steps = []
 
-    def steps(norm, count, loss=finite):
-        for _ in range(count):
-            meter.add(1, loss, norm, [batch])
-        meter.check(scaler, optimizer, corpus)
+    def spoil(optimizer, *_):
+        steps.append(1)
+        weight = optimizer.param_groups[0]["params"][0]
+        if len(steps) == 2:
+            target = weight if where == "weight" else optimizer.state[weight]["exp_avg"]
+            target.data.flatten()[0] = float("inf")
 
-    steps(infinite, 10)
-    steps(infinite, 9)
-    steps(finite, 1)
-    steps(infinite, 19)
-    with pytest.raises(FloatingPointError, match=corpus.utterances[3].utt_id):
-        steps(infinite, 1)
-    meter = train.Meter(torch.device("cpu"), 1)
-    with pytest.raises(FloatingPointError, match="scale 65536"):  # no scale mends a loss
-        steps(finite, 1, loss=infinite)
-    meter = train.Meter(torch.device("cpu"), 1)
-    with torch.no_grad():
-        model.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="weight norm nan"):
-        steps(finite, 1)
+    hook = register_optimizer_step_post_hook(spoil)
+    try:
+        with pytest.raises(FloatingPointError, match=rf"step 2: loss .*{said}"):
+            main(parse_args([*flags, "--save_every", "1"]))
+    finally:
+        hook.remove()
+
+
+def test_twenty_skipped_steps_in_a_row_are_an_error(flags, monkeypatch):
+    """test_watch has a run that skips fewer."""
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        lambda *_, **__: real("cpu", init_scale=2.0**127, backoff_factor=0.9999),
+    )
+    with pytest.raises(FloatingPointError, match=r"step 20: loss .* scale 1.6.*e\+38 on s3"):
+        main(parse_args([*flags, "--mse_weight", "1000", "--epochs", "8"]))
+
+
+# --- collectives
+
+
+def count_collectives():
+    """Prints how many collectives a rank had begun before each update, DDP's buckets aside."""
+    counted = []
+
+    def counting(function):
+        def call(*args, **named):
+            if not named.get("async_op"):
+                counted.append(function)
+            return function(*args, **named)
+
+        return call
+
+    for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier"):
+        setattr(torch.distributed, name, counting(getattr(torch.distributed, name)))
+    register_optimizer_step_post_hook(
+        lambda *_: print("collectives", os.environ["RANK"], len(counted), flush=True)
+    )
+
+
+def test_a_step_has_at_most_three_collectives(flags, tmp_path):
+    victim = Run([*flags, "--batch_size", "2", "--epochs", "1", "--log_every", "99"], tmp_path)
+    assert run_ranks(victim.flags, victim.log, 2, (count_collectives,)) == [0, 0]
+    for rank in "01":
+        found = re.findall(rf"collectives {rank} (\d+)", victim.console())
+        counts = np.diff([int(count) for count in found])
+        assert len(counts) >= 4 and 1 <= max(counts) <= 3, counts
 
 
 # --- two runs, and kills

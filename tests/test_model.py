@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model import (
+    ENCODERS,
     TARGETS,
     EmotionModel,
     LogMel,
@@ -16,7 +17,8 @@ from model import (
     loss_from_sums,
     metrics,
     moment_sums,
-)
+)  # fmt: skip
+from util.files import UserError
 from wavlm import SIZES, WavLM
 
 SMALL = {"d_hidden": 16, "d_state": 8, "base_channels": 8, "d_model": 64, "num_layers": 2}
@@ -72,27 +74,27 @@ def test_ccc_pcc_and_rmse_equal_their_closed_forms():
     assert result["ccc_mean"] == pytest.approx((result["ccc_valence"] + result["ccc_arousal"]) / 2)
 
 
-def test_sums_of_parts_give_the_ccc_of_the_whole_and_the_mean_of_part_cccs_does_not():
+def test_sums_of_parts_give_the_ccc_of_the_batch_and_the_mean_of_part_cccs_does_not():
     torch.manual_seed(0)
     labels = torch.rand(32, 2)
     preds = (labels + 0.3 * torch.randn(32, 2)).clamp(0, 1)
-    whole = concordance(moment_sums(preds, labels))
+    at_once = concordance(moment_sums(preds, labels))
     parts = [moment_sums(p, y) for p, y in zip(preds.split(4), labels.split(4))]
-    torch.testing.assert_close(concordance(sum(parts)), whole)
-    assert (torch.stack([concordance(part) for part in parts]).mean(0) - whole).abs().max() > 0.02
+    torch.testing.assert_close(concordance(sum(parts)), at_once)
+    assert (torch.stack([concordance(part) for part in parts]).mean(0) - at_once).abs().max() > 0.02
 
 
-def test_gradient_through_exchanged_sums_is_the_gradient_of_the_whole_batch():
+def test_gradient_through_exchanged_sums_is_the_gradient_of_the_batch():
     torch.manual_seed(0)
     labels = torch.rand(32, 2)
     preds = torch.rand(32, 2, requires_grad=True)
     loss_from_sums(moment_sums(preds, labels), "ccc", 0.5, 0.1).backward()
-    whole, preds.grad = preds.grad, None
+    at_once, preds.grad = preds.grad, None
     total = moment_sums(preds, labels).detach()
     for p, y in zip(preds.split(4), labels.split(4)):
-        own = moment_sums(p, y)
-        loss_from_sums(total + own - own.detach(), "ccc", 0.5, 0.1).backward()
-    torch.testing.assert_close(preds.grad, whole, rtol=1e-5, atol=1e-8)
+        part = moment_sums(p, y)
+        loss_from_sums(total + part - part.detach(), "ccc", 0.5, 0.1).backward()
+    torch.testing.assert_close(preds.grad, at_once, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("loss", ["ccc", "mse"])
@@ -125,10 +127,16 @@ def test_metrics_of_nothing_raise():
 # --- encoders
 
 
+def alone(batch, i, length):
+    """Utterance i of a batch of small_batch, without padding."""
+    cut = {"input_values": length, "attention_mask": length}
+    cut |= {"frames": length // 320, "frame_mask": length // 320}
+    parts = {name: batch[name][i : i + 1, :stop] for name, stop in cut.items()}
+    return parts | {"chunk_index": torch.zeros(1, 1, dtype=torch.long)}
+
+
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
-@pytest.mark.parametrize(
-    "encoder", ["wavlm", "convnext", "baseline", "transformer", "lightweight_transformer"]
-)
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_padded_utterance_gives_the_same_prediction_as_alone(encoder, pooling):
     model = small_model(encoder, pooling=pooling).eval()
     lengths = [9_000, 16_000, 4_000, 12_345]
@@ -136,15 +144,32 @@ def test_a_padded_utterance_gives_the_same_prediction_as_alone(encoder, pooling)
     with torch.no_grad():
         batched = model(together)
         for i, length in enumerate(lengths):
-            frames = length // 320
-            alone = {
-                "input_values": together["input_values"][i : i + 1, :length],
-                "attention_mask": together["attention_mask"][i : i + 1, :length],
-                "frames": together["frames"][i : i + 1, :frames],
-                "frame_mask": together["frame_mask"][i : i + 1, :frames],
-                "chunk_index": torch.zeros(1, 1, dtype=torch.long),
-            }
-            torch.testing.assert_close(model(alone), batched[i : i + 1], rtol=1e-4, atol=1e-5)
+            pred = model(alone(together, i, length))
+            torch.testing.assert_close(pred, batched[i : i + 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_bfloat16_autocast_trains_and_ignores_padding(encoder, checkpointing):
+    model = small_model(encoder, dropout=0.0)
+    getattr(model.encoder, "wavlm", model.encoder).gradient_checkpointing = checkpointing
+    lengths = [16_000, 9_000]
+    together = small_batch(lengths)
+    with torch.autocast("cpu", torch.bfloat16):
+        preds = model.train()(together)
+        loss_from_sums(moment_sums(preds, together["labels"]), "ccc", 0.5, 0.1).backward()
+        model.eval()
+        batched = model(together)
+        pred = model(alone(together, 1, 9_000))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad.isfinite().all() for p in trained)
+    torch.testing.assert_close(pred, batched[1:], rtol=0, atol=0.01)
+
+
+def test_a_layer_that_the_wavlm_does_not_have_names_the_flag():
+    for layers in ((2, 5), (-1,)):
+        with pytest.raises(UserError, match=rf"--layers {layers[-1]}: .*has layers 0 to 4"):
+            small_model(layers=layers)
 
 
 @pytest.mark.parametrize("encoder", ["wavlm", "convnext", "transformer"])
@@ -223,19 +248,19 @@ def test_chunks_of_turns_are_tracked_apart_and_predictions_return_to_their_place
 
 
 @pytest.mark.parametrize("flags", [{}, {"feedback": True}, {"ema_alpha": -1.0}, {"d_state": 0}])
-def test_streaming_one_turn_at_a_time_equals_the_whole_dialogue(flags):
+def test_streaming_one_turn_at_a_time_equals_the_dialogue_at_once(flags):
     model = small_model(**flags).eval()
     turns = torch.randn(2, 7, model.width)
     with torch.no_grad():
-        whole, last = model.track(turns)
+        at_once, last = model.track(turns)
         state, steps = None, []
         for t in range(7):
             pred, state = model.track(turns[:, t : t + 1], state)
             steps.append(pred)
         halves, middle = model.track(turns[:, :3])
         rest, _ = model.track(turns[:, 3:], middle)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.cat((halves, rest), 1), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat(steps, 1), at_once, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat((halves, rest), 1), at_once, rtol=1e-5, atol=1e-6)
     if "ema" in last:
         torch.testing.assert_close(state["ema"], last["ema"], rtol=1e-5, atol=1e-6)
 
@@ -278,12 +303,12 @@ def test_teacher_forcing_feeds_the_previous_label():
     model = small_model(feedback=True).eval()
     turns, labels = torch.randn(2, 4, model.width), torch.rand(2, 4, 2)
     with torch.no_grad():
-        own, _ = model.track(turns)
+        free, _ = model.track(turns)
         forced, _ = model.track(turns, None, labels, teacher_forcing=1.0)
-        again, _ = model.track(turns, None, own, teacher_forcing=1.0)
-    torch.testing.assert_close(again, own)
-    torch.testing.assert_close(forced[:, 0], own[:, 0])  # no label before the first turn
-    assert (forced[:, 1:] - own[:, 1:]).abs().max() > 0
+        again, _ = model.track(turns, None, free, teacher_forcing=1.0)
+    torch.testing.assert_close(again, free)
+    torch.testing.assert_close(forced[:, 0], free[:, 0])  # no label before the first turn
+    assert (forced[:, 1:] - free[:, 1:]).abs().max() > 0
 
 
 # --- around the encoder

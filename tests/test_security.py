@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from fault_kills import run_ranks
+from fault_kills import OnLine, run_ranks
 
-import train
 from util import runs
 from util.files import UserError
 
@@ -60,7 +59,7 @@ def test_no_tracked_file_contains_a_call_that_could_run_what_it_reads():
             continue
         is_shell = path.suffix == ".sh" or path.name == "run"
         patterns = BANNED_IN_SHELL if is_shell else BANNED
-        if path.parent == REPO and not is_shell:
+        if path.parent.name != "tests" and not is_shell:
             patterns = patterns | BANNED_IN_PROGRAMS
         lines = path.read_text().splitlines()
         searched += len(lines)
@@ -228,16 +227,8 @@ def test_hostile_names_are_names_and_nothing_else(tmp_path, train_flags):
     (tmp_path / "audio" / "m.csv").write_text("\n".join(rows))
     done = run(tmp_path, "data.py", "--data", "audio/m.csv", "--cache_dir", "cache")
     assert done.returncode == 0, done.stderr
-    flags = [
-        *train_flags[2:],
-        "--data",
-        "audio/m.csv",
-        "--name",
-        "; touch pwned",
-        "--cache_dir",
-        "c",
-    ]
-    done = run(tmp_path, "train.py", *flags)
+    flags = [*train_flags[2:], "--data", "audio/m.csv", "--name", "; touch pwned"]
+    done = run(tmp_path, "train.py", *flags, "--cache_dir", "c")
     assert done.returncode == 0, done.stderr
     checkpoint = tmp_path / "runs" / "; touch pwned" / "fold1"
     assert (checkpoint / "skipped.csv").read_text() == "utt_id,file,reason\n"
@@ -254,9 +245,9 @@ def test_hostile_names_are_names_and_nothing_else(tmp_path, train_flags):
 
 def tell_listeners():
     """The addresses on which a rank listens, in its console; the store is the launcher's."""
-    wrap = train.wrap_ddp
+    store = int(os.environ["MASTER_PORT"])
 
-    def telling(*args):
+    def tell():
         links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
         for table in ("tcp", "tcp6"):
             for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
@@ -266,10 +257,8 @@ def tell_listeners():
                 if state == "0A" and ours:  # it listens
                     print("listens on", address, flush=True)
         print("on interface", os.environ.get("GLOO_SOCKET_IFNAME"), flush=True)
-        return wrap(*args)
 
-    store = int(os.environ["MASTER_PORT"])
-    train.wrap_ddp = telling
+    OnLine(r"^step +1/", tell).__enter__()
 
 
 def test_ranks_of_one_machine_listen_on_its_loopback_alone(tmp_path, train_flags):

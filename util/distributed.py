@@ -14,6 +14,7 @@ import logging
 import math
 import multiprocessing
 import os
+import platform
 import re
 import resource
 import select
@@ -40,7 +41,8 @@ log = logging.getLogger("vatune")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 RETRY_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal, resume me
 START_SECONDS = 1800  # time-out up to the first step: compiling, cold disks [guess]
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_BROKEN = {errno.EIO, errno.EROFS, errno.EACCES}
 GIB = 2**30
 GPU_GIB = 24.0  # assumed size of a GPU that is not in this machine
 
@@ -115,7 +117,7 @@ def find_ranks(device: str) -> Ranks:
         raise UserError("--device cuda: torch sees no GPU (torch.cuda.is_available() is False)")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"--nproc_per_node: rank {local_rank} of this machine finds no GPU, there are "
+            f"--nproc_per_node: local rank {local_rank} needs GPU {local_rank}, this machine has "
             f"{torch.cuda.device_count()}"
         )
     torch.cuda.set_device(local_rank)
@@ -141,7 +143,7 @@ def end_ranks() -> None:
 
 
 def wait_for_ranks() -> None:
-    """Returns when every rank has come here (all ranks participate)."""
+    """Returns when every rank has reached this call (all ranks participate)."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -153,17 +155,44 @@ def set_rank_timeout(seconds: float) -> None:
         set_timeout(datetime.timedelta(seconds=seconds))
 
 
+@dataclass
+class Collectives:
+    """Whether collectives are on, and what the current step has exchanged (guard_memory)."""
+
+    off: bool = False
+    sums: bool = False
+    buckets: int = 0
+    agreed: bool = False
+
+    @property
+    def on(self) -> bool:
+        return dist.is_initialized() and not self.off
+
+
+collectives = Collectives()
+
+
+@contextlib.contextmanager
+def without_ranks() -> Iterator[None]:
+    """No collective of the block waits for another rank: for a step that is planned or tried."""
+    collectives.off = True
+    try:
+        yield
+    finally:
+        collectives.off = False
+
+
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if collectives.on else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if collectives.on else 0
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place (all ranks participate)."""
-    if dist.is_initialized():
+    if collectives.on:
         dist.all_reduce(tensor)
     return tensor
 
@@ -176,7 +205,7 @@ def any_rank(flag: bool) -> bool:
 def smallest(number: int) -> int:
     """The smallest of the ranks' numbers (all ranks participate)."""
     tensor = torch.tensor(number)
-    if dist.is_initialized():
+    if collectives.on:
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
     return int(tensor)
 
@@ -184,7 +213,7 @@ def smallest(number: int) -> int:
 def gather(value: object) -> list:
     """The values of all ranks, in their order (all ranks participate)."""
     values = [value] * world_size()
-    if dist.is_initialized():
+    if collectives.on:
         dist.all_gather_object(values, value)
     return values
 
@@ -222,34 +251,18 @@ def synchronised(ddp_model: torch.nn.Module, on: bool) -> contextlib.AbstractCon
 #
 # The others wait for it in the collectives of the step, which are always these, in this order:
 # the batch's sums (sum_over_ranks), DDP's buckets of gradients, and the agreement (agree_on_step).
-# So the rank records what it has exchanged, and sends zeros for the rest.
+# So the rank records what it has exchanged (`collectives`), and sends zeros for the rest.
 
 
-@dataclass
-class Exchanged:
-    """What this rank has exchanged with the others in the current step."""
-
-    sums: bool = False
-    buckets: int = 0
-    agreed: bool = False
-
-    def clear(self) -> None:
-        self.sums, self.buckets, self.agreed = False, 0, False
-
-
-exchanged = Exchanged()
-
-
-def sum_over_ranks(sums: Tensor) -> Tensor:
-    """The batch's moment sums over all ranks; once in every step (all ranks participate)."""
+def sum_over_ranks(sums: Tensor) -> None:
+    """Adds up a step's sums over all ranks, in place; once in every step (all participate)."""
     all_reduce(sums)
-    exchanged.sums = True
-    return sums
+    collectives.sums = True
 
 
 def average_bucket(state: None, bucket: dist.GradBucket) -> Averaged:
     """DDP's own average of a bucket of gradients, recorded."""
-    exchanged.buckets += 1
+    collectives.buckets += 1
     return allreduce_hook(state, bucket)
 
 
@@ -259,7 +272,7 @@ def agree_on_step(fault: str = "") -> bool:
     All ranks participate. StepTooLarge on all of them if one has run out of memory (`fault`).
     """
     faults, stops = all_reduce(torch.tensor([float(bool(fault)), float(bool(stop_signals))]))
-    exchanged.agreed = True
+    collectives.agreed = True
     if faults:
         raise StepTooLarge(fault or "another rank is out of memory")
     return bool(stops)
@@ -272,11 +285,11 @@ def guard_memory(
 
     `zero_sums`: zeros like the sums that the step exchanges.
     """
-    exchanged.clear()
+    collectives.sums, collectives.buckets, collectives.agreed = False, 0, False
     try:
         return update()
     except (RuntimeError, MemoryError) as error:
-        if exchanged.agreed or not is_out_of_memory(error):
+        if collectives.agreed or not is_out_of_memory(error):
             raise
         fault = str(error) or "MemoryError"  # Python's own has no text
     # The error and the step's tensors in its traceback are gone here, which makes room.
@@ -287,7 +300,7 @@ def guard_memory(
 
 def exchange_zeros(ddp_model: torch.nn.Module, zero_sums: Tensor) -> None:
     """Completes the step's collectives, so that the other ranks do not wait for this one."""
-    if not exchanged.sums:
+    if not collectives.sums:
         sum_over_ranks(zero_sums)
     if not isinstance(ddp_model, DistributedDataParallel):
         return
@@ -295,7 +308,7 @@ def exchange_zeros(ddp_model: torch.nn.Module, zero_sums: Tensor) -> None:
     ddp_model.logger.set_runtime_stats_and_log()  # its record is older than the rebuilt buckets
     logged = ddp_model._get_ddp_logging_data()
     sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]  # bytes, as text
-    for size in sizes.split(", ")[exchanged.buckets :]:
+    for size in sizes.split(", ")[collectives.buckets :]:
         dist.all_reduce(torch.zeros(int(size) // 4, device=zero_sums.device))
 
 
@@ -316,8 +329,8 @@ def encode_in_pieces(
     """(rows, encode(batch on the device)) of evaluation batches, in pieces if memory is short.
 
     A piece is some of the batch's utterances with the padding that they have in it, so results
-    differ by rounding alone, also if an encoder sees padding. After a failure no later piece holds
-    more audio; that ends with this call, which therefore depends on no earlier one.
+    differ by rounding alone, also if an encoder sees padding. After a failure, later pieces of this
+    call hold no more audio than fitted.
     torch.OutOfMemoryError if there is no memory for one utterance.
     """
     limit = math.inf  # seconds of audio in a piece, padding included
@@ -372,7 +385,7 @@ def allow_tf32(on: bool) -> None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts the measurement of the peak anew; a CPU's peak is that of the process's life."""
+    """Resets the measured peak of a GPU; that of a CPU cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -382,6 +395,14 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def device_name(device: torch.device) -> str:
+    """Model of the GPU, or of the processor with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return f"{model[1] if model else platform.machine()} x {torch.get_num_threads()} threads"
 
 
 def capacity_gib(device: str, gpu_gib: float | None, memory_fraction: float) -> float:
@@ -442,6 +463,8 @@ def with_timeout(loader: DataLoader, seconds: float) -> Iterator[dict]:
             signal.setitimer(signal.ITIMER_REAL, 0)
         if batch is None:
             return
+        if isinstance(batch, UserError):  # found by a loader process, see data.Batches
+            raise batch
         yield batch
 
 
@@ -473,12 +496,13 @@ def machine_fault(error: Exception, directory: Path, timeout: float) -> str:
         return text
     if is_out_of_memory(error):
         return f"out of memory: {first_line}"
-    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+    if isinstance(error, OSError) and error.errno in DISK_FULL | DISK_BROKEN:
         where = error.filename or directory
-        return f"{where}: {error.strerror}: free disk space, then rerun with --resume"
+        remedy = "free disk space" if error.errno in DISK_FULL else "make it writable"
+        return f"{where}: {error.strerror}: {remedy}, then rerun with --resume"
     if text.startswith("DataLoader"):
         return f"{first_line.strip(' .')}{faulty_children()}: rerun with --resume"
-    if isinstance(error, dist.DistError) or "gloo" in text:
+    if isinstance(error, dist.DistError) or "third_party/gloo" in text:
         return (
             f"a rank died, or gave no answer for --timeout {timeout:g} s; look for its own "
             f"message, then rerun with --resume ({first_line[:120]})"

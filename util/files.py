@@ -1,8 +1,7 @@
-"""Files that are whole or not there, and the caches made of them.
+"""Files that are complete or not there, the caches made of them, and how scripts end.
 
 Everything is written aside, synced and renamed, so a process may be killed at any moment. A cache
-is checked by the seals of its files when it is read back. A name that begins with a dot is left
-over from a killed process and may be deleted.
+is checked when it is opened. A file whose name begins with a dot may be deleted while nothing runs.
 Not here: what a run writes (runs.py).
 """
 
@@ -13,6 +12,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +22,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-SEALED_BYTES = 2**26  # cached files up to this size are hashed when opened, larger ones measured
-
 
 class UserError(ValueError):
-    """A user's mistake; the message is complete (flag, or file and row; what is allowed; the fix).
+    """A user's mistake; the message has all: flag, or file and row; what is allowed; the fix.
 
     Scripts print it in one line and exit with code 2.
     """
@@ -54,6 +52,23 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
+def run_script(name: str, command: Callable[[], object]) -> int:
+    """The exit code of a script: 0; 2 and one line after a wrong flag, file or corpus.
+
+    141, as the shell says it, if the reader of its output has gone: `python data.py ... | head`.
+    """
+    try:
+        command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        return 141
+    except (UserError, OSError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def replace_text(path: Path, text: str) -> None:
     with replacing(path) as file:
         file.write(text.encode("utf-8", errors="backslashreplace"))
@@ -79,12 +94,33 @@ def sha256(file: BinaryIO, size: int) -> bytes:
 # Caches
 
 
+def check_disk_space(
+    directory: Path,
+    num_bytes: int,
+    what: str,
+    fix: str = "free disk space there, or set another --cache_dir",
+) -> None:
+    """UserError if `num_bytes` do not fit the disk of `directory`, which need not exist yet."""
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise UserError(
+            f"{what} would need {gib(num_bytes)} in {directory}, where {gib(free)} are free: {fix}"
+        )
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
 def build_dir(target: Path, fill: Callable[[Path], object]) -> Path:
     """`target`, filled by `fill(directory)` if it did not exist; never visible half-written.
 
-    The lock only avoids double work (flock does nothing on some network disks); what keeps the
-    cache whole is the rename. Where two processes build, the first rename wins. UserError when
-    the disk is full or cannot be written.
+    The lock only avoids double work (flock does nothing on some network disks); the rename is what
+    keeps the cache complete. If two processes build, the first rename wins. UserError if the disk
+    is full or cannot be written.
     """
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
@@ -105,21 +141,21 @@ def build_dir(target: Path, fill: Callable[[Path], object]) -> Path:
         if not os.path.isdir(target):
             raise UserError(
                 f"--cache_dir {target.parent}: {target.name} cannot be written "
-                f"({error.strerror or error}): make room there, or set another --cache_dir"
+                f"({error.strerror or error}): free disk space there, or set another --cache_dir"
             ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target
 
 
-def seal(path: Path) -> list:
-    """[bytes, hash] of a file; the hash only up to SEALED_BYTES, more would take long to read."""
-    size = path.stat().st_size
-    return [size, hashlib.sha256(path.read_bytes()).hexdigest() if size <= SEALED_BYTES else ""]
-
-
 def build_cache(target: Path, fill: Callable[[Path], object]) -> Path:
-    """build_dir with a seal on each file. UserError when one was damaged since it was written."""
+    """build_dir, with a check of every file against its size and SHA-256 in seals.json.
+
+    All bytes are read and hashed when the cache is opened for the first time, and again whenever
+    the size or the time of the last change of a file differs from what .NAME.checked beside the
+    cache says; otherwise only these two are compared. So damage by a disk that changes bytes
+    and not the time is not seen until that file is deleted. UserError names a damaged cache.
+    """
 
     def fill_and_seal(aside: Path) -> None:
         fill(aside)
@@ -127,14 +163,28 @@ def build_cache(target: Path, fill: Callable[[Path], object]) -> Path:
         (aside / "seals.json").write_text(json.dumps(seals))
 
     build_dir(target, fill_and_seal)
+    stamp = target.with_name(f".{target.name}.checked")
     try:
         seals = json.loads((target / "seals.json").read_text())
-        whole = seals == {name: seal(target / name) for name in seals}
-    except (OSError, ValueError, TypeError):
-        whole = False
-    if not whole:
+        stats = [(target / name).stat() for name in [*seals, "seals.json"]]
+        found = json.dumps([[stat.st_size, stat.st_mtime_ns] for stat in stats])
+        if stamp.exists() and stamp.read_bytes() == found.encode():
+            return target
+        intact = all(seal(target / name) == sealed for name, sealed in seals.items())
+    except (OSError, ValueError, AttributeError, TypeError):  # the last two: not a JSON object
+        intact = False
+    if not intact:
         raise UserError(f"{target} is damaged: delete it, it is built again")
+    with contextlib.suppress(OSError):  # a cache that may only be read is hashed every time
+        replace_text(stamp, found)
     return target
+
+
+def seal(path: Path) -> list:
+    """[bytes, SHA-256] of a file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        return [size, sha256(file, size).hex()]
 
 
 def cached_array(target: Path, build: Callable[[], np.ndarray]) -> np.ndarray:

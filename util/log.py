@@ -19,23 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from corpora import Corpus, describe_splits, skipped_by_kind
-from data import TrainPlan
+from data import Fold, TrainPlan
 from model import TARGETS
 from util import distributed
+from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
 
 MAX_SKIPPED = 20  # steps in a row that GradScaler may skip; the first ten or so are usual [guess]
-
-# When a hint is given [all guesses]
-WAITING = 0.2  # share of the step time spent waiting for data, in two log lines in a row
-PADDED = 0.35  # share of padding in the batches, in two log lines in a row
-SKIPPED = 0.1  # share of the steps that GradScaler skips, after its start
-BUSY = 0.5  # share of the time in which the GPU computes
-RISEN = 1.25  # factor on the lowest loss; both are means of five log lines
-FALLING = 3  # evaluations in a row, each with a lower dev CCC than the one before
-FLAT, FLAT_WITHIN = 5, 0.01  # evaluations whose dev CCCs lie that close together
-FLAT_UNTIL = 0.7  # share of the epochs after which a cosine schedule makes everything flat
 
 
 class Meter:
@@ -76,17 +67,15 @@ class Meter:
                 return
             yield item
 
-    def add(self, step: int, loss: Tensor, norm: Tensor, batches: list[dict]) -> float:
-        """Counts a step; returns the seconds of audio in this rank's micro-batches."""
+    def add(self, step: int, loss: Tensor, norm: Tensor, batches: list[dict]) -> None:
+        """Counts a step of this rank."""
         self.unread.append((step, loss, norm, [row for batch in batches for row in batch["rows"]]))
-        audio_seconds = sum(batch["audio_seconds"] for batch in batches)
         self.steps += 1
-        self.audio_seconds += audio_seconds
+        self.audio_seconds += sum(batch["audio_seconds"] for batch in batches)
         self.padded_seconds += sum(b["audio_seconds"] / (1 - b["padded_share"]) for b in batches)
         if self.steps == 0:
             self.restart()
             self.steps, self.start = 0, time.perf_counter()
-        return audio_seconds
 
     def check(
         self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, corpus: Corpus
@@ -95,7 +84,7 @@ class Meter:
 
         It reads the steps since the last check, the weights and AdamW's moments. It waits for the
         device, so it runs before a log line and before anything is saved, not in every step.
-        GradScaler skips steps of infinite gradients; up to MAX_SKIPPED in a row are accepted.
+        GradScaler skips steps of infinite gradients; MAX_SKIPPED in a row are an error.
         """
         if not self.unread:
             return
@@ -153,117 +142,81 @@ class Meter:
 
 
 # ---------------------------------------------------------------------------------------------
-# Hints
+# Hints: what is wrong with a run, and the remedy
 
 
-class Hints:
-    """Log lines on what is wrong with a run and on the remedy, each kind once. For rank 0 alone.
-
-    `records` are those of metrics.jsonl so far.
-    """
-
-    def __init__(self, args: argparse.Namespace, device: torch.device, records: list[dict]) -> None:
-        self.args, self.device = args, device
-        self.train = [record for record in records if record["event"] == "train"]
-        self.dev = [record for record in records if record["event"] == "dev"]
-        self.busy: list[float] = []
-        self.said: set[str] = set()
-        if args.loss == "ccc" and args.global_batch_size < 2:
-            self.say(
-                "single", "--global_batch_size 1: a CCC of one utterance is 0, only MSE trains"
-            )
-
-    def say(self, kind: str, text: str) -> None:
-        if kind not in self.said:
-            self.said.add(kind)
+def give_hints(args: argparse.Namespace, files: RunFiles, cached: bool = False) -> None:
+    """Logs what the latest records of a run show to be wrong, each kind once."""
+    if not files.writes:
+        return
+    for kind, text in hints(args, files.history[-500:], cached):
+        if kind not in files.hints:
+            files.hints.add(kind)
             log.warning(f"hint | {text}")
 
-    def recent(self, key: str) -> float:
-        """The lower value of the last two log lines; 0 before there are two."""
-        return min(r.get(key, 0.0) for r in self.train[-2:]) if len(self.train) > 1 else 0.0
 
-    def after_steps(self, record: dict, cached: bool = False) -> None:
-        """Looks at the record of a log line; `cached`: hidden states are read, by no worker."""
-        self.train.append(record)
-        args, waiting, padded = self.args, self.recent("data_share"), self.recent("padded_share")
-        if waiting > WAITING:
+def hints(
+    args: argparse.Namespace, history: list[dict], cached: bool = False
+) -> Iterator[tuple[str, str]]:
+    """(kind, text) of everything that the latest records of metrics.jsonl show to be wrong.
+
+    `cached`: hidden states are read, which loader workers do not do. All thresholds are [guess].
+    """
+    train = [record for record in history if record["event"] == "train"]
+    cccs = [record["dev/ccc_mean"] for record in history if record["event"] == "dev"]
+    trains_wavlm = args.encoder == "wavlm" and args.unfreeze != "none"
+    rate = f"--encoder_lr ({args.encoder_lr:g})" if trains_wavlm else f"--lr ({args.lr:g})"
+
+    if args.loss == "ccc" and args.global_batch_size < 2:
+        yield "single", "--global_batch_size 1: a CCC of one utterance is 0, only MSE trains"
+    if len(train) > 1:
+        waiting = min(record.get("data_share", 0.0) for record in train[-2:])
+        padded = min(record.get("padded_share", 0.0) for record in train[-2:])
+        skipped = train[-1]["skipped_steps"]
+        if waiting > 0.2:
             workers = "" if cached else f"raise --num_workers ({args.num_workers}), or "
-            self.say(
+            yield (
                 "data",
                 f"{waiting:.0%} of the time is spent waiting for data: {workers}put --cache_dir "
                 "and --features_dir on a local disk",
             )
-        if padded > PADDED:
+        if padded > 0.35:
             why = " (--context mixes lengths)" if args.context > 1 else ""
-            self.say(
+            yield (
                 "padding",
                 f"{padded:.0%} of the batches is padding{why}: lower --max_seconds, or "
                 "--batch_size with a higher --gradient_accumulation_steps",
             )
-        if len(self.train) > 1 and record["skipped_steps"] > SKIPPED * args.log_every:
-            self.say(
+        if skipped > 0.1 * args.log_every:
+            yield (
                 "scaler",
-                f"GradScaler skipped {record['skipped_steps']} of the last {args.log_every} steps: "
-                "gradients overflow: give --amp bf16, or lower --lr and --encoder_lr",
+                f"GradScaler skipped {skipped} of the last {args.log_every} steps: gradients "
+                "overflow: give --amp bf16, or lower --lr and --encoder_lr",
             )
-        means = [
-            statistics.fmean(r["loss"] for r in self.train[i : i + 5])
-            for i in range(len(self.train) - 4)
-        ]
-        if len(means) > 5 and means[-1] > RISEN * min(means):
-            self.say(
-                "loss",
-                f"the loss diverges, it has risen from {min(means):.3g} to {means[-1]:.3g}: lower "
-                "--lr and --encoder_lr, or raise --warmup",
-            )
-        if self.device.type == "cuda":
-            self.look_at_gpu(record, waiting)
-
-    def look_at_gpu(self, record: dict, waiting: float) -> None:
-        """The first five log lines decide; the median, since one may meet a pause."""
-        if len(self.busy) == 5 or "ms_per_step" not in record:
-            return
-        self.busy.append(gpu_busy_share(self.device))
-        if len(self.busy) < 5:
-            return
-        busy = statistics.median(self.busy)
-        if busy < BUSY and waiting <= WAITING:
-            self.say("gpu", f"the GPU computes {busy:.0%} of the time: raise --batch_size")
-
-    def after_evaluation(self, record: dict) -> None:
-        """Looks at the record of an evaluation on dev."""
-        self.dev.append(record)
-        cccs = [r["dev/ccc_mean"] for r in self.dev]
-        trains_wavlm = self.args.encoder == "wavlm" and self.args.unfreeze != "none"
-        rate = "--encoder_lr" if trains_wavlm else "--lr"
-        rate = f"{rate} ({getattr(self.args, rate[2:]):g})"
-        last = cccs[-FALLING - 1 :]
-        if len(last) > FALLING and last == sorted(set(last), reverse=True):
-            self.say(
-                "falling",
-                f"dev CCC has fallen {FALLING} times in a row, from {last[0]:.4f} to "
-                f"{last[-1]:.4f}: lower {rate}; the best epoch is kept, --patience ends earlier",
-            )
-        last = cccs[-FLAT:]
-        early = record["epoch"] <= FLAT_UNTIL * self.args.epochs
-        if len(last) == FLAT and max(last) - min(last) < FLAT_WITHIN and early:
-            less = " or unfreeze more" if self.args.encoder == "wavlm" else ""
-            self.say(
-                "flat",
-                f"dev CCC has been flat for {FLAT} evaluations, {min(last):.4f} to "
-                f"{max(last):.4f}: raise {rate}{less}",
-            )
-
-
-def gpu_busy_share(device: torch.device) -> float:
-    """Share of the last second in which the GPU computed, by nvidia-smi; 1 if that cannot tell."""
-    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i"]
-    try:
-        card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        run = subprocess.run([*query, card], capture_output=True, text=True, timeout=10, check=True)
-        return float(run.stdout) / 100
-    except (OSError, ValueError, RuntimeError, AssertionError, subprocess.SubprocessError):
-        return 1.0
+    losses = [record["loss"] for record in train]
+    means = [statistics.fmean(losses[i : i + 5]) for i in range(len(losses) - 4)]
+    if len(means) > 5 and means[-1] > 1.25 * min(means):
+        yield (
+            "loss",
+            f"the loss diverges, it has risen from {min(means):.3g} to {means[-1]:.3g}: lower "
+            "--lr and --encoder_lr, or raise --warmup",
+        )
+    last = cccs[-4:]
+    if len(last) == 4 and last == sorted(set(last), reverse=True):
+        yield (
+            "falling",
+            f"dev CCC has fallen 3 times in a row, from {last[0]:.4f} to {last[-1]:.4f}: lower "
+            f"{rate}; the best epoch is kept, --patience ends earlier",
+        )
+    last = cccs[-5:]
+    early = history[-1]["epoch"] <= 0.7 * args.epochs  # later a cosine schedule flattens all
+    if len(last) == 5 and max(last) - min(last) < 0.01 and early:
+        less = " or unfreeze more" if args.encoder == "wavlm" else ""
+        yield (
+            "flat",
+            f"dev CCC has been flat for 5 evaluations, {min(last):.4f} to {max(last):.4f}: raise "
+            f"{rate}{less}",
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -278,8 +231,9 @@ def start_logging(path: Path | None, console: bool) -> None:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 
-    logging.raiseExceptions = False  # a full disk is told once, by what cannot be saved
+    logging.raiseExceptions = False  # a full disk is reported once, by the failed save
     log.handlers.clear()
+    log.addHandler(logging.NullHandler())  # else Python prints warnings of the other ranks
     log.setLevel(logging.INFO)
     log.propagate = False
     if console:
@@ -290,46 +244,43 @@ def start_logging(path: Path | None, console: bool) -> None:
 
 def startup_block(
     args: argparse.Namespace,
-    corpus: Corpus,
-    splits: dict[str, np.ndarray],
+    fold: Fold,
     plan: TrainPlan,
     total_steps: int,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    ranks: distributed.Ranks,
+    commit: str,
 ) -> str:
     """Lines that a person checks before leaving a run alone."""
     precision = {"fp16": "fp16 autocast with GradScaler", "bf16": "bf16 autocast", "off": "fp32"}
-    ranks = args.global_batch_size // (args.batch_size * args.gradient_accumulation_steps)
-    unfreeze = f"unfreeze {args.unfreeze} | " if args.encoder == "wavlm" else ""
+    corpus, count = fold.corpus, ranks.world_size
     software = " | ".join(f"{name} {version}" for name, version in versions().items())
     return "\n".join(
         (
-            f"vatune {git_commit()} | {software}",
-            f"device {device} x {ranks} | {precision[args.amp]} | seed {args.seed}",
-            describe_splits(corpus, splits),
+            f"vatune {commit} | {software}",
+            f"device {ranks.device} x {count} | {precision[args.amp]} | seed {args.seed}",
+            describe_splits(corpus, fold.splits),
             *(f"note: {note}" for note in corpus.notes),
             *(f"skipped: {why}: {len(s)}" for why, s in skipped_by_kind(corpus).items()),
             f"batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x ranks "
-            f"{ranks} = {args.global_batch_size} utterances per step | {plan.steps_per_epoch} "
+            f"{count} = {args.global_batch_size} utterances per step | {plan.steps_per_epoch} "
             f"steps per epoch | {total_steps} steps in total",
-            f"{unfreeze}trains now {trainable_line(optimizer)}",
             "flags " + json.dumps(vars(args)),
         )
     )
 
 
-def trainable_line(optimizer: torch.optim.Optimizer) -> str:
-    """Parameters that train now, per group, with the group's peak learning rate."""
+def trainable_line(optimizer: torch.optim.Optimizer, stage: str) -> str:
+    """Parameters that train in a stage, per group, with the group's peak learning rate."""
     parts = []
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"] if p.requires_grad) / 1e6
         parts.append(f"{group['name']} {count:.3f} M at lr {group['peak_lr']:.1e}")
-    return ", ".join(parts)
+    return f"unfreeze {stage} | trains {', '.join(parts)}"
 
 
-def step_line(
-    record: dict[str, float], step: int, total_steps: int, scaler: torch.amp.GradScaler
-) -> str:
+def step_line(record: dict[str, float], step: int, scaler: torch.amp.GradScaler) -> str:
+    """The log line of a record."""
+    total_steps = record["total_steps"]
     rates = dict.fromkeys(f"{v:.1e}" for k, v in record.items() if k.startswith("lr/"))
     line = (
         f"step {step:>5}/{total_steps} | epoch {record['epoch']:.2f} | loss {record['loss']:.4f} | "

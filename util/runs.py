@@ -18,18 +18,20 @@ import math
 import os
 import platform
 import shutil
+import statistics
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from corpora import Corpus, Utterance, write_skipped
+from data import Fold
 from model import TARGETS, EmotionModel, ModelConfig
 from util import distributed
 from util.files import UserError, replace_text, replacing, sha256
@@ -45,45 +47,10 @@ WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
 # Columns of predictions_<split>.csv
 TEXTS = ("utt_id", "dialog", "speaker", "emotion")
 NUMBERS = ("seconds", *TARGETS, *(f"pred_{target}" for target in TARGETS))
-Columns = dict[str, np.ndarray]  # TEXTS as text, NUMBERS as float64, (N,)
 
 
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
-
-
-@dataclass
-class Progress:
-    """How far a run is; saved in last.pt."""
-
-    step: int = 0  # optimizer updates done
-    epoch: int = 0  # epochs done, with their evaluation
-    best_ccc: float = -math.inf  # mean dev CCC of best_epoch
-    best_epoch: int = 0  # from 1
-    bad_evals: int = 0  # evaluations since best_epoch
-    plateau_evals: int = 0  # evaluations without a better CCC since lr_factor fell
-    lr_factor: float = 1.0
-    seconds: float = 0.0
-    audio_seconds: float = 0.0
-    stopped: str = ""  # why the run ended before its last epoch
-    records: int = 0  # lines of metrics.jsonl
-    batch_size: int = 0  # as found by --batch_size auto or after a lack of memory
-    global_batch_size: int = 0
-
-    def update(self, ccc: float, patience: int, scheduler: str) -> bool:
-        """Counts an evaluation for --patience and --scheduler plateau; True if it is the best."""
-        better = ccc > self.best_ccc
-        if better:
-            self.best_ccc, self.best_epoch = ccc, self.epoch
-            self.bad_evals = self.plateau_evals = 0
-        else:
-            self.bad_evals += 1
-            self.plateau_evals += 1
-        if scheduler == "plateau" and self.plateau_evals == 3:
-            self.lr_factor, self.plateau_evals = self.lr_factor / 2, 0
-        if patience and self.bad_evals >= patience:
-            self.stopped = "patience"
-        return better
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -121,10 +88,15 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Path) -> None:
-    """Fills the model; a WavLM that did not train is in the directory's frozen.pt."""
-    if model.config.encoder == "wavlm" and not any(name.startswith(WAVLM) for name in weights):
-        weights = weights | read_checkpoint(directory / "frozen.pt")["model"]
-    model.load_state_dict(weights)
+    """Fills the model from a checkpoint in a directory."""
+    model.load_state_dict(all_weights(weights, model.config.encoder, directory))
+
+
+def all_weights(weights: dict[str, Tensor], encoder: str, directory: Path) -> dict[str, Tensor]:
+    """The weights, and those of a WavLM that did not train, which are in frozen.pt."""
+    if encoder == "wavlm" and not any(name.startswith(WAVLM) for name in weights):
+        return weights | read_checkpoint(directory / "frozen.pt")["model"]
+    return weights
 
 
 def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
@@ -142,19 +114,21 @@ def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
             checkpoint["args"]["wavlm"] = str(path / "wavlm")
         else:
             checkpoint = read_checkpoint(path)
-        model = EmotionModel(ModelConfig(**checkpoint["config"]))
-        load_weights(model, checkpoint["model"], path.parent)
+        config = checkpoint["config"]
+        weights = all_weights(checkpoint["model"], config["encoder"], path.parent)
     except UserError as error:
         raise UserError(f"{flag} {error} (give a run directory, NAME/foldK)") from None
-    except Exception as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
         raise UserError(f"{flag} {path}: not a best.pt or an export ({reason})") from None
+    model = EmotionModel(ModelConfig(**config))  # an error of code that was changed passes
+    model.load_state_dict(weights)
     return model.eval(), checkpoint
 
 
-def load_last(directory: Path) -> dict | None:
-    """The content of last.pt or, where that is missing or damaged, of previous.pt; None without
-    either. UserError when none of what is there is good."""
+def load_last(directory: Path, writes: bool) -> dict | None:
+    """The content of last.pt or, if that is missing or damaged, of previous.pt; None without
+    either. UserError if all are damaged. The rank that `writes` sets a damaged last.pt aside."""
     faults = []
     for path in (directory / "last.pt", directory / "previous.pt"):
         try:
@@ -162,9 +136,10 @@ def load_last(directory: Path) -> dict | None:
         except UserError as error:
             faults.append(str(error))
         else:
-            if faults:  # the next save must not put the bad one in place of the good one
+            if faults:
                 log.warning(f"{faults[0]}: continuing from {path}, the one before")
-                with contextlib.suppress(OSError):  # it is missing, or another rank was first
+            if faults and writes:  # the next save must not put the bad one over the good one
+                with contextlib.suppress(FileNotFoundError):
                     (directory / "last.pt").rename(directory / "damaged.pt")
             return content
     if not any((directory / name).exists() for name in ("last.pt", "previous.pt")):
@@ -179,6 +154,11 @@ def check_resumable(flags: dict, last: dict, directory: Path, frozen: bool) -> N
     Flags that are new in the code since the run began are logged and nothing else.
     """
     needed = []
+    if last["world_size"] != distributed.world_size():
+        raise UserError(
+            f"--resume: the interrupted run had {last['world_size']} ranks, this one has "
+            f"{distributed.world_size()}: start as many"
+        )
     if last["progress"]["best_epoch"]:
         needed.append("best.pt")
     if frozen:
@@ -208,7 +188,7 @@ def wavlm_weights(model: EmotionModel) -> dict[str, Tensor]:
 
 
 def other_weights(model: EmotionModel) -> dict[str, Tensor]:
-    """Weights beside those of a WavLM that has not trained: they are in frozen.pt, once."""
+    """All weights except those of a WavLM that has not trained, which are in frozen.pt, once."""
     return {k: v for k, v in model.state_dict().items() if not k.startswith(WAVLM)}
 
 
@@ -272,6 +252,14 @@ def open_run(args: argparse.Namespace, writes: bool) -> "RunFiles":
     return RunFiles(directory, lock)
 
 
+def refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UserError(
+            f"{path} exists: give --resume to continue it, --overwrite to delete it, "
+            "or another --name"
+        )
+
+
 def claim(path: Path, resume: bool, overwrite: bool) -> TextIO:
     """An open file whose lock is this run's claim on the directory `path`, which is there then.
 
@@ -299,23 +287,24 @@ def claim(path: Path, resume: bool, overwrite: bool) -> TextIO:
         if any(path.iterdir()) and not (path / "train.log").exists():
             raise UserError(f"{path} is not a run directory: --overwrite will not delete it")
         shutil.rmtree(path)
-    try:
-        path.mkdir(exist_ok=resume)
-    except FileExistsError:
-        raise UserError(
-            f"{path} exists: give --resume to continue it, --overwrite to delete it, "
-            "or another --name"
-        ) from None
+    if not resume:
+        refuse_existing(path)
+    path.mkdir(exist_ok=resume)
     for aside in path.glob(".*.aside"):  # left by a run that was killed while it wrote
         aside.unlink()
     return lock
 
 
 def end_status(directory: Path, exit_code: int, reason: str) -> None:
-    """Completes status.json if this process wrote it: torchrun turns every exit code into 1."""
+    """Completes status.json of this process or its torchrun, which turns every exit code into 1.
+
+    The first rank that ends says why: torchrun ends the others by a signal.
+    """
     with contextlib.suppress(OSError, ValueError):  # no such file, or no room for a new one
         status = json.loads((directory / "status.json").read_text())
-        if (status["host"], status["pid"]) == (platform.node(), os.getpid()):
+        same_launcher = "TORCHELASTIC_RUN_ID" in os.environ and status["launcher"] == os.getppid()
+        ours = status["pid"] == os.getpid() or same_launcher
+        if ours and status["host"] == platform.node() and status["exit_code"] is None:
             now = {"exit_code": exit_code, "reason": reason, "time": time.time()}
             replace_text(directory / "status.json", json.dumps(status | now, indent=1) + "\n")
 
@@ -329,8 +318,8 @@ class RunFiles:
 
     def __init__(self, directory: Path, lock: TextIO | None) -> None:
         self.directory, self.lock = directory, lock
-        self.metrics = directory / "metrics.jsonl"
-        self.records = 0  # lines of metrics.jsonl
+        self.history: list[dict] = []  # records of metrics.jsonl
+        self.hints: set[str] = set()  # kinds that were logged
         self.board = None
 
     @property
@@ -344,26 +333,32 @@ class RunFiles:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        lines = self.metrics.read_bytes().splitlines(True) if self.metrics.exists() else []
-        kept = [line for line in lines[:records] if line.endswith(b"\n")]
-        replace_text(self.metrics, b"".join(kept).decode(errors="replace"))
-        self.records = len(kept)
-        if self.records < records:
-            log.warning(f"{self.metrics} lacks records from before step {step}")
+        path = self.directory / "metrics.jsonl"
+        self.history = read_records(self.directory)[:records]
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in self.history))
+        if len(self.history) < records:
+            log.warning(f"{path} lacks records from before step {step}")
         self.board = SummaryWriter(self.directory / "tb", purge_step=step + 1)
 
     def record(self, event: str, step: int, values: dict[str, float]) -> None:
         """Appends to metrics.jsonl, and to TensorBoard."""
         if not self.writes:
             return
+        self.history.append({"event": event, "step": step, **values})
+        path = self.directory / "metrics.jsonl"
         try:
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+            with open(path, "a") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.metrics)) from None
-        self.records += 1
+            raise OSError(error.errno, error.strerror, str(path)) from None
         for key, value in values.items():
             self.board.add_scalar(key if "/" in key else f"{event}/{key}", value, step)
+
+    def median_speed(self) -> float | None:
+        """Median of the log lines' audio seconds per second; None if no line has it."""
+        name = "audio_seconds_per_second"
+        speeds = [record[name] for record in self.history if name in record]
+        return statistics.median(speeds) if speeds else None
 
     def save(self, name: str, content: dict) -> None:
         """A checkpoint, see save_checkpoint."""
@@ -376,10 +371,9 @@ class RunFiles:
 
     def write_status(self, step: int) -> None:
         """status.json of a run that goes on and has saved `step`; end_status completes it."""
-        process = {"time": time.time(), "host": platform.node(), "pid": os.getpid()}
-        self.write_json(
-            "status.json", {"exit_code": None, "reason": "running", "step": step, **process}
-        )
+        status = {"exit_code": None, "reason": "running", "step": step, "time": time.time()}
+        status |= {"host": platform.node(), "pid": os.getpid(), "launcher": os.getppid()}
+        self.write_json("status.json", status)
 
     def write_splits(self, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
         """splits.json: per split {utt_id: (audio path, start, end)}; skipped.csv."""
@@ -393,16 +387,15 @@ class RunFiles:
         if self.writes:
             write_skipped(self.directory / "skipped.csv", corpus)
 
-    def write_predictions(
-        self, split: str, corpus: Corpus, rows: np.ndarray, preds: Tensor
-    ) -> None:
-        """predictions_<split>.csv of preds (n, 2) in the label's own scale, and the labels."""
+    def write_predictions(self, split: str, fold: Fold, preds: Tensor) -> None:
+        """predictions_<split>.csv of preds (n, 2) in [0, 1], in the label's scale, and labels."""
         if not self.writes:
             return
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         writer.writerow([*TEXTS, *NUMBERS])
-        for row, pred in zip(rows.tolist(), preds.tolist()):
+        corpus, scaled = fold.corpus, fold.in_label_scale(preds)
+        for row, pred in zip(fold.splits[split].tolist(), scaled.tolist()):
             utt = corpus.utterances[row]
             labels = [getattr(utt, target) for target in TARGETS]
             cells = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
@@ -420,8 +413,12 @@ class RunFiles:
             self.board.close()
 
 
+# ---------------------------------------------------------------------------------------------
+# Reading a run
+
+
 def read_json(path: Path) -> dict:
-    """Empty where the file is absent or damaged."""
+    """The object in a JSON file; empty if the file is absent or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -430,7 +427,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_records(directory: Path) -> list[dict]:
-    """Records of metrics.jsonl; without lines that are torn or not of ours."""
+    """Records of metrics.jsonl, without lines that are incomplete or not written by train.py."""
     path = directory / "metrics.jsonl"
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
@@ -445,26 +442,28 @@ def read_records(directory: Path) -> list[dict]:
     return records
 
 
-def read_predictions(path: Path) -> Columns:
-    """Columns of a predictions CSV with one row at least; UserError names the row."""
+def read_predictions(path: Path) -> pd.DataFrame:
+    """At least one row of a predictions CSV: TEXTS as strings, NUMBERS as finite float64.
+
+    UserError names the file and, of a wrong number, its row and column.
+    """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor a table
         raise UserError(f"{path}: cannot be read ({error})") from error
-    if not rows:
-        raise UserError(f"{path}: no rows")
-    absent = [name for name in (*TEXTS, *NUMBERS) if name not in rows[0]]
-    if absent:
+    absent = [name for name in (*TEXTS, *NUMBERS) if name not in rows]
+    if absent and len(rows):
         raise UserError(f"{path}: column {', '.join(absent)} is missing")
-    columns = {name: np.array([row[name] or "" for row in rows]) for name in TEXTS}
-    for name in NUMBERS:
-        values = [to_number(row[name]) for row in rows]
-        for number, (value, row) in enumerate(zip(values, rows), start=2):
-            if not math.isfinite(value):
-                raise UserError(f"{path} row {number}: {name} {row[name]} is not a finite number")
-        columns[name] = np.array(values)
-    return columns
+    if not len(rows):
+        raise UserError(f"{path}: no rows")
+    rows = rows[[*TEXTS, *NUMBERS]]
+    numbers = rows[list(NUMBERS)].map(to_number)
+    wrong = np.argwhere(~np.isfinite(numbers.to_numpy()))
+    if len(wrong):
+        row, column = wrong[0]
+        fault = f"{NUMBERS[column]} {rows[NUMBERS[column]][row]!r} is not a finite number"
+        raise UserError(f"{path} row {row + 2}: {fault}")  # row 1 is the header
+    return rows.assign(**{name: numbers[name] for name in NUMBERS})
 
 
 def read_vectors(directory: Path, count: int) -> np.ndarray:
@@ -474,30 +473,22 @@ def read_vectors(directory: Path, count: int) -> np.ndarray:
         vectors = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    if vectors.ndim != 2 or len(vectors) != count or not is_finite(vectors):
+    is_finite = vectors.dtype.kind == "f" and bool(np.isfinite(vectors).all())
+    if vectors.ndim != 2 or len(vectors) != count or not is_finite:
         raise UserError(f"{path}: {vectors.dtype} {vectors.shape}, not {count} finite rows")
     return vectors
 
 
-def to_number(text: str | None) -> float:
-    """nan for what is not a number."""
+def to_number(text: str) -> float:
+    """The number that the text spells, exactly, or NaN."""
     try:
-        return float(text or "nan")
+        return float(text)
     except ValueError:
         return math.nan
 
 
-def is_finite(values: np.ndarray) -> bool:
-    return values.dtype.kind == "f" and bool(np.isfinite(values).all())
-
-
-def tensors(rows: Columns) -> tuple[Tensor, Tensor]:
-    """preds, labels (N, 2)."""
-    columns = ([f"pred_{target}" for target in TARGETS], TARGETS)
-    return tuple(torch.from_numpy(np.stack([rows[n] for n in names], axis=1)) for names in columns)
-
-
-def pooled_rows(parts: Iterable[Columns]) -> Columns:
-    """Test rows of several folds in one table."""
-    parts = list(parts)
-    return {name: np.concatenate([part[name] for part in parts]) for name in (*TEXTS, *NUMBERS)}
+def tensors(rows: pd.DataFrame) -> tuple[Tensor, Tensor]:
+    """preds, labels (N, 2) in float64, of rows as from read_predictions."""
+    preds = rows[[f"pred_{target}" for target in TARGETS]].to_numpy()
+    labels = rows[list(TARGETS)].to_numpy()
+    return torch.tensor(preds), torch.tensor(labels)

@@ -33,7 +33,6 @@ from torch.utils.flop_counter import flop_registry
 
 import data as vadata
 from model import AUTOCAST, TARGETS
-from wavlm import BlockAttention
 
 KINDS = (
     "parameters", "gradients", "optimizer", "autocast copies", "activations", "transient",
@@ -462,7 +461,6 @@ def trace(
     Without gradient_accumulation_steps they follow from global_batch_size.
     """
     import step as updates
-    from util.runs import Progress
 
     on_gpu = on_cuda(args)
     args = argparse.Namespace(**vars(args) | {"batch_size": size})
@@ -477,7 +475,7 @@ def trace(
 
     adamw = functools.partial(without_fused, on_gpu)
     with torch.device("meta"), mock.patch("torch.optim.AdamW", adamw):
-        model = updates.build_model(args, updates.InputShape(*widths, 0, 0), load=False)
+        model = updates.build_model(args, vadata.InputShape(*widths, 0, 0), load=False)
         optimizer = updates.build_optimizer(model, args)
     updates.set_trainable(model, stage, args.train_only)
     tag("parameters", (tensor.data for tensor in (*model.parameters(), *model.buffers())))
@@ -530,7 +528,6 @@ def trace(
         mock.patch("torch.autocast", rules.autocast),
         mock.patch("util.distributed.agree_on_step", lambda: False),
         mock.patch("torch.nn.utils.clip_grad_norm_", lambda *_: torch.zeros(())),  # few bytes, slow
-        contextlib.nullcontext() if on_gpu else mock.patch("wavlm.KernelAttention", BlockAttention),
         rules if emulated else contextlib.nullcontext(),
         tracker,
     ):
@@ -544,7 +541,7 @@ def trace(
             batch["step_size"] = size
             optimizer.step = update
             scaler = torch.amp.GradScaler("cpu", enabled=False)
-            updates.train_step(model, [batch], optimizer, scaler, args, Progress())
+            updates.train_step(model, [batch], optimizer, scaler, args, updates.Progress())
     kinds.update(dict.fromkeys(rules.copies, "autocast copies"))
     for number, change, phase in tracker.events:
         if change > 0 and phase in ("forward", "evaluation"):
@@ -562,7 +559,6 @@ def real_step(
 ) -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
     """(a training step of `stage` on random clips, all tensors that live between two of them)."""
     import step as updates
-    from util.runs import Progress
 
     hidden = None
     if updates.reads_cache(args, stage):
@@ -589,4 +585,7 @@ def real_step(
         inputs = [t for batch in batches for t in batch.values() if isinstance(t, Tensor)]
         return [*model.parameters(), *model.buffers(), *states, *inputs]
 
-    return lambda: updates.train_step(model, batches, optimizer, scaler, args, Progress()), between
+    def run() -> object:
+        return updates.train_step(model, batches, optimizer, scaler, args, updates.Progress())
+
+    return run, between

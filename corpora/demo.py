@@ -1,7 +1,7 @@
 """The demo corpus: synthesised speech of ten speakers in IEMOCAP's layout, with known emotion.
 
-Pitch, level, tempo, tilt and vibrato follow valence and arousal; each speaker has a voice of their
-own, so that a model must learn the cues and not the speakers. No data, no download.
+Pitch, level, tempo, tilt and jitter follow valence and arousal; each speaker has another voice, so
+that a model must learn the cues and not the speakers. No data, no download.
 
 References: vowel formants (Peterson & Barney 1952).
 """
@@ -13,15 +13,23 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from corpora.base import Corpus
+from corpora.iemocap import read_iemocap
 from util.files import build_dir, progress
 
 RATE = 16_000  # Hz of the files
 DEMO_VERSION = 4  # raise it with every change below: it is the cache key
 # formants 1-3 in Hz of men's /a i u e o/ [Peterson & Barney 1952]
 VOWELS = np.array(
-    [730, 1090, 2440, 270, 2290, 3010, 300, 870, 2240, 530, 1840, 2480, 570, 840, 2410]
+    [[730, 1090, 2440], [270, 2290, 3010], [300, 870, 2240], [530, 1840, 2480], [570, 840, 2410]],
+    dtype=np.float64,
 )
-VOWELS = VOWELS.reshape(5, 3).astype(np.float64)
+
+
+def read_demo(cache_dir: Path, label_range: tuple[float, float] | None) -> Corpus:
+    """The demo corpus, synthesised on first use."""
+    root = build_dir(cache_dir / f"demo-v{DEMO_VERSION}", write_demo)
+    return read_iemocap(root, label_range or (1.0, 5.0), "demo")
 
 
 def synthesise(
@@ -35,7 +43,7 @@ def synthesise(
 
     Arousal moves pitch level, loudness, tempo and spectral tilt; valence moves the pitch contour
     (rising or falling, wide or flat), the formants (a smile shortens the tract) and jitter.
-    Every cue carries noise of its own.
+    Noise is added to every cue.
     """
 
     def cue(x: float) -> float:
@@ -54,9 +62,8 @@ def synthesise(
     starts, voiced_ends, scale = ends - durations - pauses, ends - pauses, seconds / ends[-1]
     syllable = np.searchsorted(ends * scale, t, side="right").clip(0, count - 1)
     phase = (t / scale - starts[syllable]) / (voiced_ends - starts)[syllable]  # above 1 = pause
-    vowel = (
-        np.sin(np.pi * phase.clip(0, 1)) ** 0.7 * np.exp(0.2 * rng.standard_normal(count))[syllable]
-    )
+    loudness = np.exp(0.2 * rng.standard_normal(count))
+    vowel = np.sin(np.pi * phase.clip(0, 1)) ** 0.7 * loudness[syllable]
     fricative = ((phase < 0.2) * (rng.random(count) < 0.5)[syllable]).astype(np.float64)
     # pitch in semitones, then pulses with jitter and shimmer
     smile = cue(valence)
@@ -89,9 +96,8 @@ def synthesise(
         response *= formant**2 / np.hypot(formant**2 - f**2, f * bandwidth)
     breath = 0.02 * rng.standard_normal(length)
     speech = filter_frames(source + breath, response * vowel[:, None], hop, fft)
-    hiss = filter_frames(
-        rng.standard_normal(length), fricative[:, None] * (f / 8000) ** 2, hop, fft
-    )
+    noise = rng.standard_normal(length)
+    hiss = filter_frames(noise, fricative[:, None] * (f / 8000) ** 2, hop, fft)
     speech = speech / np.sqrt(np.mean(speech**2)) + 0.3 * hiss
     gain = 10 ** ((voice["level"] + 5 * cue(arousal) - 28) / 20)
     room = 10 ** (-62 / 20) * rng.standard_normal(length)
@@ -108,11 +114,6 @@ def filter_frames(audio: np.ndarray, response: np.ndarray, hop: int, fft: int) -
     for k in range(fft // hop):
         out[k * hop : (k + len(response)) * hop] += frames[:, k * hop : (k + 1) * hop].ravel()
     return out[fft // 2 : fft // 2 + len(audio)]
-
-
-def demo_corpus(cache_dir: Path) -> Path:
-    """The folder of the demo corpus, in IEMOCAP's layout; synthesised on first use."""
-    return build_dir(cache_dir / f"demo-v{DEMO_VERSION}", write_demo)
 
 
 def write_demo(root: Path) -> None:

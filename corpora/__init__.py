@@ -1,0 +1,186 @@
+"""Corpora of emotional speech: what their files say about each utterance, and the folds.
+
+    corpus = read_corpus("iemocap", "IEMOCAP_full_release", None)
+    splits = make_splits(corpus, fold=1)
+
+One file per corpus. To add one, write a reader that returns a Corpus and name it in READERS.
+Nothing here opens an audio file: that is in data.py.
+"""
+
+import csv
+import io
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from corpora.base import LABELS, Corpus, Skipped, Utterance, known_speaker, turn_order
+from corpora.demo import read_demo
+from corpora.iemocap import read_iemocap
+from corpora.manifest import read_csv
+from corpora.msp_podcast import read_msp_podcast
+from util.files import UserError, replace_text
+
+__all__ = [
+    "LABELS", "MAX_SKIPPED", "READERS", "Corpus", "Skipped", "Utterance", "check_skipped",
+    "describe_splits", "known_speaker", "make_splits", "natural", "num_folds", "read_corpus",
+    "read_csv", "skipped_by_kind", "turn_order", "write_skipped",
+]  # fmt: skip
+
+READERS = {  # --data: what reads --data_dir, and the range of its labels
+    "iemocap": (read_iemocap, (1.0, 5.0)),
+    "msp_podcast": (read_msp_podcast, (1.0, 7.0)),
+}
+MAX_SKIPPED = 0.05  # share of utterances; with more left out, it is not the corpus [guess]
+SPLITS = ("train", "dev", "test")
+
+
+def read_corpus(
+    data: str,
+    data_dir: str | None,
+    label_range: tuple[float, float] | None,
+    cache_dir: str | Path = "cache",
+) -> Corpus:
+    """The corpus named by --data: demo, one of READERS, or the path of a .csv.
+
+    `data_dir` is required for READERS, and is the root of relative audio paths for a CSV
+    (default: the folder of the CSV). Raises UserError.
+    """
+    if label_range is not None and not label_range[0] < label_range[1]:
+        raise UserError(f"--label_range {label_range[0]:g} {label_range[1]:g}: LO must be below HI")
+    if data in READERS and not data_dir:
+        raise UserError(f"--data {data} needs --data_dir, the folder of your licensed copy")
+    if data == "demo" and data_dir:
+        known = ", ".join(READERS)
+        raise UserError(
+            f"--data demo is synthesised and reads no --data_dir: give --data, {known} or a .csv"
+        )
+    if data_dir and not Path(data_dir).is_dir():
+        raise UserError(f"--data_dir {data_dir} is not a directory")
+    try:
+        if data == "demo":
+            corpus = read_demo(Path(cache_dir), label_range)
+        elif data in READERS:
+            read, its_range = READERS[data]
+            corpus = read(Path(data_dir), label_range or its_range)
+        elif data.endswith(".csv"):
+            corpus = read_csv(Path(data), Path(data_dir) if data_dir else None, label_range)
+        else:
+            known = ", ".join(("demo", *READERS))
+            raise UserError(f"--data {data}: not one of {known}, or a .csv file")
+    except OSError as error:
+        raise UserError(f"{error.filename or data}: cannot be read ({error.strerror})") from None
+    if not corpus.utterances:
+        reasons = "; ".join(f"{s.utt_id}: {s.reason}" for s in corpus.skipped[:3])
+        where = data if data.endswith(".csv") else corpus.root
+        raise UserError(f"{where}: no usable utterance ({reasons or 'nothing found'})")
+    unknown = sum(not known_speaker(u.speaker) for u in corpus.utterances)
+    if unknown:
+        fault = "their speakers cannot be kept out of other splits"
+        corpus.notes.append(f"speaker unknown: {unknown} utterances, {fault}")
+    corpus.utterances.sort(key=turn_order)
+    return corpus
+
+
+# ---------------------------------------------------------------------------------------------
+# Splits
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """Sort key under which Session10 comes after Session2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def sessions(corpus: Corpus) -> list[str]:
+    return sorted({u.session for u in corpus.utterances}, key=natural)
+
+
+def num_folds(corpus: Corpus) -> int:
+    """The number of sessions, or 1 if the corpus brings its own splits."""
+    return 1 if corpus.utterances[0].split else len(sessions(corpus))
+
+
+def make_splits(corpus: Corpus, fold: int) -> dict[str, np.ndarray]:
+    """{"train", "dev", "test"} -> sorted int64 rows of corpus.utterances.
+
+    The corpus' own splits if it has them; else test = the fold-th session, dev = the next one
+    (cyclic), train = the others. Raises UserError if that is impossible, a split is empty, or
+    a known speaker is in two splits.
+    """
+    folds, names = num_folds(corpus), sessions(corpus)
+    if corpus.utterances[0].split:
+        of_row = [u.split for u in corpus.utterances]
+    elif folds < 3:
+        fault = f"{corpus.name}: {folds} session(s), but train, dev and test need at least 3"
+        raise UserError(f"{fault}: add a column split, session, or speaker (each a session)")
+    else:
+        split_of = {names[(fold - 1) % folds]: "test", names[fold % folds]: "dev"}
+        of_row = [split_of.get(u.session, "train") for u in corpus.utterances]
+    if not 1 <= fold <= folds:
+        raise UserError(f"--fold {fold}: {corpus.name} has folds 1..{folds}")
+    splits = {s: np.flatnonzero(np.array(of_row) == s).astype(np.int64) for s in SPLITS}
+    found: dict[str, str] = {}  # speaker -> split
+    for split, rows in splits.items():
+        if not len(rows):
+            raise UserError(f"{corpus.name} fold {fold}: the {split} split is empty")
+        for u in (corpus.utterances[row] for row in rows):
+            if known_speaker(u.speaker) and found.setdefault(u.speaker, split) != split:
+                both = f"{found[u.speaker]} and {split} (there {u.utt_id})"
+                raise UserError(f"{corpus.name} fold {fold}: speaker {u.speaker} is in both {both}")
+    return splits
+
+
+def describe_splits(corpus: Corpus, splits: dict[str, np.ndarray]) -> str:
+    """One table: split, utterances, hours (known after load_audio), genders, sessions, speakers."""
+    table = [("split", "utterances", "hours", "genders", "sessions", "speakers")]
+    for split, rows in splits.items():
+        chosen = [corpus.utterances[row] for row in rows]
+        hours = "-" if corpus.seconds is None else f"{corpus.seconds[rows].sum() / 3600:.2f}"
+        genders = sorted(Counter(u.gender or "?" for u in chosen).items())
+        genders = " ".join(f"{gender} {count}" for gender, count in genders)
+        speakers = shorten({u.speaker for u in chosen})
+        table.append(
+            (split, str(len(rows)), hours, genders, shorten({u.session for u in chosen}), speakers)
+        )
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths)) for line in table]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def shorten(names: set[str], limit: int = 10) -> str:
+    ordered = [name or "-" for name in sorted(names, key=natural)]
+    if len(ordered) > limit:
+        return f"{' '.join(ordered[:limit])} ... ({len(ordered)})"
+    return " ".join(ordered)
+
+
+# ---------------------------------------------------------------------------------------------
+# Utterances left out
+
+
+def check_skipped(corpus: Corpus, max_share: float = MAX_SKIPPED) -> None:
+    """UserError if more than this share of all utterances was left out."""
+    total = len(corpus.utterances) + len(corpus.skipped)
+    if len(corpus.skipped) > max_share * total:
+        first = "; ".join(f"{s.utt_id}: {s.reason}" for s in corpus.skipped[:3])
+        raise UserError(
+            f"{corpus.name}: {len(corpus.skipped)} of {total} utterances cannot be used, more than "
+            f"{100 * max_share:g} % ({first}): repair or remove them; python data.py --data ... "
+            "--skipped skipped.csv lists all"
+        )
+
+
+def skipped_by_kind(corpus: Corpus) -> dict[str, list[Skipped]]:
+    """corpus.skipped by reason, without the particulars in brackets at its end."""
+    kinds: dict[str, list[Skipped]] = {}
+    for skipped in corpus.skipped:
+        kinds.setdefault(skipped.reason.split(" (")[0], []).append(skipped)
+    return kinds
+
+
+def write_skipped(path: Path, corpus: Corpus) -> None:
+    """CSV of corpus.skipped: utt_id, file, reason."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([Skipped._fields, *corpus.skipped])
+    replace_text(path, text.getvalue())

@@ -1,0 +1,123 @@
+"""Decoding of one sound file: 16 kHz mono int16 of any format, or the reason why not.
+
+What happens to each kind of odd or broken file is one table: tests/test_input_faults.py.
+"""
+
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+VERSION = 3  # raise it with every change of decode: it is part of the cache key
+SAMPLE_RATE = 16_000
+MIN_SAMPLES = 400  # WavLM's CNN needs this many; shorter clips are zero-padded to it
+MAX_CLIP_SECONDS = 600  # a longer clip is taken for a forgotten start/end [guess]
+RATES = (4_000, 384_000)  # Hz; a header that says anything else is taken for a damaged one [guess]
+MAX_MISSING = 0.1  # share of a clip's samples; the label may belong to what is lost [guess]
+
+
+def check_header(text: str) -> tuple[float, str, list[str]]:
+    """(promised length / length found, reason to skip or "", notes), from libsndfile's log.
+
+    libsndfile believes a header or cuts it to the file, in silence. RIFF, W64, RF64, AIFF and AU
+    are seen here; other formats do not open, or come out short when they are read.
+    """
+    notes = []
+    pair = r"(?:data|riff|Riff size|SSND|Data Size) *: (\d+) \(should be (\d+)\)"
+    promise = re.search(pair, text)
+    says, has = map(int, promise.groups()) if promise else (1, 1)
+    if not promise and "Exiting parser" in text:  # samples behind their chunk, or a broken chunk
+        chunk = re.search(r"Length : (\d+)\n(?:.*\n)*data : (\d+)\n", text)
+        if chunk and int(chunk[2]) < (1 - MAX_MISSING) * int(chunk[1]):
+            says, has = int(chunk[1]), int(chunk[2])
+    if says > 2**31 - 2**20:  # written into a pipe: its length was not known yet
+        notes.append("no length in its header, kept")
+        says = has
+    names = ("Channels", "Sample Rate", "Block Align", "Bit Width", "Bytes/sec")
+    lines = "".join(rf"  {name} +: (\d+).*\n" for name in names)
+    wav = re.search(r"=> WAVE_FORMAT_PCM\n" + lines, text)
+    if wav:
+        channels, rate, align, bits, bytes_per_second = map(int, wav.groups())
+        frame = channels * math.ceil(bits / 8)
+        if align != frame:
+            return 1.0, f"header contradicts itself ({align} or {frame} bytes per frame)", []
+        if bytes_per_second != rate * frame:
+            notes.append("header contradicts itself on bytes per second, kept")
+    return says / max(has, 1), "", notes
+
+
+def decode(
+    path: Path, start: float = 0.0, end: float | None = None
+) -> tuple[np.ndarray, str, list[str]]:
+    """(int16 mono samples at SAMPLE_RATE, "", what was changed) or (no samples, reason, [])."""
+    nothing = np.zeros(0, dtype=np.int16)
+    try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            return nothing, "no such file, or not a regular one", []
+        if not os.access(path, os.R_OK):
+            return nothing, "no permission to read it", []
+        with soundfile.SoundFile(path) as file:
+            rate, frames = file.samplerate, file.frames
+            text = file.extra_info[len(f"File : {path}") :]  # a name could hold anything
+            promised, reason, changes = check_header(text)
+            if not RATES[0] <= rate <= RATES[1]:
+                reason = f"sample rate outside {RATES[0]}..{RATES[1]} Hz ({rate})"
+            first = round(start * rate)
+            wanted = round(promised * frames if end is None else end * rate)
+            last = min(wanted, frames)
+            if last <= first:
+                reason = reason or f"no samples (from {start:g} s on, of {frames / rate:.2f} s)"
+            elif last - first > MAX_CLIP_SECONDS * rate:
+                reason = reason or f"longer than {MAX_CLIP_SECONDS} s: give start and end"
+            if reason:
+                return nothing, reason, []
+            file.seek(first)
+            audio = file.read(last - first, dtype="float32", always_2d=True)  # (L, channels)
+    # TypeError: a .raw file; UnicodeError: a name that is not UTF-8
+    except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
+        return nothing, f"cannot be decoded ({str(error).split(': ')[-1]})", []
+    missing = 1 - len(audio) / (wanted - first)
+    if missing > MAX_MISSING:
+        return nothing, f"samples missing ({100 * missing:.0f} %)", []
+    if not np.isfinite(audio).all():
+        return nothing, "samples are not finite", []
+    if missing > 0:
+        changes.append("a little shorter than its header or end says, kept")
+    if audio.shape[1] > 1:
+        changes.append(f"mixed to mono from {audio.shape[1]} channels")
+    mono = audio.mean(axis=1)  # (L,)
+    if np.mean(mono**2) < 0.01 * np.mean(audio**2):
+        changes.append("channels cancel out, the first one taken")
+        mono = audio[:, 0]
+    audio = mono
+    if rate != SAMPLE_RATE:
+        audio = soxr.resample(audio, rate, SAMPLE_RATE, quality="HQ")
+        changes.append(f"resampled from {rate} Hz")
+    peak = float(np.abs(audio).max(initial=0.0))
+    if peak > 4:  # no overshoot: the file does not use the scale -1..1 [guess]
+        return nothing, f"samples not in the scale -1..1 (up to {peak:.3g})", []
+    if peak > 1.12:  # 1 dB: more than resampling overshoots by
+        changes.append("above full scale, clipped")
+    elif peak > 0.9999 and np.mean(np.abs(audio) > 0.9999) > 0.01:
+        changes.append("clipped when it was recorded, kept")
+    samples = np.clip(np.round(audio * 32768), -32768, 32767).astype(np.int16)
+    if not len(samples) or int(samples.max()) - int(samples.min()) <= 2:  # a quiet constant
+        return nothing, "no sound in it, all samples are alike", []
+    if len(samples) < MIN_SAMPLES:
+        samples = np.pad(samples, (0, MIN_SAMPLES - len(samples)))
+        changes.append(f"padded to {MIN_SAMPLES} samples")
+    return samples, "", changes
+
+
+def decoded_bytes(path: Path, start: float = 0.0, end: float | None = None) -> int:
+    """About how large the decoded clip will be, by its header; 0 if it cannot be read."""
+    try:
+        if end is None:
+            end = soundfile.info(path).duration if path.is_file() else start
+    except (soundfile.SoundFileError, OSError, TypeError, UnicodeError):
+        end = start
+    return 2 * round(SAMPLE_RATE * min(max(0.0, end - start), MAX_CLIP_SECONDS))
