@@ -54,9 +54,9 @@ range='[1-9][0-9]{0,3}(-[1-9][0-9]{0,3})?'
 [[ ${given[folds]} =~ ^$range(,$range)*$ ]] ||
     refuse "--folds '${given[folds]}': give 1-5, or 1,3,5, or a mix"
 folds=()
-for range in ${given[folds]//,/ }; do
-    ((${range%-*} <= ${range#*-})) || refuse "--folds $range: the first is above the last"
-    mapfile -t -O ${#folds[@]} folds < <(seq "${range%-*}" "${range#*-}")
+for part in ${given[folds]//,/ }; do
+    ((${part%-*} <= ${part#*-})) || refuse "--folds $part: the first is above the last"
+    mapfile -t -O ${#folds[@]} folds < <(seq "${part%-*}" "${part#*-}")
 done
 distinct "${folds[@]}" || refuse "--folds ${given[folds]}: a fold is named twice"
 

@@ -309,17 +309,14 @@ def test_the_first_command_prints_what_the_readme_says(tmp_path, demo_cache, fla
     words = [sys.executable, *command.split()[1:]]
     said = subprocess.run(words, cwd=tmp_path, check=True, text=True, capture_output=True).stdout
     (stated,) = re.findall(r"The log ends.*?```\n(.*?)```", README, flags=re.DOTALL)
+    shape = re.sub(r"\d+(\.\d+)?", "N", said)
     for line in stated.splitlines():
-        if line == "..." or (flags and re.match("epoch   [2-9]", line)):
-            continue
-        number = r"\\d+(?:\\.\\d+)?"  # of the line; the epoch of a line without `best` is kept
-        pattern = re.sub(r"(?<=\d)\\\.(?=\d)", ".", re.escape(line))
-        pattern = re.sub(r"\d+\.\d+|(?<=best\\ epoch\\ )\d+|\d+(?=\\ s)", number, pattern)
-        found = re.search(pattern, said)
-        assert found, f"{line}\n{said}"
-        scores, expected = (re.findall(r"\d\.\d{4}", text) for text in (found[0], line))
-        tolerance = 9 if flags else 0.03  # builds of torch differ in rounding
-        assert np.allclose(np.float64(scores), np.float64(expected), rtol=0, atol=tolerance), said
+        short = flags and re.match("epoch +6", line)  # not best: there is one epoch
+        assert line == "..." or short or re.sub(r"\d+(\.\d+)?", "N", line) in shape, line
+    if not flags:
+        found, expected = (re.findall(r"(?:valence|arousal) (0\.\d+)", s) for s in (said, stated))
+        found = found[:2] + found[8:12] + found[-2:]  # epochs 1, 5 and 6; test
+        assert np.allclose(np.float64(found), np.float64(expected), atol=0.03), said  # any torch
 
 
 def test_a_slurm_job_at_its_time_limit_is_requeued_and_a_failed_one_is_not(clone):
