@@ -39,12 +39,12 @@ def test_waiting_for_data(flags, monkeypatch):
 
     def slowly(loader):
         for batch in batches_of(loader):
-            time.sleep(0.2)
+            time.sleep(0.5)
             yield batch
 
     monkeypatch.setattr(DataLoader, "__iter__", slowly)
     hint = only(hints_of(flags, waits=True))
-    assert int(hint.split("%")[0]) > 50 and WAITING in hint and "raise --num_workers (0)" in hint
+    assert WAITING in hint and "raise --num_workers (0)" in hint
 
 
 def test_padding(flags, corpus, tmp_path):

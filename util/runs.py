@@ -406,7 +406,10 @@ class RunFiles:
     def write_vectors(self, vectors: Tensor) -> None:
         """embedding_test.npy (n, U) float16, rows as predictions_test.csv."""
         if self.writes:
-            np.save(self.directory / "embedding_test.npy", vectors.half().numpy())
+            content = io.BytesIO()  # np.save into a file does not name it when the disk is full
+            np.save(content, vectors.half().numpy())
+            with replacing(self.directory / "embedding_test.npy") as file:
+                file.write(content.getvalue())
 
     def close(self) -> None:
         if self.board is not None:
