@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from fault_kills import raise_on
+from fault_kills import raise_on, real_fp16
 from torch.utils.data import DataLoader
 
 from train import main, parse_args
@@ -62,12 +62,8 @@ def test_padding(flags, corpus, tmp_path):
 
 
 def test_a_scaler_that_skips(flags, monkeypatch):
-    real = torch.amp.GradScaler
-    scalers = iter([real("cpu", init_scale=2.0**127, backoff_factor=0.999)])  # the run's; others
-    monkeypatch.setattr(  # are those of the memory plan
-        torch.amp, "GradScaler", lambda *a, **k: next(scalers, None) or real(*a, **k)
-    )
-    hint = only(hints_of([*flags, "--mse_weight", "1000"]))
+    real_fp16(monkeypatch.setattr, init_scale=2.0**127, backoff_factor=0.999)
+    hint = only(hints_of([*flags, "--amp", "fp16", "--device", "auto"]))
     assert hint.startswith("GradScaler skipped 1 of the last 1 steps") and "--amp bf16" in hint
 
 
