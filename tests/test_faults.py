@@ -542,7 +542,7 @@ def test_workers_that_were_not_forked_end_with_their_rank(flags, tmp_path, metho
     assert victim.until(lambda: len(victim.records()) > 4), victim.console()
     assert len(processes_of(tmp_path)) > 2
     os.kill(victim.process.pid, signal.SIGKILL)
-    gone(tmp_path, 3)
+    gone(tmp_path, 10)  # a worker that is still starting ends when it has imported torch
 
 
 def look_elsewhere(folder):
