@@ -66,6 +66,13 @@ def signal_on(pattern, number, rank="0"):
         raise_on(pattern, number).__enter__()
 
 
+def real_fp16(patch, **settings):
+    """--amp fp16 --device auto on a CPU, with these settings of GradScaler."""
+    seen_by_flags = iter([True])
+    patch(torch.cuda, "is_available", lambda: next(seen_by_flags, False))
+    patch(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, **settings))
+
+
 def fork(argv, log, env, fault=None, method="fork"):
     """train.py in this process, as from a shell; `fault`: a function of a test module, and its
     arguments, called before; `method`: how loader workers start."""

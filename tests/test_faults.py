@@ -27,6 +27,7 @@ from fault_kills import (
     kill_and_compare,
     processes_of,
     raise_on,
+    real_fp16,
     run_ranks,
 )
 from matplotlib.figure import Figure
@@ -541,7 +542,7 @@ def test_workers_that_were_not_forked_end_with_their_rank(flags, tmp_path, metho
     assert victim.until(lambda: len(victim.records()) > 4), victim.console()
     assert len(processes_of(tmp_path)) > 2
     os.kill(victim.process.pid, signal.SIGKILL)
-    gone(tmp_path, 3)
+    gone(tmp_path, 10)  # a worker that is still starting ends when it has imported torch
 
 
 def look_elsewhere(folder):
@@ -639,8 +640,10 @@ def test_what_is_not_finite_is_named_weights_apart_from_moments(flags, where, sa
     steps = []
 
     def spoil(optimizer, *_):
-        steps.append(1)
         weight = optimizer.param_groups[0]["params"][0]
+        if weight.is_meta:  # the memory plan's
+            return
+        steps.append(1)
         if len(steps) == 2:
             target = weight if where == "weight" else optimizer.state[weight]["exp_avg"]
             target.data.flatten()[0] = float("inf")
@@ -655,14 +658,10 @@ def test_what_is_not_finite_is_named_weights_apart_from_moments(flags, where, sa
 
 def test_twenty_skipped_steps_in_a_row_are_an_error(flags, monkeypatch):
     """test_watch has a run that skips fewer."""
-    real = torch.amp.GradScaler
-    monkeypatch.setattr(
-        torch.amp,
-        "GradScaler",
-        lambda *_, **__: real("cpu", init_scale=2.0**127, backoff_factor=0.9999),
-    )
-    with pytest.raises(FloatingPointError, match=r"step 20: loss .* scale 1.6.*e\+38 on s3"):
-        main(parse_args([*flags, "--mse_weight", "1000", "--epochs", "8"]))
+    real_fp16(monkeypatch.setattr, init_scale=2.0**127, backoff_factor=0.9999)
+    more = ["--amp", "fp16", "--device", "auto", "--epochs", "8"]
+    with pytest.raises(FloatingPointError, match=r"step 20: loss .* scale 1.*e\+38 on s3"):
+        main(parse_args([*flags, *more]))
 
 
 # --- collectives

@@ -8,14 +8,12 @@ end like one that was never killed. All that is random or remembered is in play 
 another, and is asserted to be.
 """
 
-import functools
 import os
 import signal
 from pathlib import Path
 
 import pytest
-import torch
-from fault_kills import EVERYTHING, Run, assert_same_outcome, run_ranks
+from fault_kills import EVERYTHING, Run, assert_same_outcome, real_fp16, run_ranks
 
 from util.runs import read_checkpoint
 
@@ -36,10 +34,7 @@ SETTINGS = {  # utterances of a step, flags
 def prepare(setting, dies):
     """In a rank, before it starts: a scaler in play, and the kill."""
     if setting.startswith("scaler"):  # real fp16 on the CPU; a scale that overflows, and grows soon
-        seen_by_flags = iter([True])
-        torch.cuda.is_available = lambda: next(seen_by_flags, False)
-        scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**17, growth_interval=2)
-        torch.amp.GradScaler = scaler
+        real_fp16(setattr, init_scale=2.0**17, growth_interval=2)
     replace = os.replace
 
     def replace_and_die(source, target):

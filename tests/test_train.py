@@ -247,7 +247,8 @@ def test_a_kill_and_a_resume_leave_every_step_once_in_tensorboard(flags, tmp_pat
     board = EventAccumulator(str(killed.directory / "tb"))
     board.Reload()
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 10))
-    assert [event.step for event in board.Scalars("dev/ccc_mean")] == [3, 6, 9]
+    steps = [event.step for event in board.Scalars("dev/ccc_mean")]
+    assert steps[:3] == [3, 6, 9]  # and the best epoch's at the end of the run
 
 
 def test_the_default_number_of_workers_changes_nothing(finished, tmp_path):
