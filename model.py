@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wavlm import SIZES, WavLM, WavLMConfig
+from wavlm import SIZES, WavLM, WavLMConfig, no_autocast
 
 try:  # optional; used on CUDA only and never run by us without a GPU
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -127,7 +127,7 @@ class LogMel(nn.Module):
         return torch.minimum(rising, falling).clamp(min=0)
 
     def forward(self, waveform: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(waveform.device.type, enabled=False):
+        with no_autocast(waveform.device):
             spectrum = torch.stft(
                 waveform, self.n_fft, self.hop, window=self.window, center=False,
                 return_complex=True,

@@ -148,6 +148,11 @@ SIZES = {
 
 
 # ---------------------------------------------------------------------------- small parts
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Autocast off; on the meta device, where torch has none, the CPU's stands for it."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """norm(x) in x's own dtype, statistics in float32.
 
@@ -156,7 +161,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """
     if x.dtype == norm.weight.dtype:
         return norm(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
         return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
@@ -356,11 +361,13 @@ def attend(
 
     gate (B, H, T, 1) and key_bias (B, 1, 1, W) have q's dtype. `position` is what the table is
     made of, (H, T + W - 1), for "fused", and `dense_table` of it in q's dtype for the others.
+    "blocks" is what "fused" does on a CPU, on any device: memory.py plans a CPU by it.
     What each way keeps for backward per B * H * T^2 element: "fused" nothing; "sdpa" the bias
     (CUDA) or the softmax (CPU); "eager" the softmax, and with dropout two more.
     """
-    if kind == "fused":
-        way = block_attention if q.device.type == "cpu" else KernelAttention.apply
+    if kind in ("fused", "blocks"):
+        on_cpu = kind == "blocks" or q.device.type == "cpu"
+        way = block_attention if on_cpu else KernelAttention.apply
         return way(q, k, v, gate, position, key_bias, dropout)
     bias = dense_bias(gate, position, key_bias)
     if kind == "sdpa":
@@ -718,7 +725,7 @@ class WavLM(nn.Module):
             with torch.set_grad_enabled(grad and self.frozen_blocks < 3):
                 position = self.encoder.layers[0].attention.position_bias(num_frames)
                 width = position.shape[1] - num_frames + 1
-                if self.attention != "fused":
+                if self.attention in ("sdpa", "eager"):
                     position = dense_table(position.to(dtype), num_frames)
             key_bias = None
             if frame_mask is not None:
