@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, the Trainer would take all
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import memory
 import train
+from util import distributed
 from wavlm import load_wavlm, save_wavlm
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +151,7 @@ def run_trainer(directory: Path, args: argparse.Namespace, grouped: bool) -> dic
             return LengthGroupedSampler(args.batch_size, lengths=lengths)
 
     torch.manual_seed(0)
-    memory.allow_tf32(True)  # as train.py does
+    distributed.allow_tf32(True)  # as train.py does
     flags = TrainingArguments(
         output_dir=str(directory / "out"), per_device_train_batch_size=args.batch_size,
         max_steps=args.steps, learning_rate=1e-5, lr_scheduler_type="cosine", warmup_steps=0.1,
@@ -181,8 +181,6 @@ def run_vatune(directory: Path, args: argparse.Namespace) -> dict:
     flags += ["--unfreeze", "none" if args.frozen else "transformer", "--attention", args.attention]
     flags += ["--num_workers", "0", "--out", directory / "runs", "--name", "b", "--overwrite"]
     flags += ["--encoder_lr", "1e-5", "--lr", "1e-5", "--max_steps", args.steps]
-    if args.batch_seconds:
-        flags += ["--batch_seconds", args.batch_seconds]
     assert train.main(train.parse_args([str(flag) for flag in flags])) == 0
     lines = (directory / "runs/b/fold1/metrics.jsonl").read_text().splitlines()
     steps = [r for r in map(json.loads, lines) if r["event"] == "train"]
@@ -198,7 +196,7 @@ def summary(seconds: float, audio: float, losses: list[float]) -> dict:
     return {
         "seconds": seconds,
         "audio_seconds_per_second": audio / seconds,
-        "peak_gib": memory.peak_gib(device),
+        "peak_gib": distributed.peak_gib(device),
         "loss": statistics.mean(last),
     }
 
@@ -231,7 +229,6 @@ def main() -> None:
     p.add_argument("--utterances", type=int, default=1600, help="in the train split")
     p.add_argument("--steps", type=int, default=12, help="of which the first is not timed")
     p.add_argument("--batch_size", type=int, default=8)
-    p.add_argument("--batch_seconds", type=float, default=0.0, help="for train.py; 0 = off")
     p.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
     p.add_argument("--attention", default="fused", help="of train.py")
     p.add_argument("--runs", type=int, default=3)

@@ -56,6 +56,9 @@ SINGLE = {
 # Allocations and operations
 
 
+known: dict[tuple, object] = {}  # results of operators by what decides their shapes
+
+
 class Tracker(TorchDispatchMode):
     """Records when each storage is allocated and freed, and the FLOPs of every operator.
 
@@ -69,7 +72,6 @@ class Tracker(TorchDispatchMode):
         self.flops: dict[tuple[bool, bool], int] = defaultdict(int)  # (in backward?, in half?)
         self.ids: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self.last_id = 0
-        self.known: dict[tuple, object] = {}
 
     def __torch_dispatch__(
         self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
@@ -102,13 +104,13 @@ class Tracker(TorchDispatchMode):
         if func.is_view:
             return func(*args, **kwargs)
         key = (func, description(args), description(tuple(kwargs.items())))
-        if key in self.known:
-            return rebuilt(self.known[key])
+        if key in known:
+            return rebuilt(known[key])
         out = func(*args, **kwargs)
         inputs = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if is_meta(leaf)}
         outputs = tree_leaves(out)
         if all(is_meta(o) and o.untyped_storage() not in inputs for o in outputs):
-            self.known[key] = description(out)
+            known[key] = description(out)
         return out
 
     def see(self, tensor: Tensor) -> int:
