@@ -1,65 +1,80 @@
-"""Bytes and seconds of training before it is run, for exactly the flags that train.py takes.
+"""Bytes and hours of training before it is run, for exactly the flags that train.py takes.
 
     python memory.py --wavlm large --unfreeze all --batch_size 8 --max_seconds 8
     python memory.py --wavlm large --unfreeze all --batch_size auto --gpu rtx3090 --json
     python memory.py --preset full --data iemocap --data_dir D --gpus 4 --plot memory.png
     python memory.py --calibrate        # measures this machine's speed once, in under a minute
-    python memory.py --measure          # predicted against real, over a grid of settings
 
-Bytes come from util.tracing.py, which runs the project's own training step without data, so that a
-changed model is planned right without a line changed here. Seconds are the operations of that step
-at a machine's rates (timing.py).
+The bytes are those of step.train_step on the meta device (util/tracing.py), so a changed model is
+planned with no line changed here. In every phase of a step they are linear in the batch size: two
+traces give the line, and one more confirms the batch it proposes. The hours are the floating-point
+operations of that step at a machine's rate. Also here: the search behind --batch_size auto.
 
-The run-time side is here too: TF32, the memory cap, the measured peak, the probe behind
-`--batch_size auto`, evaluation in pieces where memory is short. Not here: audio; of a corpus only
-the lengths matter. GiB = 2^30 bytes.
+tests/bench_memory.py compares plans with real steps. GiB = 2^30 bytes.
 Tags: [measured] by us, [P] published, [guess].
 """
 
 import argparse
-import bisect
-import gc
 import json
-import logging
 import math
+import platform
+import re
+import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 
 import data as vadata
 import flags
-import step as updates
-from model import AUTOCAST
-from timing import GPUS, Clock, calibrate, clips, device_name, machine
-from util.distributed import (
-    GIB,
-    allow_tf32,
-    capacity_gib,
-    is_out_of_memory,
-    peak_gib,
-    reset_peak,
-    smallest,
-)
+import step
+from corpora import make_splits, num_folds, read_corpus
+from model import TARGETS, EmotionModel
+from step import Progress
+from util import distributed, tracing
+from util.distributed import GIB, capacity_gib, uses_cuda
 from util.files import UserError
-from util.tracing import KINDS, Trace, blend, meta_batch, on_cuda, real_step, trace
+from util.tracing import KINDS, Trace
 from wavlm import read_config
 
-log = logging.getLogger("vatune")
-
 CONTEXT_GIB, NCCL_GIB = 0.45, 0.4  # outside the allocator: CUDA context with its kernels [guess]
+ALLOCATOR_SLACK = 0.02  # of the peak, lost in the allocator's segments [guess]
 FITS, TIGHT = 0.90, 0.97  # shares of the card: clips of many lengths fragment what is reserved
+CUBLAS_BYTES, HOPPER_CUBLAS_BYTES = 8_519_680, 2**25  # per thread: forward's and backward's [P]
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+PADDED = 1.06  # seconds with padding per second of audio, in batches of like length [measured]
+UTILIZATION = (0.1, 0.5)  # share of a card's published peak that training reaches [guess]
+CPU_TFLOPS = 0.05  # of one core, float32 [guess]
+
+# GiB, dense half-precision and TF32 (float32 if a card has no TF32) TFLOPS [P: vendors]
+GPUS = {
+    "t4": (15, 65, 8.1), "v100": (32, 125, 15.7), "rtx2080ti": (11, 53.8, 13.4),
+    "rtx3090": (24, 71, 35.6), "rtx4090": (24, 165, 82.6), "rtx5090": (32, 210, 105),
+    "a5000": (24, 111, 55.6), "a6000": (48, 155, 77.4), "rtx6000ada": (48, 364, 182),
+    "l4": (24, 121, 60), "l40s": (48, 362, 183), "a100": (80, 312, 156), "h100": (80, 989, 494),
+    "h200": (141, 989, 494),
+}  # fmt: skip
+HOPPER = ("h100", "h200")
 
 # Shapes of hub checkpoints, so that planning needs no network
 KNOWN_SHAPES = {
     "microsoft/wavlm-large": "large", "microsoft/wavlm-base": "base",
     "microsoft/wavlm-base-plus": "base",
 }  # fmt: skip
+
+# Flags in which a finished run must agree for its speed to say something about this one
+SPEED_FLAGS = (
+    "encoder", "wavlm", "unfreeze", "amp", "batch_size", "gradient_accumulation_steps",
+    "global_batch_size", "gradient_checkpointing", "attention", "layers", "compile", "max_seconds",
+    "context", "feature_cache", "augment", "exact_ccc",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -72,7 +87,6 @@ class Plan:
 
     bytes: dict[str, int]  # by KINDS
     moment: str  # forward | backward | optimizer | evaluation
-    reserved_bytes: int  # by the allocator, around peak_bytes; on a CPU the same
     outside_gib: float  # beside the allocator: CUDA context, NCCL
     capacity_gib: float  # of the card, or free RAM
     batch_size: int
@@ -90,7 +104,7 @@ class Plan:
     @property
     def needed_gib(self) -> float:
         """What the card must have."""
-        return self.reserved_bytes / GIB + self.outside_gib
+        return self.peak_gib * (1 + ALLOCATOR_SLACK * self.on_gpu) + self.outside_gib
 
     @property
     def verdict(self) -> str:
@@ -109,204 +123,316 @@ class Plan:
         )
 
 
+def make_batch(
+    args: argparse.Namespace,
+    shape: vadata.InputShape,
+    size: int,
+    device: torch.device,
+    model: EmotionModel | None = None,
+) -> dict[str, Tensor]:
+    """A micro-batch of `size` utterances of shape.length, as data.Batches makes them, with random
+    values. With `model`, its frozen encoder's hidden states take the place of audio."""
+
+    def random(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.rand(sizes, dtype=dtype, device=device)
+
+    def real(frames: int) -> Tensor:
+        return torch.ones(size, frames, dtype=torch.bool, device=device)
+
+    turns = args.context if size % args.context == 0 else 1
+    batch = {
+        "labels": random(size, len(TARGETS)),
+        "chunk_index": torch.arange(size, device=device).reshape(-1, turns),
+    }
+    if model is not None:
+        hidden = (model.encoder.num_states, model.encoder.width)
+        if args.pooling == "attention":
+            frames = model.encoder.wavlm.frame_lengths(shape.length)
+            batch["hidden"] = random(size, frames, *hidden, dtype=torch.float16)
+            batch["frame_mask"] = real(frames)
+        else:
+            batch["hidden"] = random(size, *hidden, dtype=torch.float16)
+    elif shape.frame_dim:
+        batch["frames"] = random(size, shape.length, shape.frame_dim)
+        batch["frame_mask"] = real(shape.length)
+    else:
+        samples = max(vadata.MIN_SAMPLES, shape.length)
+        batch["input_values"], batch["attention_mask"] = random(size, samples), real(samples)
+    if args.prosody == "egemaps":
+        batch["prosody"] = random(size, 88)
+    if shape.speaker_dim:
+        batch["speaker"] = random(size, shape.speaker_dim)
+    return batch
+
+
+def evaluation_size(shape: vadata.InputShape) -> int:
+    """Utterances of shape.length in one of evaluation's batches, whose size no flag decides."""
+    return max(1, int(vadata.EVAL_SECONDS * shape.rate / shape.length))
+
+
+def with_flags(args: argparse.Namespace, **changes: object) -> argparse.Namespace:
+    return argparse.Namespace(**vars(args) | changes)
+
+
+def with_batch(args: argparse.Namespace, size: int, world_size: int) -> argparse.Namespace:
+    """A copy of the flags with another micro-batch, and what follows from it.
+
+    As with --batch_size auto if that was given; else the accumulation stays, not the global batch.
+    """
+    copy = with_flags(args)
+    if args.batch_size != "auto":
+        copy.global_batch_size = None
+    flags.split_batch(copy, size, world_size)
+    return copy
+
+
 class Planner:
     """Plans of a run's flags and of variations of them; each trace is made once."""
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        widths: tuple[int, int],
-        seconds: float,
-        world_size: int = 1,
+        self, args: argparse.Namespace, shape: vadata.InputShape, world_size: int = 1
     ) -> None:
-        self.args, self.widths, self.seconds, self.world_size = args, widths, seconds, world_size
+        self.args, self.shape, self.world_size = args, shape, world_size
+        self.on_gpu = uses_cuda(args.device)
         self.capacity_gib = capacity_gib(args.device, args.gpu_gib, args.memory_fraction)
+        self.models: dict[str, EmotionModel] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.traces: dict[str, Trace] = {}
 
-    def trace(
-        self, size: int, stage: str, seconds: float = 0.0, evaluate: bool = False, **flags: object
-    ) -> Trace:
-        """A step of `size` utterances of `seconds` (default: the longest), or an evaluation."""
-        args = argparse.Namespace(**vars(self.args) | flags | {"unfreeze": stage})
-        where = (size, seconds or self.seconds, stage, self.world_size, evaluate)
-        key = repr((where, sorted(vars(args).items(), key=lambda item: item[0])))
+    def model(self, args: argparse.Namespace, stage: str) -> tuple[EmotionModel, object]:
+        """(model on the meta device as `stage` trains it, its optimizer)."""
+        if args.attention == "fused" and not self.on_gpu:
+            args = with_flags(args, attention="blocks")
+        key = repr((args.attention, args.layers, args.gradient_checkpointing))
+        if key not in self.models:
+            with torch.device("meta"), tracing.Tracker(False):  # which makes it fast
+                self.models[key] = step.build_model(args, self.shape, load=False)
+        model = self.models[key]
+        if key + stage not in self.optimizers:
+            self.optimizers[key + stage] = step.build_optimizer(
+                model, with_flags(args, unfreeze=stage)
+            )
+        step.set_trainable(model, stage, args.train_only)
+        return model, self.optimizers[key + stage]
+
+    def trace(self, args: argparse.Namespace, stage: str, evaluate: bool = False) -> Trace:
+        """A later step of `stage` (optimizer states exist), or a batch of evaluation in it.
+
+        Of several micro-steps the last one runs, which finds gradients in place and the inputs of
+        all of them.
+        """
+        if evaluate:
+            args = with_flags(args, gradient_accumulation_steps=1, batch_size=1)
+        settings = (stage, evaluate, args.batch_size, args.gradient_accumulation_steps, args.amp)
+        settings += (args.attention, args.layers, args.gradient_checkpointing)
+        key = repr(settings)
         if key not in self.traces:
-            self.traces[key] = trace(args, self.widths, *where)
+            run = self.evaluate if evaluate else self.step
+            self.traces[key] = run(args, stage)
         return self.traces[key]
 
-    def evaluation(self, stage: str, seconds: float = 0.0, **flags: object) -> Trace:
-        """One of evaluation's batches, whose size depends on no flag."""
-        size = max(1, int(vadata.EVAL_SECONDS / (seconds or self.seconds)))
-        flags |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
-        return self.trace(size, stage, seconds, evaluate=True, **flags)
+    def step(self, args: argparse.Namespace, stage: str) -> Trace:
+        model, optimizer = self.model(args, stage)
+        model.train()
+        meta, accumulation = torch.device("meta"), args.gradient_accumulation_steps
+        frozen = model if step.reads_cache(args, stage) else None
+        batch = make_batch(args, self.shape, args.batch_size, meta, frozen)
+        others = (accumulation - 1) * sum(tensor.nbytes for tensor in batch.values())
+        inputs = [*batch.values(), torch.empty(others, dtype=torch.uint8, device=meta)]
+        batches = [batch | {"step_size": args.batch_size}]
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
 
-    def peaks(
-        self, size: int, unfreeze: str, between: tuple[int, int] | None = None, **flags: object
-    ) -> dict[str, np.ndarray] | None:
-        """{phase: bytes by KINDS at its highest moment, then bytes reserved but not used}.
+        def update(optimizer: tracing.InPlace) -> None:
+            with distributed.without_ranks():
+                step.train_step(model, batches, optimizer, scaler, args, Progress())
 
-        Of a schedule, each phase's heaviest stage. Evaluation runs beside optimizer states. With
-        `between`, a step is a blend of those of two other sizes; None where there is none.
-        """
+        return tracing.trace(
+            model, optimizer, update, inputs, on_gpu=self.on_gpu, workspaces=self.workspaces(),
+            with_gradients=accumulation > 1 or self.world_size > 1,
+        )  # fmt: skip
+
+    def evaluate(self, args: argparse.Namespace, stage: str) -> Trace:
+        model, optimizer = self.model(args, stage)
+        size = evaluation_size(self.shape)
+        batch = make_batch(args, self.shape, size, torch.device("meta"))
+
+        def encode(_: object) -> None:
+            with step.inference(model), step.autocast(torch.device("meta"), args.amp):
+                model.encode(batch)
+
+        return tracing.trace(
+            model, optimizer, encode, batch.values(), on_gpu=self.on_gpu,
+            workspaces=self.workspaces(), with_gradients=self.world_size > 1,
+        )  # fmt: skip
+
+    def workspaces(self) -> int:
+        """Bytes that cuBLAS holds."""
+        if not self.on_gpu:
+            return 0
+        hopper = getattr(self.args, "gpu", None) in HOPPER
+        if torch.cuda.is_available():
+            hopper = torch.cuda.get_device_capability()[0] >= 9
+        return 2 * (HOPPER_CUBLAS_BYTES if hopper else CUBLAS_BYTES)
+
+    def peaks(self, args: argparse.Namespace, unfreeze: str) -> dict[str, np.ndarray]:
+        """{phase: bytes (KINDS,) at its highest moment}; of a schedule, of its heaviest stage."""
         peaks: dict[str, np.ndarray] = {}
-        for stage in sorted({what for _, what in updates.parse_unfreeze(unfreeze)}):
-            if between:
-                ends = (self.trace(n, stage, **flags) for n in between)
-                step = blend(*ends, (size - between[0]) / (between[1] - between[0]))
-                if step is None:
-                    return None
-            else:
-                step = self.trace(size, stage, **flags)
-            evaluation = self.evaluation(stage, **flags).peaks()["evaluation"]
-            for kind in ("gradients", "optimizer"):
-                evaluation[KINDS.index(kind)] = step.at_start()[KINDS.index(kind)]
-            spare = step.reserved_bytes() - step.timeline.sum(1).max()
-            for phase, kinds in (*step.peaks().items(), ("evaluation", evaluation)):
-                if phase not in peaks or kinds.sum() > peaks[phase][:-1].sum():
-                    peaks[phase] = np.append(kinds, spare)
+        for stage in step.stages(unfreeze):
+            evaluation = self.trace(args, stage, evaluate=True).peaks()["forward"]
+            found = self.trace(args, stage).peaks() | {"evaluation": evaluation}
+            for phase, kinds in found.items():
+                if phase not in peaks or kinds.sum() > peaks[phase].sum():
+                    peaks[phase] = kinds
         return peaks
 
     def as_plan(self, size: int, peaks: dict[str, np.ndarray]) -> Plan:
-        moment, worst = max(peaks.items(), key=lambda item: item[1][:-1].sum())
-        kinds = dict(zip(KINDS, (round(n) for n in worst[:-1].tolist())))
+        moment = max(peaks, key=lambda phase: peaks[phase].sum())
+        kinds = dict(zip(KINDS, np.rint(peaks[moment]).astype(int).tolist()))
         outside = 0.0
-        if on_cuda(self.args):
-            outside = CONTEXT_GIB + NCCL_GIB * (self.world_size > 1)
-        reserved = sum(kinds.values()) + round(float(worst[-1]))
-        return Plan(kinds, moment, reserved, outside, self.capacity_gib, size, on_cuda(self.args))
+        if self.on_gpu:
+            outside = CONTEXT_GIB + (NCCL_GIB if self.world_size > 1 else 0.0)
+        return Plan(kinds, moment, outside, self.capacity_gib, size, self.on_gpu)
 
-    def plan(self, size: int, unfreeze: str, **flags: object) -> Plan:
-        return self.as_plan(size, self.peaks(size, unfreeze, **flags))
+    def plan(self, args: argparse.Namespace, unfreeze: str | None = None) -> Plan:
+        """The worst moment with utterances of shape.length, evaluation included."""
+        return self.as_plan(args.batch_size, self.peaks(args, unfreeze or args.unfreeze))
 
-    def curve(self, sizes: Sequence[int], unfreeze: str, **flags: object) -> list[Plan]:
-        """Plans over `sizes`, not each of them traced.
+    def line(self, args: argparse.Namespace, unfreeze: str) -> Callable[[int], Plan]:
+        """size -> plan, from the traces of two sizes; accumulation is that of the first."""
+        context = args.context
+        few = context * math.ceil(8 / context)
+        if args.batch_size == "auto":
+            given = with_flags(args, global_batch_size=None)
+        else:
+            given = args
+        traced = [
+            self.peaks(with_batch(given, size, self.world_size), unfreeze)
+            for size in (few, 4 * few)
+        ]
 
-        They follow from the traces of two sizes, or, where these differ in their events, of every
-        second size, and the others lie between, phase by phase.
-        """
-        found: dict[int, dict | None] = {}
-        if len(sizes) > 3:
-            ends = (sizes[-3], sizes[-1])
-            found = {size: self.peaks(size, unfreeze, ends, **flags) for size in sizes[1:]}
-        if None in found.values() or not found:
-            found = {size: self.peaks(size, unfreeze, **flags) for size in sizes[::-2]}
-        found[sizes[0]] = self.peaks(sizes[0], unfreeze, **flags)
-        for low, size, high in zip(sizes, sizes[1:], sizes[2:]):
-            if size not in found:
-                share, one, two = (size - low) / (high - low), found[low], found[high]
-                found[size] = {p: one[p] + share * (two[p] - one[p]) for p in one}
-        return [self.as_plan(size, found[size]) for size in sizes]
+        def at(size: int) -> Plan:
+            share = (size - few) / (3 * few)
+            low, high = traced
+            peaks = {phase: low[phase] + share * (high[phase] - low[phase]) for phase in low}
+            return self.as_plan(size, peaks)
+
+        return at
 
     def largest(
-        self,
-        sizes: Sequence[int],
-        unfreeze: str,
-        near: tuple[Plan, Plan] | None = None,
-        **flags: object,
+        self, args: argparse.Namespace, sizes: Sequence[int], line: Callable[[int], Plan]
     ) -> Plan | None:
-        """The largest of `sizes` that fits, to 2 %, traced itself; None when not even one does.
-
-        Bytes are close to linear in the batch: the line through two plans finds it soon. `near`:
-        two plans to begin with.
-        """
-        one, two = near or (
-            self.plan(sizes[n], unfreeze, **flags) for n in (0, min(7, len(sizes) - 1))
-        )
-        low, high, fitting = -1, len(sizes), None
-        while high - low > 1 and (low < 0 or sizes[min(high, len(sizes) - 1)] > 1.02 * sizes[low]):
-            steps, gained = two.batch_size - one.batch_size, two.needed_gib - one.needed_gib
-            most = sizes[-1]
-            if steps * gained > 0:
-                room = FITS * self.capacity_gib - two.needed_gib
-                most = two.batch_size + room * steps / gained
-            place = min(max(bisect.bisect(sizes, most) - 1, low + 1), high - 1)
-            one, two = two, self.plan(sizes[place], unfreeze, **flags)
-            if two.verdict == "fits":
-                low, fitting = place, two
-            else:
-                high = place
-        return fitting
+        """A plan of the largest of `sizes` that fits by the line and by a trace of its own; None
+        if the smallest does not."""
+        fitting = [size for size in sizes if line(size).verdict == "fits"] or sizes[:1]
+        while fitting:
+            size = fitting[-1]
+            found = self.plan(with_batch(args, size, self.world_size))
+            if found.verdict == "fits":
+                return found
+            fitting = [n for n in fitting if n <= 0.95 * size]
+        return None
 
 
 def plan(args: argparse.Namespace, shape: vadata.InputShape, world_size: int = 1) -> Plan:
-    """The heaviest stage's worst moment with utterances of `seconds`, evaluation included."""
-    widths, seconds = (shape.speaker_dim, shape.frame_dim), shape.length / shape.rate
-    planner = Planner(args, widths, seconds, world_size)
-    return planner.plan(args.batch_size, args.unfreeze)
+    """The plan of a run: the heaviest stage's worst moment, evaluation included."""
+    return Planner(args, shape, world_size).plan(args)
 
 
-def batch_sizes(args: argparse.Namespace, world_size: int, most: int = 1024) -> list[int]:
-    """Micro-batches of whole chunks of turns; those that divide --global_batch_size, if given."""
-    sizes = range(args.context, most + 1, args.context)
-    if not args.global_batch_size:
-        return list(sizes)
-    return [size for size in sizes if args.global_batch_size % (size * world_size) == 0]
+# ---------------------------------------------------------------------------------------------
+# --batch_size auto
 
 
-def largest_batch(
-    args: argparse.Namespace,
-    widths: tuple[int, int],
-    seconds: float,
-    world_size: int = 1,
-    most: int = 1024,
-) -> Plan:
-    """The plan of the largest micro-batch up to `most` that fits; ValueError when none does."""
-    sizes = batch_sizes(args, world_size, most)
+def batch_sizes(args: argparse.Namespace, world_size: int, largest: int = 1024) -> list[int]:
+    """Micro-batches of complete chunks of turns; those that divide --global_batch_size, if given.
+
+    UserError if there is none.
+    """
+    sizes = list(range(args.context, largest + 1, args.context))
+    if args.global_batch_size:
+        sizes = [size for size in sizes if args.global_batch_size % (size * world_size) == 0]
     if not sizes:
         raise UserError(
             f"--global_batch_size {args.global_batch_size} is not a multiple of "
             f"--context {args.context} x {world_size} ranks"
         )
-    steps = None if args.global_batch_size else args.gradient_accumulation_steps or 1
-    flags = argparse.Namespace(**vars(args) | {"gradient_accumulation_steps": steps})
-    planner = Planner(flags, widths, seconds, world_size)
-    best = planner.largest(sizes, args.unfreeze)
+    return sizes
+
+
+def largest_batch(
+    args: argparse.Namespace, shape: vadata.InputShape, world_size: int, largest: int = 1024
+) -> Plan:
+    """The plan of the largest micro-batch up to `largest` that fits; UserError if none does."""
+    sizes = batch_sizes(args, world_size, largest)
+    planner = Planner(args, shape, world_size)
+    best = planner.largest(args, sizes, planner.line(args, args.unfreeze))
     if best is None:
-        needed = planner.plan(sizes[0], args.unfreeze).needed_gib
+        needed = planner.plan(with_batch(args, sizes[0], world_size)).needed_gib
         raise UserError(
-            f"--batch_size auto: {sizes[0]} utterances of {seconds:g} s need {needed:.1f} GiB, "
-            f"more than {FITS:.0%} of {planner.capacity_gib:.1f}: lower --max_seconds, unfreeze "
-            "less, or give --gradient_checkpointing"
+            f"--batch_size auto: {sizes[0]} utterances of {shape.length / shape.rate:g} s need "
+            f"{needed:.1f} GiB, more than {FITS:.0%} of {planner.capacity_gib:.1f}: lower "
+            "--max_seconds, unfreeze less, or give --gradient_checkpointing"
         )
     return best
 
 
-# ---------------------------------------------------------------------------------------------
-# Real steps: probe, measurement
+def real_step(
+    model: EmotionModel,
+    args: argparse.Namespace,
+    shape: vadata.InputShape,
+    stage: str,
+    device: torch.device,
+) -> tuple[Callable[[], object], torch.optim.Optimizer]:
+    """(a training step of `stage` on random utterances, its optimizer); all ranks call it."""
+    optimizer = step.build_optimizer(model, with_flags(args, unfreeze=stage))
+    step.set_trainable(model, stage, args.train_only)
+    model.train()
+    frozen = model if step.reads_cache(args, stage) else None
+    batches = []
+    for _ in range(args.gradient_accumulation_steps):
+        batch = make_batch(args, shape, args.batch_size, device, frozen)
+        batches.append(batch | {"step_size": args.global_batch_size})
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=args.amp == "fp16")
+
+    def update() -> object:
+        return step.train_step(model, batches, optimizer, scaler, args, Progress())
+
+    return lambda: distributed.guard_memory(update, model, step.zero_sums(device)), optimizer
+
+
+def fits_here(run: Callable[[], object]) -> bool:
+    """Does run() find enough memory on every rank? (all ranks participate)"""
+    found = True
+    try:
+        run()
+    except (RuntimeError, MemoryError) as error:
+        if not distributed.is_out_of_memory(error):
+            raise
+        found = False
+    return not distributed.any_rank(not found)
 
 
 def probe(
-    model: torch.nn.Module,
-    args: argparse.Namespace,
-    widths: tuple[int, int],
-    seconds: float,
-    device: torch.device,
+    model: EmotionModel, args: argparse.Namespace, shape: vadata.InputShape, device: torch.device
 ) -> bool:
-    """Does a step of the longest clips run, in every stage? The weights are put back.
+    """True if steps of the longest utterances run in every stage, and a batch of evaluation.
 
-    Forward, backward, optimizer, and a batch of evaluation; the second step has all states.
+    All ranks participate. The weights are put back. The second step has all optimizer states.
     """
     before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
-    run = None
-    reset_peak(device)
+    distributed.reset_peak(device)
+
+    def evaluation() -> None:
+        batch = make_batch(args, shape, evaluation_size(shape), device)
+        with step.inference(model), step.autocast(device, args.amp):
+            model.encode(batch)
+
+    def steps(stage: str) -> bool:
+        run, _ = real_step(model, args, shape, stage, device)
+        return fits_here(run) and fits_here(run)
+
     try:
-        for stage in {what for _, what in updates.parse_unfreeze(args.unfreeze)}:
-            run, _ = real_step(model, args, widths, seconds, stage, device)
-            run()
-            run()
-        size = max(1, int(vadata.EVAL_SECONDS / seconds))
-        audio = meta_batch(args, widths, size, seconds)
-        batch = {key: torch.ones_like(value, device=device) for key, value in audio.items()}
-        dtype = AUTOCAST[args.amp]
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=args.amp != "off"):
-            model.eval().encode(batch)
-        return True
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
+        return all(map(steps, step.stages(args.unfreeze))) and fits_here(evaluation)
     finally:
-        run = None  # its optimizer goes
         model.zero_grad()
         model.load_state_dict(before)
         model.train()
@@ -315,116 +441,202 @@ def probe(
 
 
 def auto_batch(
-    model: torch.nn.Module,
+    model: EmotionModel,
     args: argparse.Namespace,
     shape: vadata.InputShape,
     device: torch.device,
     world_size: int,
-    most: int,
+    largest: int,
 ) -> tuple[int, str]:
     """--batch_size auto: the plan proposes, a probe confirms, all ranks take the smallest.
 
-    (micro-batch up to `most`, how it was found) (all ranks participate); ValueError when nothing
+    (micro-batch up to `largest`, how it was found) (all ranks participate); UserError if nothing
     fits.
     """
-
-    widths, seconds = (shape.speaker_dim, shape.frame_dim), shape.length / shape.rate
-    sizes, fault = batch_sizes(args, world_size, most), ""
+    sizes = batch_sizes(args, world_size, largest)
+    fault = "--batch_size auto: nothing fits: lower --max_seconds, unfreeze less, or give "
+    fault += "--gradient_checkpointing"
     try:
-        size = largest_batch(args, widths, seconds, world_size, most).batch_size
+        size = largest_batch(args, shape, world_size, largest).batch_size
     except UserError as error:
         size, fault = 0, str(error)
-    size = proposed = smallest(size)
+    size = proposed = distributed.smallest(size)
     while size:
-        steps = args.gradient_accumulation_steps or 1
-        if args.global_batch_size:
-            steps = args.global_batch_size // (size * world_size)
-        trial = {"batch_size": size, "gradient_accumulation_steps": min(2, steps)}
-        trial = argparse.Namespace(**vars(args) | trial | {"global_batch_size": size})
-        if smallest(int(probe(model, trial, widths, seconds, device))):
-            found = (
-                f" | batch {size}, planned as {proposed} and probed at {peak_gib(device):.2f} GiB"
-            )
-            reset_peak(device)
-            return size, found
+        trial = with_batch(args, size, world_size)
+        trial.gradient_accumulation_steps = min(2, trial.gradient_accumulation_steps)
+        if probe(model, trial, shape, device):
+            peak = distributed.peak_gib(device)
+            distributed.reset_peak(device)
+            return size, f" | batch {size}, planned as {proposed} and probed at {peak:.2f} GiB"
         size = max((n for n in sizes if n <= 0.85 * size), default=0)
-    raise UserError(
-        fault
-        or "--batch_size auto: nothing fits: lower --max_seconds, unfreeze less, "
-        "or give --gradient_checkpointing"
-    )
-
-
-def measure(
-    args: argparse.Namespace, widths: tuple[int, int], seconds: float, device: torch.device
-) -> tuple[int, int]:
-    """(bytes allocated, bytes reserved) at the peak of a real second step.
-
-    On CUDA by the allocator's own count; on a CPU by the profiler's record of every allocation,
-    which shares nothing with `Tracker`.
-    """
-    torch.manual_seed(0)
-    gc.collect()
-    held = 0
-    if device.type == "cuda":
-        torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
-        held = torch.cuda.memory_allocated(device)
-    model = updates.build_model(args, vadata.InputShape(*widths, 0, 0)).to(device)
-    run, between = real_step(model, args, widths, seconds, args.unfreeze, device)
-    run()
-    if device.type == "cuda":
-        reset_peak(device)
-        run()
-        peak = torch.cuda.max_memory_allocated(device) - held
-        return peak, torch.cuda.max_memory_reserved(device)
-    held = sum(tensor.nbytes for tensor in between())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return held + peak, held + peak
-
-
-def grid(cuda: bool) -> list[tuple[list[str], float]]:
-    """(flags, seconds) of the settings that --measure and the tests go through."""
-    all_of_it = ["--unfreeze", "all"]
-    variations = [
-        *(["--unfreeze", what] for what in ("none", "top:2", "transformer", "all")),
-        ["--unfreeze", "none", "--augment"],
-        *([*all_of_it, "--attention", kind] for kind in ("sdpa", "eager")),
-        [*all_of_it, "--gradient_checkpointing"],
-        [*all_of_it, "--gradient_checkpointing", "--attention", "eager"],
-        [*all_of_it, "--gradient_accumulation_steps", "3"],
-        [*all_of_it, "--pooling", "attention", "--layers", "1", "2"],
-        [*all_of_it, "--context", "2", "--feedback"],
-    ]
-    amps = ("fp16", "bf16", "off") if cuda else ("off", "bf16")
-    sizes = ("base", "large") if cuda else ("tiny",)
-    shapes = ((8, 5.7), (4, 11.0)) if cuda else ((4, 2.5), (6, 1.0))
-    settings = [
-        (["--wavlm", size, "--amp", amp, "--batch_size", str(batch), *flags], seconds)
-        for size in sizes
-        for amp in amps
-        for batch, seconds in shapes
-        for flags in variations
-    ]
-    cnn = ["--batch_size", "4", "--base_channels", "16", "--encoder"]
-    settings += [([*cnn, encoder], 2.5) for encoder in ("convnext", "baseline")]
-    return settings
+    raise UserError(fault)
 
 
 # ---------------------------------------------------------------------------------------------
-# Command line
+# Hours: operations at a machine's rate
 
 
-def widths(args: argparse.Namespace) -> tuple[int, int]:
-    """(speaker_dim, frame_dim) that the flags lead to, from a file where there is one.
+@dataclass
+class Machine:
+    """Rates that turn operations into seconds."""
 
-    ValueError when --features_dir holds none.
+    name: str
+    half_tflops: float
+    single_tflops: float
+    utilization: tuple[float, float]  # lowest and highest share of these rates
+    source: str
+
+    def hours(self, flops: np.ndarray) -> np.ndarray:
+        """(fewest, most) hours of flops (2,) in half and in single precision."""
+        seconds = flops[0] / self.half_tflops / 1e12 + flops[1] / self.single_tflops / 1e12
+        return seconds / np.array(self.utilization[::-1]) / 3600
+
+
+def device_name(cuda: bool) -> str:
+    if cuda:
+        return torch.cuda.get_device_name()
+    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return f"{model[1] if model else platform.machine()} x {torch.get_num_threads()} threads"
+
+
+def known_gpu(name: str) -> str | None:
+    """Which of GPUS "NVIDIA GeForce RTX 4090" is; an L40S is no L4, and a T400 no T4."""
+
+    def spaced(gpu: str) -> str:
+        return re.sub(r"(?<=[a-z])(?=\d)|(?<=\d)(?=[a-z])", " ?", gpu)
+
+    return next((gpu for gpu in GPUS if re.search(rf"\b{spaced(gpu)}\b", name.lower())), None)
+
+
+def machine(args: argparse.Namespace, gpu: str | None = None) -> Machine:
+    """--gpu's published peak, else what --calibrate found here, else this device's peak."""
+    cuda = uses_cuda(args.device)
+    here = not cuda or torch.cuda.is_available()
+    path = Path(args.cache_dir) / "machine.json"
+    if not gpu and here and path.exists():
+        known = json.loads(path.read_text()).get(device_name(cuda), {})
+        if "utilization" in known:
+            return Machine(**known)
+    low, high = UTILIZATION
+    source = f"{low:.0%} to {high:.0%} of its published peak (--calibrate narrows it)"
+    if not cuda:
+        peak = CPU_TFLOPS * torch.get_num_threads()
+        return Machine("this CPU", peak, peak, UTILIZATION, "a guess: --calibrate")
+    if not gpu and here:
+        gpu = known_gpu(device_name(cuda))
+    gpu = gpu or "rtx4090"
+    return Machine(gpu, GPUS[gpu][1], GPUS[gpu][2], UTILIZATION, source)
+
+
+def calibrate(args: argparse.Namespace) -> Machine:
+    """Measures a real step of two layers of WavLM-Large here, and keeps the rates in
+    --cache_dir."""
+    cuda, shape = uses_cuda(args.device), vadata.InputShape(0, 0, 5 * vadata.SAMPLE_RATE, 16_000)
+    device, rates = torch.device("cuda" if cuda else "cpu"), []
+    for amp in ("fp16" if cuda else "bf16", "off"):
+        setting = with_flags(
+            args, wavlm="large", layers=[2], unfreeze="transformer", amp=amp, prosody="none",
+            speaker="none", encoder="wavlm", gradient_accumulation_steps=1, batch_size=4,
+            global_batch_size=4,
+        )  # fmt: skip
+        model = step.build_model(setting, shape).to(device)
+        run, _ = real_step(model, setting, shape, "transformer", device)
+        work = Planner(setting, shape).trace(setting, "transformer").flops.sum()
+        rates.append(work / median_seconds(run, cuda) / 1e12)
+    found = Machine(device_name(cuda), *rates, (1.0, 1.0), f"calibrated {time.strftime('%F')}")
+    path = Path(args.cache_dir) / "machine.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | {found.name: asdict(found)}, indent=1))
+    return found
+
+
+def median_seconds(run: Callable[[], object], cuda: bool) -> float:
+    times = []
+    for _ in range(4):  # the first warms up
+        start = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def finished_speed(args: argparse.Namespace) -> float | None:
+    """Seconds of audio per second of a finished run below --out, on this device and with these
+    settings; None without one."""
+    cuda = uses_cuda(args.device)
+    if cuda and not torch.cuda.is_available():
+        return None
+    for path in sorted(Path(args.out).glob("*/fold*/result.json")):
+        result = json.loads(path.read_text())
+        given = json.loads((path.parent / "args.json").read_text())
+        known = KNOWN_SHAPES.get(given.get("wavlm"), given.get("wavlm"))
+        given["wavlm"] = known
+        same = all(given.get(name) == getattr(args, name) for name in SPEED_FLAGS)
+        if same and result.get("device") == device_name(cuda):
+            return result["audio_seconds_per_second"]
+    return None
+
+
+@dataclass
+class Clips:
+    """Seconds of audio in a fold's splits, and where they are from."""
+
+    seconds: dict[str, float]  # train, dev, test
+    folds: int
+    source: str
+
+
+def clips(args: argparse.Namespace, from_data: bool) -> Clips:
+    """Those of the corpus if --data was given, else as many as in IEMOCAP's fold 1."""
+    if from_data:
+        label_range = tuple(args.label_range) if args.label_range else None
+        corpus = read_corpus(args.data, args.data_dir, label_range, args.cache_dir)
+        corpus, _ = vadata.load_audio(corpus, args.cache_dir)
+        lengths = np.minimum(corpus.seconds, args.max_seconds)
+        splits = make_splits(corpus, args.fold)
+        seconds = {name: float(lengths[rows].sum()) for name, rows in splits.items()}
+        return Clips(seconds, num_folds(corpus), args.data)
+    counts = {"train": 6409, "dev": 1811, "test": 1819}  # log-normal, mean 4.46 s [measured]
+    lengths = np.exp(np.random.default_rng(0).normal(1.26, 0.66, 10_000)).clip(0.585, 34.14)
+    mean = float(np.minimum(lengths, args.max_seconds).mean())
+    seconds = {name: count * mean for name, count in counts.items()}
+    return Clips(seconds, 5, "IEMOCAP's number and lengths of utterances (--data: yours)")
+
+
+def fold_flops(planner: Planner, args: argparse.Namespace, unfreeze: str, clips: Clips) -> float:
+    """(2,) operations of a fold in half and in single precision, on each rank.
+
+    Those per second of the longest utterances, times seconds of audio with padding.
+    """
+    longest = planner.shape.length / planner.shape.rate
+    evaluation_seconds = evaluation_size(planner.shape) * longest
+    total = np.zeros(2)
+    counts = Counter(step.stage_at(unfreeze, epoch) for epoch in range(args.epochs))
+    for stage, epochs in counts.items():
+        trace = planner.trace(args, stage)
+        encode = planner.trace(args, stage, evaluate=True).flops.sum(0) / evaluation_seconds
+        per_second = trace.flops.sum(0) / (args.batch_size * longest)
+        exact = args.exact_ccc == "on" and args.loss == "ccc"
+        if exact and args.gradient_accumulation_steps > 1:  # one more forward
+            per_second = per_second + trace.flops[0] / (args.batch_size * longest)
+        total += epochs * per_second * clips.seconds["train"]
+        if step.reads_cache(args, stage):
+            total += encode * sum(clips.seconds.values())
+        else:
+            total += epochs / args.eval_every * encode * clips.seconds["dev"]
+    return PADDED * total / planner.world_size
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers
+
+
+def shape_of(args: argparse.Namespace) -> vadata.InputShape:
+    """What the flags lead to without a corpus; widths are read from a file if there is one.
+
+    UserError if --features_dir holds none.
     """
 
     def width_of(directory: str) -> int | None:
@@ -434,12 +646,12 @@ def widths(args: argparse.Namespace) -> tuple[int, int]:
     speaker = {"none": 0, "ecapa": 192, "xvector": 512}.get(args.speaker)
     if speaker is None:
         speaker = width_of(args.speaker) or 512  # an x-vector model
-    frames = 0
+    frames, rate = 0, vadata.SAMPLE_RATE
     if args.features_dir:
-        frames = width_of(args.features_dir)
+        frames, rate = width_of(args.features_dir), vadata.FRAME_RATE
         if frames is None:
             raise UserError(f"--features_dir {args.features_dir}: no <utt_id>.npy there")
-    return speaker, frames
+    return vadata.InputShape(speaker, frames, max(1, int(args.max_seconds * rate)), rate)
 
 
 def comparable(args: argparse.Namespace) -> list[str]:
@@ -449,187 +661,188 @@ def comparable(args: argparse.Namespace) -> list[str]:
     depth = max(args.layers or [read_config(args.wavlm).num_hidden_layers])
     top = min(6, depth)
     third = max(1, args.epochs // 3)
-    progressive = f"1:none,{third + 1}:top:{top},{2 * third + 1}:all"
     rows = ["none", f"top:{top}", "all", args.unfreeze]
     if args.epochs >= 3 and "," not in args.unfreeze:
-        rows.append(progressive)
+        rows.append(f"1:none,{third + 1}:top:{top},{2 * third + 1}:all")
     return list(dict.fromkeys(rows))
 
 
 def switches(args: argparse.Namespace) -> dict[str, dict[str, object]]:
     """Flags that save memory or time, one at a time, as changes to `args`."""
     found: dict[str, dict[str, object]] = {}
-    if on_cuda(args):
-        half = args.amp != "off"
-        found["--amp off" if half else "--amp fp16"] = {"amp": "off" if half else "fp16"}
-    else:
-        found["--amp bf16"] = {"amp": "bf16"}
+    half = "fp16" if uses_cuda(args.device) else "bf16"
+    amp = half if args.amp == "off" else "off"
+    found[f"--amp {amp}"] = {"amp": amp}
     on = args.gradient_checkpointing
     name = "without --gradient_checkpointing" if on else "--gradient_checkpointing"
     found[name] = {"gradient_checkpointing": not on}
     if args.encoder == "wavlm":
-        kinds = [kind for kind in ("fused", "eager") if kind != args.attention]
-        found |= {f"--attention {kind}": {"attention": kind} for kind in kinds}
+        other = "eager" if args.attention != "eager" else "fused"
+        found[f"--attention {other}"] = {"attention": other}
         depth = max(args.layers or [read_config(args.wavlm).num_hidden_layers])
-        half = sorted({max(1, round(depth * q / 8)) for q in (1, 2, 3, 4)})
-        found["--layers " + " ".join(map(str, half))] = {"layers": half}
+        half_depth = sorted({max(1, round(depth * q / 8)) for q in (1, 2, 3, 4)})
+        found["--layers " + " ".join(map(str, half_depth))] = {"layers": half_depth}
     return found
 
 
-def costs(clock: Clock, batch_size: int, accumulation: int, gpus: int) -> list[dict]:
-    """What each way of unfreezing costs: GiB, seconds per epoch, hours of one and of all folds."""
-    planner, rows = clock.planner, []
-    for what in comparable(planner.args):
-        epoch, fold = clock.fold(what, batch_size, accumulation)
-        folds = clock.clips.folds
-        at_once = max(1, gpus // planner.world_size)
-        rows.append(
-            {
-                "unfreeze": what,
-                "needed_gib": planner.plan(batch_size, what).needed_gib,
-                "epoch_seconds": epoch,
-                "fold_hours": fold / 3600,
-                "series_hours": folds * fold / 3600,
-                "parallel_hours": math.ceil(folds / at_once) * fold / 3600,
-            }
-        )
-    return rows
-
-
-def ways_to(clock: Clock, global_batch_size: int) -> list[dict]:
-    """Settings with this global batch that fit the card, fastest first; the eight largest batches
-    with and without checkpointing."""
-    planner, args = clock.planner, clock.planner.args
-    sizes = batch_sizes(args, planner.world_size, global_batch_size)[-8:]
+def ways_to(planner: Planner, args: argparse.Namespace, speed: Machine) -> list[dict]:
+    """Settings with this global batch that fit the card, least compute first."""
     rows = []
+    sizes = batch_sizes(args, planner.world_size, args.global_batch_size)[-8:]
     for checkpointing in (False, True):
-        flags = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": None}
-        slower = clock.slower(**flags)
-        for plan in (planner.plan(size, args.unfreeze, **flags) for size in sizes):
-            steps = global_batch_size // (plan.batch_size * planner.world_size)
-            if plan.verdict != "does not fit":
-                seconds, _ = clock.fold(args.unfreeze, plan.batch_size, steps)
+        for size in sizes:
+            way = with_flags(
+                args, gradient_checkpointing=checkpointing, gradient_accumulation_steps=None
+            )
+            flags.split_batch(way, size, planner.world_size)
+            found = planner.plan(way)
+            if found.verdict != "does not fit":
+                stage = step.stage_at(args.unfreeze, args.epochs - 1)
+                trace = planner.trace(way, stage)
+                repeated = trace.flops[0] * (way.gradient_accumulation_steps > 1)
+                compute = speed.hours((trace.flops.sum(0) + repeated) / size)[0]
                 rows.append(
                     {
-                        "batch_size": plan.batch_size,
-                        "gradient_accumulation_steps": steps,
+                        "batch_size": size,
+                        "gradient_accumulation_steps": way.gradient_accumulation_steps,
                         "gradient_checkpointing": checkpointing,
-                        "needed_gib": plan.needed_gib,
-                        "verdict": plan.verdict,
-                        "epoch_seconds": slower * seconds,
+                        "needed_gib": found.needed_gib,
+                        "verdict": found.verdict,
+                        "compute": compute,
                     }
                 )
-    return sorted(rows, key=lambda row: row["epoch_seconds"])
+    least = min((row["compute"] for row in rows), default=1.0)
+    rows = [row | {"compute": row["compute"] / least} for row in rows]
+    return sorted(rows, key=lambda row: row["compute"])
 
 
 def answers(planner: Planner, own: argparse.Namespace) -> dict:
-    """All that the command prints, in the order in which it does."""
-    args = planner.args
-    steps = args.gradient_accumulation_steps
-    clock = Clock(planner, machine(args, own.gpu), clips(args, own.from_data))
+    """All that the command prints, in that order."""
+    args, world_size = planner.args, planner.world_size
+    audio, speed = clips(args, own.from_data), machine(args, own.gpu)
     sizes = [n for n in BATCHES if n % args.context == 0]
     if len(sizes) < 2:
         sizes = [n * args.context for n in BATCHES[:4]]
-    every = batch_sizes(argparse.Namespace(**vars(args) | {"global_batch_size": None}), 1)
-    table, largest = {}, {}
+    every = batch_sizes(with_flags(args, global_batch_size=None), world_size)
+    stage = step.stage_at(args.unfreeze, args.epochs - 1)
+    table, largest, costs = {}, {}, []
     for what in comparable(args):
         if "," not in what:
-            plans = planner.curve(sizes, what)
-            table[what] = [plan.as_dict() for plan in plans]
-            best = planner.largest(every, what, plans[-2:])
-            largest[what] = best.batch_size if best else 0
-    effects = {
-        name: {
-            "needed_gib": planner.plan(args.batch_size, args.unfreeze, **flags).needed_gib,
-            "time": clock.slower(**flags),
+            line = planner.line(args, what)
+            table[what] = [line(size).as_dict() for size in sizes]
+            fitting = [size for size in every if line(size).verdict == "fits"]
+            largest[what] = max(fitting, default=0)
+        hours = speed.hours(fold_flops(planner, args, what, audio))
+        measured = finished_speed(args) if what == args.unfreeze and not own.gpu else None
+        if measured:
+            hours = np.full(2, args.epochs * audio.seconds["train"] / measured / 3600)
+        rounds = math.ceil(audio.folds / max(1, own.gpus // world_size))
+        costs.append(
+            {
+                "unfreeze": what,
+                "needed_gib": planner.plan(args, what).needed_gib,
+                "fold_hours": hours.tolist(),
+                "series_hours": (audio.folds * hours).tolist(),
+                "parallel_hours": (rounds * hours).tolist(),
+                "source": "a finished run here" if measured else speed.source,
+            }
+        )
+    compute = speed.hours(planner.trace(args, stage).flops.sum(0))[0]
+    effects = {}
+    for name, changes in ({"as given": {}} | switches(args)).items():
+        changed = with_flags(args, **changes)
+        effects[name] = {
+            "needed_gib": planner.plan(changed).needed_gib,
+            "compute": float(
+                speed.hours(planner.trace(changed, stage).flops.sum(0))[0] / max(compute, 1e-12)
+            ),
         }
-        for name, flags in ({"as given": {}} | switches(args)).items()
-    }
     return {
-        "flags": vars(args),
-        "plan": planner.plan(args.batch_size, args.unfreeze).as_dict(),
         "sizes": sizes,
         "table": table,
         "largest": largest,
         "switches": effects,
-        "ways": ways_to(clock, args.global_batch_size) if own.wants_global else [],
-        "machine": asdict(clock.machine),
-        "clips": f"{len(clock.clips.splits['train'])} training clips, {clock.clips.source}",
-        "folds": clock.clips.folds,
+        "ways": ways_to(planner, args, speed) if own.wants_global else [],
+        "machine": asdict(speed),
+        "clips": audio.source,
+        "folds": audio.folds,
         "gpus": own.gpus,
-        "costs": costs(clock, args.batch_size, steps, own.gpus),
+        "costs": costs,
     }
 
 
-def bar(size: int, whole: int) -> str:
-    return "#" * round(40 * size / max(whole, 1))
-
-
-def columns(rows: list[list[str]]) -> str:
-    """Rows of cells, the first column to the left and the others to the right."""
-    sizes = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(cell.ljust(n) if i == 0 else cell.rjust(n) for i, (cell, n) in enumerate(cells))
-        for cells in (zip(row, sizes) for row in rows)
-    )
-
-
-def text(found: dict) -> str:
-    """`answers` for a person."""
-    flags, plan = found["flags"], found["plan"]
-    gpu = plan["on_gpu"]
-    model = flags["wavlm"] if flags["encoder"] == "wavlm" else flags["encoder"]
-    where = f"{'GPU' if gpu else 'RAM'} of {plan['capacity_gib']:.1f} GiB"
-    blocks = [
-        f"{model} | unfreeze {flags['unfreeze']} | batch {flags['batch_size']} x "
-        f"{flags['gradient_accumulation_steps']} micro-steps of {flags['max_seconds']:g} s | "
-        f"amp {flags['amp']} | {where}"
+def plan_text(args: argparse.Namespace, found: Plan) -> str:
+    """A plan for a person."""
+    model = args.wavlm if args.encoder == "wavlm" else args.encoder
+    where = f"{'GPU' if found.on_gpu else 'RAM'} of {found.capacity_gib:.1f} GiB"
+    lines = [
+        f"{model} | unfreeze {args.unfreeze} | batch {args.batch_size} x "
+        f"{args.gradient_accumulation_steps} micro-steps of {args.max_seconds:g} s | "
+        f"amp {args.amp} | {where}",
+        "",
     ]
-    rows = [
-        f"{kind:<16}{n / GIB:>8.2f} GiB  {bar(n, plan['peak_bytes'])}".rstrip()
-        for kind, n in plan["bytes"].items()
-        if n
-    ]
-    rows.append(f"{'peak':<16}{plan['peak_gib']:>8.2f} GiB  in {plan['moment']}")
-    if gpu:
-        rows.append(
-            f"{'card must have':<16}{plan['needed_gib']:>8.2f} GiB  with the allocator's "
-            f"segments and CUDA's context: {plan['verdict']}"
+    for kind, size in found.bytes.items():
+        if size:
+            bar = "#" * round(40 * size / found.peak_bytes)
+            lines.append(f"{kind:<16}{size / GIB:>8.2f} GiB  {bar}".rstrip())
+    lines.append(f"{'peak':<16}{found.peak_gib:>8.2f} GiB  in {found.moment}")
+    if found.on_gpu:
+        lines.append(
+            f"{'card must have':<16}{found.needed_gib:>8.2f} GiB  with the allocator's slack and "
+            f"CUDA's context: {found.verdict}"
         )
-    blocks.append("\n".join(rows))
+    return "\n".join(lines)
 
+
+def tables_text(args: argparse.Namespace, found: dict, capacity: float) -> str:
+    """`answers` for a person."""
     mark = {"fits": " ", "tight": "?", "does not fit": "!"}
-    rows = [["GiB at batch size", *map(str, found["sizes"]), "largest"]]
-    for what, plans in found["table"].items():
-        cells = [f"{p['needed_gib']:.2f}{mark[p['verdict']]}" for p in plans]
-        rows.append([what, *cells, str(found["largest"][what])])
-    blocks.append(f"{columns(rows)}\n(? tight, ! does not fit {plan['capacity_gib']:.1f} GiB)")
 
-    rows = [["one switch at a time", "GiB", "time of a step"]]
-    for name, effect in found["switches"].items():
-        rows.append([name, f"{effect['needed_gib']:.2f}", f"x {effect['time']:.2f}"])
-    blocks.append(columns(rows))
+    def gib(plan: dict) -> str:
+        return f"{plan['needed_gib']:.2f}{mark[plan['verdict']]}"
+
+    def span(hours: list[float]) -> str:
+        low, high = (f"{value:.2f}" for value in hours)
+        return low if low == high else f"{low}-{high}"
+
+    rows = {what: [gib(plan) for plan in plans] for what, plans in found["table"].items()}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=found["sizes"])
+    table["largest"] = pd.Series(found["largest"])
+    table.columns.name = "GiB at batch size"
+    blocks = [f"{table.to_string()}\n(? tight, ! does not fit {capacity:.1f} GiB)"]
+
+    effects = pd.DataFrame.from_dict(found["switches"], orient="index")
+    effects.columns = pd.Index(["GiB", "x compute"], name="one switch at a time")
+    blocks.append(effects.to_string(float_format="%.2f"))
 
     if found["ways"]:
-        wanted = flags["global_batch_size"]
-        rows = [[f"ways to {wanted} per step", "batch", "accumulation", "GiB", "s per epoch"]]
-        for way in found["ways"]:
-            name = "checkpointing" if way["gradient_checkpointing"] else ""
-            gib = f"{way['needed_gib']:.2f}{mark[way['verdict']]}"
-            counts = (way["batch_size"], way["gradient_accumulation_steps"])
-            rows.append([name, *map(str, counts), gib, f"{way['epoch_seconds']:.0f}"])
-        blocks.append(columns(rows))
+        ways = pd.DataFrame(
+            {
+                "checkpointing": "yes" if way["gradient_checkpointing"] else "no",
+                "batch": way["batch_size"],
+                "accumulation": way["gradient_accumulation_steps"],
+                "GiB": gib(way),
+                "x compute": f"{way['compute']:.2f}",
+            }
+            for way in found["ways"]
+        )
+        blocks.append(f"ways to {args.global_batch_size} per step\n{ways.to_string(index=False)}")
 
-    folds, epochs = found["folds"], flags["epochs"]
-    parallel = f"on {found['gpus']} GPU{'s' * (found['gpus'] > 1)}"
-    rows = [["unfreeze", "GiB", "s per epoch", "h per fold", f"{folds} folds", parallel]]
-    for cost in found["costs"]:
-        hours = (cost["fold_hours"], cost["series_hours"], cost["parallel_hours"])
-        numbers = (f"{cost['needed_gib']:.2f}", f"{cost['epoch_seconds']:.0f}")
-        rows.append([cost["unfreeze"], *numbers, *(f"{h:.2f}" for h in hours)])
-    speed = found["machine"]
+    parallel = f"on {found['gpus']} GPU" + ("s" if found["gpus"] > 1 else "")
+    costs = pd.DataFrame(
+        {
+            "unfreeze": cost["unfreeze"],
+            "GiB": f"{cost['needed_gib']:.2f}",
+            "h per fold": span(cost["fold_hours"]),
+            f"{found['folds']} folds": span(cost["series_hours"]),
+            parallel: span(cost["parallel_hours"]),
+        }
+        for cost in found["costs"]
+    )
+    sources = dict.fromkeys(cost["source"] for cost in found["costs"])
     blocks.append(
-        f"{columns(rows)}\n({epochs} epochs, {found['clips']}; {speed['name']}, {speed['source']})"
+        f"{costs.to_string(index=False)}\n({args.epochs} epochs, {found['clips']}; "
+        f"{found['machine']['name']}: {', '.join(sources)})"
     )
     return "\n\n".join(blocks)
 
@@ -641,54 +854,29 @@ def plot(planner: Planner, found: dict, path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    args, plan = planner.args, found["plan"]
-    stage = updates.stage_at(args.unfreeze, args.epochs - 1)
-    step = planner.trace(args.batch_size, stage)
-    alive = step.timeline[step.start - 1 :] / GIB
+    args = planner.args
+    trace = planner.trace(args, step.stage_at(args.unfreeze, args.epochs - 1))
+    alive = trace.timeline / GIB
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     colours = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
     left.stackplot(range(len(alive)), alive.T, labels=KINDS, colors=colours)
-    phases = [phase for _, _, phase in step.events[step.start - 1 :]]
-    left.set(xlabel="allocations and frees of one step", ylabel="GiB")
-    left.set(xlim=(0, len(alive)), ylim=(0, 1.12 * alive.sum(1).max()))
-    for phase in ("forward", "backward", "optimizer"):
-        if phase in phases:
-            first = phases.index(phase, 1)
-            left.axvline(first, color="black", lw=0.6)
-            left.text(first, 1.05 * alive.sum(1).max(), f" {phase}"[:11], fontsize="small")
+    left.set(xlabel="allocations and frees of one step", ylabel="GiB", xlim=(0, len(alive)))
+    for number, phase in enumerate(tracing.PHASES):
+        first = int(np.argmax(trace.phases == number))
+        left.axvline(first, color="black", lw=0.6)
+        left.text(first, 1.02 * alive.sum(1).max(), f" {phase}", fontsize="small")
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize="small", ncols=4)
     for style, (what, plans) in zip(("o-", "s--", "^:", "d-."), found["table"].items()):
         right.plot(found["sizes"], [p["needed_gib"] for p in plans], style, label=what)
-    right.axhline(plan["capacity_gib"], color="black", lw=0.8)
-    right.text(found["sizes"][0], plan["capacity_gib"], "there is", va="bottom")
+    right.axhline(planner.capacity_gib, color="black", lw=0.8, label="capacity")
     right.set(xscale="log", yscale="log", xlabel="batch size", ylabel="GiB needed")
     right.set_xticks(found["sizes"], map(str, found["sizes"]))
-    low, high = right.get_ylim()
-    ticks = [n * 10**e for e in range(-3, 4) for n in (1, 2, 5) if low <= n * 10**e <= high]
-    right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    right.minorticks_off()
     right.legend(title="unfreeze")
     figure.savefig(path, dpi=120)
 
 
-def measured_table(args: argparse.Namespace) -> str:
-    """Predicted against real peaks of a training step, over `grid`."""
-    device = torch.device("cuda" if on_cuda(args) else "cpu")
-    rows = [["setting", "predicted MiB", "allocated", "error", "predicted reserve", "reserved"]]
-    errors = []
-    for words, seconds in grid(device.type == "cuda"):
-        setting = flags.parse_args(["--prosody", "none", "--device", device.type, *words])
-        setting.amp = setting.amp or ("fp16" if device.type == "cuda" else "off")
-        step = Planner(setting, (0, 0), seconds).trace(setting.batch_size, setting.unfreeze)
-        predicted, reserve = step.timeline.sum(1).max(), step.reserved_bytes()
-        real, reserved = measure(setting, (0, 0), seconds, device)
-        errors.append(predicted / real - 1)
-        numbers = [f"{n / 2**20:.1f}" for n in (predicted, real, reserve, reserved)]
-        name = " ".join(words) + f" ({seconds:g} s)"
-        rows.append([name, *numbers[:2], f"{errors[-1]:+.2%}", *numbers[2:]])
-        print(rows[-1][0], file=sys.stderr, flush=True)
-    worst = f"errors {min(errors):+.2%} to {max(errors):+.2%} over {len(errors)} settings"
-    return f"{columns(rows)}\n{worst}; {device_name(device.type == 'cuda')}"
+# ---------------------------------------------------------------------------------------------
+# Command line
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argparse.Namespace]:
@@ -699,21 +887,19 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         epilog="and every flag of train.py (python train.py --help)",
-        usage="python memory.py [flags of its own] [train.py's flags]",
+        usage="python memory.py [its own flags] [train.py's flags]",
         allow_abbrev=False,
     )
     # fmt: off
     p.add_argument("--gpu", choices=sorted(GPUS), help="card to plan for: its memory and speed")
-    p.add_argument("--gpus", type=int, help="cards that folds are dealt to; default: --world_size")
+    p.add_argument("--gpus", type=int, help="cards for the folds; default: --world_size")
     p.add_argument("--world_size", type=int, default=1, help="cards that share a fold (DDP)")
-    p.add_argument("--json", action="store_true", help="all of it as JSON")
+    p.add_argument("--json", action="store_true", help="the plan as JSON, without the tables")
+    p.add_argument("--table", action="store_true", help="the tables too, with --json")
     p.add_argument("--plot", metavar="FILE", help="picture of memory over a step and over batches")
     p.add_argument("--calibrate", action="store_true", help="measure this machine's speed and stop")
-    p.add_argument("--measure", action="store_true",
-                   help="predicted against real peaks over a grid of settings, and stop")
     # fmt: on
-    argv = sys.argv[1:] if argv is None else argv
-    own, rest = p.parse_known_args(argv)
+    own, rest = p.parse_known_args(sys.argv[1:] if argv is None else argv)
     own.gpus = own.world_size if own.gpus is None else own.gpus
     if not 1 <= own.world_size <= own.gpus:
         p.error(f"--world_size {own.world_size} --gpus {own.gpus}: need 1 <= world_size <= gpus")
@@ -724,44 +910,55 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     own.wants_global = "--global_batch_size" in given
     if own.gpu and "--gpu_gib" not in given:
         rest += ["--gpu_gib", str(GPUS[own.gpu][0])]
-    if True:
-        args = flags.parse_args(rest, own.world_size)
-        args.wavlm = KNOWN_SHAPES.get(args.wavlm, args.wavlm)
-        if own.gpu and args.device == "cpu":
-            p.error("--gpu is a card to plan for: remove it, or --device cpu")
-        if args.device == "auto" and (own.gpu or not (own.calibrate or own.measure)):
-            args.device = "cuda"
-        args.amp = args.amp or ("fp16" if on_cuda(args) else "off")
-        if args.batch_size == "auto" and not (own.calibrate or own.measure):
-            best = largest_batch(args, widths(args), args.max_seconds, own.world_size)
-            flags.split_batch(args, best.batch_size, own.world_size)
+    args = flags.parse_args(rest, own.world_size)
+    args.gpu = own.gpu
+    args.wavlm = KNOWN_SHAPES.get(args.wavlm, args.wavlm)
+    if own.gpu and args.device == "cpu":
+        p.error("--gpu is a card to plan for: remove it, or --device cpu")
+    if args.device == "auto" and not own.calibrate:
+        args.device = "cuda"
+        if "--amp" not in given and "--no_amp" not in given:
+            args.amp = "fp16"
     return args, own
 
 
+def run(args: argparse.Namespace, own: argparse.Namespace) -> None:
+    """Prints what was asked for; UserError on what cannot be planned."""
+    if own.calibrate:
+        found = calibrate(args)
+        print(
+            f"{found.name}: {found.half_tflops:.3f} TFLOPS in half precision, "
+            f"{found.single_tflops:.3f} in single: {Path(args.cache_dir) / 'machine.json'}"
+        )
+        return
+    shape = shape_of(args)
+    if args.batch_size == "auto":
+        best = largest_batch(args, shape, own.world_size)
+        flags.split_batch(args, best.batch_size, own.world_size)
+    planner = Planner(args, shape, own.world_size)
+    found = planner.plan(args)
+    if not own.json:
+        print(plan_text(args, found))
+    tables = {}
+    if own.table or own.plot or not own.json:
+        tables = answers(planner, own)
+    if own.plot:
+        plot(planner, tables, own.plot)
+    if own.json:
+        print(json.dumps({"flags": vars(args), "plan": found.as_dict()} | tables, indent=1))
+    else:
+        print("\n" + tables_text(args, tables, found.capacity_gib))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Prints what was asked for; 2 with one line on what cannot be planned."""
+    """Exit code: 2 with one line on what cannot be planned."""
+    args, own = parse_args(argv)
+    distributed.allow_tf32(args.tf32 == "on")
     try:
-        args, own = parse_args(argv)
-        allow_tf32(args.tf32 == "on")
-        if own.measure:
-            print(measured_table(args))
-            return 0
-        if own.calibrate:
-            found = calibrate(args)
-            print(
-                f"{found.name}: {found.half_tflops:.3f} TFLOPS in half precision, "
-                f"{found.single_tflops:.3f} in single, {found.gb_per_second:.1f} GB/s, "
-                f"{found.operator_us:.1f} us per operator: {Path(args.cache_dir) / 'machine.json'}"
-            )
-            return 0
-        planner = Planner(args, widths(args), args.max_seconds, own.world_size)
-        found = answers(planner, own)
-        if own.plot:
-            plot(planner, found, own.plot)
-    except (ValueError, OSError) as error:
+        run(args, own)
+    except UserError as error:
         print(f"memory.py: error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(found, indent=1) if own.json else text(found))
     return 0
 
 

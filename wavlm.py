@@ -330,16 +330,16 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """(B, H, T, d) softmax(q k' / sqrt(d) + gate * table + key_bias) v, computed as `kind` says.
 
-    gate (B, H, T, 1) and key_bias (B, 1, 1, W) have q's dtype. `position` is the table in short,
-    (H, T + W - 1), for "fused", and `dense_table` of it in q's dtype for the others.
-    Kept for backward, per B * H * T^2 element: "fused" nothing; "sdpa" the bias (CUDA) or the
-    softmax (CPU); "eager" the softmax, and with dropout two more.
-    Meta tensors take CUDA's path, so that what a GPU allocates can be counted without one.
+    gate (B, H, T, 1) and key_bias (B, 1, 1, W) have q's dtype. `position` is what the table is
+    made of, (H, T + W - 1), for "fused", and `dense_table` of it in q's dtype for the others.
+    "blocks" is what "fused" does on a CPU, on any device: memory.py plans a CPU by it.
+    What each way keeps for backward per B * H * T^2 element: "fused" nothing; "sdpa" the bias
+    (CUDA) or the softmax (CPU); "eager" the softmax, and with dropout two more.
     """
-    if kind == "fused" and q.device.type == "cpu":
-        return block_attention(q, k, v, gate, position, key_bias, dropout)
-    if kind == "fused":
-        return KernelAttention.apply(q, k, v, gate, position, key_bias, dropout)
+    if kind in ("fused", "blocks"):
+        on_cpu = kind == "blocks" or q.device.type == "cpu"
+        way = block_attention if on_cpu else KernelAttention.apply
+        return way(q, k, v, gate, position, key_bias, dropout)
     bias = dense_bias(gate, position, key_bias)
     if kind == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
@@ -567,7 +567,7 @@ class WavLM(nn.Module):
             with torch.set_grad_enabled(grad and self.frozen_blocks < 3):
                 position = self.encoder.layers[0].attention.position_bias(num_frames)
                 width = position.shape[1] - num_frames + 1
-                if self.attention != "fused":
+                if self.attention in ("sdpa", "eager"):
                     position = dense_table(position.to(dtype), num_frames)
             key_bias = None
             if frame_mask is not None:

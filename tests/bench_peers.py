@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, the Trainer would take all
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import memory
 import train
+from util import distributed
 from wavlm import load_wavlm, save_wavlm
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +151,7 @@ def run_trainer(directory: Path, args: argparse.Namespace, grouped: bool) -> dic
             return LengthGroupedSampler(args.batch_size, lengths=lengths)
 
     torch.manual_seed(0)
-    memory.allow_tf32(True)  # as train.py does
+    distributed.allow_tf32(True)  # as train.py does
     flags = TrainingArguments(
         output_dir=str(directory / "out"), per_device_train_batch_size=args.batch_size,
         max_steps=args.steps, learning_rate=1e-5, lr_scheduler_type="cosine", warmup_steps=0.1,
@@ -196,7 +196,7 @@ def summary(seconds: float, audio: float, losses: list[float]) -> dict:
     return {
         "seconds": seconds,
         "audio_seconds_per_second": audio / seconds,
-        "peak_gib": memory.peak_gib(device),
+        "peak_gib": distributed.peak_gib(device),
         "loss": statistics.mean(last),
     }
 
