@@ -17,7 +17,6 @@ Tags: [measured] by us, [P] published, [guess].
 import argparse
 import json
 import math
-import platform
 import re
 import statistics
 import sys
@@ -493,10 +492,7 @@ class Machine:
 
 
 def device_name(cuda: bool) -> str:
-    if cuda:
-        return torch.cuda.get_device_name()
-    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    return f"{model[1] if model else platform.machine()} x {torch.get_num_threads()} threads"
+    return distributed.device_name(torch.device("cuda" if cuda else "cpu"))
 
 
 def known_gpu(name: str) -> str | None:
@@ -910,15 +906,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     own.wants_global = "--global_batch_size" in given
     if own.gpu and "--gpu_gib" not in given:
         rest += ["--gpu_gib", str(GPUS[own.gpu][0])]
-    args = flags.parse_args(rest, own.world_size)
+    default = "auto" if own.calibrate else "cuda"  # planned for without one
+    args = flags.parse_args(rest, own.world_size, device=default)
     args.gpu = own.gpu
     args.wavlm = KNOWN_SHAPES.get(args.wavlm, args.wavlm)
     if own.gpu and args.device == "cpu":
         p.error("--gpu is a card to plan for: remove it, or --device cpu")
-    if args.device == "auto" and not own.calibrate:
-        args.device = "cuda"
-        if "--amp" not in given and "--no_amp" not in given:
-            args.amp = "fp16"
     return args, own
 
 
