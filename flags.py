@@ -227,9 +227,9 @@ def parse_args(
 ) -> argparse.Namespace:
     """Flags after presets, checked, with amp, name and the batch sizes filled in.
 
-    `world_size`: number of ranks, by default torchrun's; `device`: default of --device. With --batch_size auto, accumulation and
-    global batch size stay as they were given until there is a model. Exits with code 2 and one line
-    on a wrong flag.
+    `world_size`: number of ranks, by default torchrun's; `device`: default of --device. With
+    --batch_size auto, accumulation and global batch size stay as they were given until there is a
+    model. Exits with code 2 and one line on a wrong flag.
     """
     parser = build_parser()
     parser.set_defaults(device=device)
