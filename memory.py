@@ -908,15 +908,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     own.wants_global = "--global_batch_size" in given
     if own.gpu and "--gpu_gib" not in given:
         rest += ["--gpu_gib", str(GPUS[own.gpu][0])]
+    if "--device" not in given and not own.calibrate:
+        known, _ = flags.build_parser().parse_known_args(rest)
+        rest += ["--device", flags.PRESETS.get(known.preset, {}).get("device", "cuda")]
     args = flags.parse_args(rest, own.world_size)
     args.gpu = own.gpu
     args.wavlm = KNOWN_SHAPES.get(args.wavlm, args.wavlm)
     if own.gpu and args.device == "cpu":
         p.error("--gpu is a card to plan for: remove it, or --device cpu")
-    if args.device == "auto" and not own.calibrate:
-        args.device = "cuda"
-        if "--amp" not in given and "--no_amp" not in given:
-            args.amp = "fp16"
     return args, own
 
 
