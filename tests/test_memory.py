@@ -274,7 +274,7 @@ def test_a_schedule_is_planned_for_its_heaviest_stage():
 def test_the_line_over_batch_sizes_agrees_with_traces(unfreeze):
     planner = planner_of(*TINY, "--device", "cuda", "--max_seconds", "8", "--unfreeze", unfreeze)
     line = planner.line(planner.args, unfreeze)
-    for size in (8, 16, 32, 128):
+    for size in (1, 8, 16, 32, 128):
         alone = planner.plan(memory.with_batch(planner.args, size, 1))
         assert line(size).peak_bytes == pytest.approx(alone.peak_bytes, rel=0.03), size
 
