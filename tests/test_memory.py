@@ -131,7 +131,6 @@ class Layers(torch.nn.Module):
 
     def __init__(self, count, width, recompute):
         super().__init__()
-        wide = 4 * width
         self.layers = torch.nn.ModuleList(
             torch.nn.Sequential(
                 torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
