@@ -297,23 +297,25 @@ class Planner:
         return self.as_plan(args.batch_size, self.peaks(args, unfreeze or args.unfreeze))
 
     def line(self, args: argparse.Namespace, unfreeze: str) -> Callable[[int], Plan]:
-        """size -> plan, from the traces of two sizes; accumulation is that of the first."""
-        context = args.context
-        few = context * math.ceil(8 / context)
+        """size -> plan, from the line through two traced sizes.
+
+        Below them, where the frozen CNN's slices are not full, from the line to the smallest size:
+        the highest moment is a convex function of the size, so that errs on the safe side.
+        """
+        few = args.context * math.ceil(8 / args.context)
+        given = args
         if args.batch_size == "auto":
             given = with_flags(args, global_batch_size=None)
-        else:
-            given = args
-        traced = [
-            self.peaks(with_batch(given, size, self.world_size), unfreeze)
-            for size in (few, 4 * few)
-        ]
+        traced = {
+            size: self.peaks(with_batch(given, size, self.world_size), unfreeze)
+            for size in (args.context, few, 4 * few)
+        }
 
         def at(size: int) -> Plan:
-            share = (size - few) / (3 * few)
-            low, high = traced
-            peaks = {phase: low[phase] + share * (high[phase] - low[phase]) for phase in low}
-            return self.as_plan(size, peaks)
+            low, high = (args.context, few) if size < few else (few, 4 * few)
+            share = (size - low) / (high - low)
+            one, two = traced[low], traced[high]
+            return self.as_plan(size, {p: one[p] + share * (two[p] - one[p]) for p in one})
 
         return at
 

@@ -166,15 +166,16 @@ def test_a_plain_model_is_traced_to_its_closed_form(recompute, amp):
     slack = 512 * 3 * 4 * count
     assert peak["optimizer"][KINDS.index("gradients")] == pytest.approx(4 * numbers, abs=slack)
     assert peak["forward"][KINDS.index("optimizer")] == pytest.approx(8 * numbers, abs=slack)
-    inner = 0 if recompute else 4
-    kept = count * rows * width * (1 + inner) * AUTOCAST[amp].itemsize
+    layers = count + 5 if recompute else 5 * count  # an input is 1, what is inside a layer 4
+    kept = rows * width * layers * AUTOCAST[amp].itemsize
     activations = peak["forward"][KINDS.index("activations")]
-    assert activations == pytest.approx(kept, rel=0.6)
+    assert activations == pytest.approx(kept, rel=0.3)
     assert found.flops[:, 0 if amp == "fp16" else 1].sum() == found.flops.sum()
     product = 2 * rows * 4 * width * width
-    backward = 4 * (1 + recompute / 2) * count - 1  # the input needs no gradient
+    again = count if recompute else 0  # the first of two: the second keeps only its input
+    backward = 4 * count + again - 1  # the input needs no gradient
     assert found.flops[0].sum() == 2 * count * product
-    assert found.flops[1].sum() == pytest.approx(backward * product, rel=0.1)
+    assert found.flops[1].sum() == backward * product
 
 
 def test_a_layer_added_to_the_model_is_planned_with_no_line_changed():
@@ -272,7 +273,7 @@ def test_a_schedule_is_planned_for_its_heaviest_stage():
 def test_the_line_over_batch_sizes_agrees_with_traces(unfreeze):
     planner = planner_of(*TINY, "--device", "cuda", "--max_seconds", "8", "--unfreeze", unfreeze)
     line = planner.line(planner.args, unfreeze)
-    for size in (8, 16, 32, 128):
+    for size in (1, 8, 16, 32, 128):
         alone = planner.plan(memory.with_batch(planner.args, size, 1))
         assert line(size).peak_bytes == pytest.approx(alone.peak_bytes, rel=0.03), size
 
@@ -328,9 +329,9 @@ class LittleMemory(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.sigmoid.default and not out.is_meta and out.shape[-1] == 1:
-            if len(out) > self.most:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+        is_prediction = func is torch.ops.aten.sigmoid.default and out.shape[-1] == 1
+        if is_prediction and not out.is_meta and len(out) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return out
 
 
