@@ -160,7 +160,6 @@ class Collectives:
     """Whether collectives are on, and what the current step has exchanged (guard_memory)."""
 
     off: bool = False
-    forward: bool = False  # DDP has begun one, with gradients
     sums: bool = False
     buckets: int = 0
     agreed: bool = False
@@ -237,7 +236,6 @@ def wrap_ddp(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
     )
     ddp_model.register_comm_hook(None, average_bucket)
-    ddp_model.register_forward_pre_hook(note_forward)
     return ddp_model
 
 
@@ -251,8 +249,9 @@ def synchronised(ddp_model: torch.nn.Module, on: bool) -> contextlib.AbstractCon
 # ---------------------------------------------------------------------------------------------
 # A step that runs out of memory on one rank ends alike on all
 #
-# The others wait for it in the collectives of the step, which are always these, in this order:
-# the batch's sums (sum_over_ranks), DDP's buckets of gradients, and the agreement (agree_on_step).
+# The others wait for it in the collectives of the step, which are always these, in this order: the
+# order of DDP's buckets (in the second step), the batch's sums (sum_over_ranks), the buckets of
+# gradients, and the agreement (agree_on_step).
 # So the rank records what it has exchanged (`collectives`), and sends zeros for the rest.
 
 
@@ -260,10 +259,6 @@ def sum_over_ranks(sums: Tensor) -> None:
     """Adds up a step's sums over all ranks, in place; once in every step (all participate)."""
     all_reduce(sums)
     collectives.sums = True
-
-
-def note_forward(*_: object) -> None:
-    collectives.forward = collectives.forward or torch.is_grad_enabled()
 
 
 def average_bucket(state: None, bucket: dist.GradBucket) -> Averaged:
@@ -291,8 +286,9 @@ def guard_memory(
 
     `zero_sums`: zeros like the sums that the step exchanges.
     """
-    collectives.forward = collectives.sums = collectives.agreed = False
-    collectives.buckets = 0
+    collectives.sums, collectives.buckets, collectives.agreed = False, 0, False
+    if isinstance(ddp_model, DistributedDataParallel):
+        ddp_model.reducer._rebuild_buckets()  # in the second step, else in its forward
     try:
         return update()
     except (RuntimeError, MemoryError) as error:
@@ -311,8 +307,6 @@ def exchange_zeros(ddp_model: torch.nn.Module, zero_sums: Tensor) -> None:
         sum_over_ranks(zero_sums)
     if not isinstance(ddp_model, DistributedDataParallel):
         return
-    if not collectives.forward:  # which begins with this exchange, in the second step
-        ddp_model.reducer._rebuild_buckets()
     ddp_model.logger.set_runtime_stats_and_log()  # its record is older than the rebuilt buckets
     logged = ddp_model._get_ddp_logging_data()
     sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]  # bytes, as text
