@@ -31,7 +31,10 @@ def shorten_memory(where, ranks, limit, spared=0):
     middle of backward, after `spared` forwards; in evaluation with more than `limit` seconds,
     padding included, in an encoder.
     """
-    error, forwards = torch.OutOfMemoryError("CUDA out of memory"), []
+    forwards = []
+
+    def error():  # a new one each time: its traceback keeps a step's tensors alive
+        return torch.OutOfMemoryError("CUDA out of memory")
 
     def after_forward(module, _, preds):
         if type(module).__name__ != "EmotionModel" or preds.is_meta or len(preds) <= limit:
@@ -40,11 +43,11 @@ def shorten_memory(where, ranks, limit, spared=0):
         if len(forwards) <= spared:
             return
         if where == "forward":
-            raise error
+            raise error()
 
         def fail(gradient):
             handle.remove()
-            raise error
+            raise error()
 
         if preds.requires_grad:
             layer = module.encoder.wavlm.encoder.layers[0].feed_forward.output_dense.weight
@@ -54,7 +57,7 @@ def shorten_memory(where, ranks, limit, spared=0):
         if type(module).__name__ == "WavLMEncoder" and not module.training:
             audio = inputs[0]["input_values"]
             if audio.numel() > limit * SAMPLE_RATE and not audio.is_meta:
-                raise error
+                raise error()
 
     here = os.environ.get("RANK", "0") in ranks
     if where == "evaluation":
@@ -99,7 +102,7 @@ def configured(base):
 def test_a_step_that_runs_out_of_memory_is_done_in_smaller_pieces(base, configured):
     directory, codes, said = launch(base, "one", "--batch_size", "16", short=("forward", "0", 4))
     assert codes == [0], said
-    assert "going on with batch_size 4 x accumulation 4" in said
+    assert "continuing with batch_size 4 x accumulation 4" in said
     assert_same_run(configured[1], directory)
 
 
@@ -110,7 +113,7 @@ def test_ranks_agree_on_it_wherever_it_strikes(base, configured, where, which):
     name, short = f"two-{where}-{which}", (where, which, 2)
     directory, codes, said = launch(base, name, "--batch_size", "8", ranks=2, short=short)
     assert codes == [0, 0], said
-    assert "going on with batch_size 2 x accumulation 4" in said
+    assert "continuing with batch_size 2 x accumulation 4" in said
     assert_same_run(configured[2], directory)
 
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import WavLMConfig as HFConfig
 from transformers import WavLMForCTC, WavLMModel
 
-import train
+import step
 import wavlm
 from model import EmotionModel, ModelConfig
 from wavlm import ATTENTIONS, SIZES, WavLM, WavLMConfig, WavLMError, attend, load_wavlm, save_wavlm
@@ -622,7 +622,7 @@ def test_a_compiled_layer_keeps_no_attention_bias():
         partition_fn=min_cut_rematerialization_partition,
     )
     model = EmotionModel(ModelConfig(prosody_dim=0), WavLM(NARROW))
-    train.compile_layers(model)  # its settings of torch
+    step.compile_layers(model)  # its settings of torch
     with torch.device("meta"):
         layer = wavlm.Layer(NARROW, True).half().train()
         frames, padded, heads = 65, 72, NARROW.num_attention_heads
