@@ -222,14 +222,17 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-def parse_args(argv: list[str] | None = None, world_size: int | None = None) -> argparse.Namespace:
+def parse_args(
+    argv: list[str] | None = None, world_size: int | None = None, device: str = "auto"
+) -> argparse.Namespace:
     """Flags after presets, checked, with amp, name and the batch sizes filled in.
 
-    `world_size`: number of ranks, by default torchrun's. With --batch_size auto, accumulation and
-    global batch size stay as they were given until there is a model. Exits with code 2 and one line
-    on a wrong flag.
+    `world_size`: number of ranks, by default torchrun's; `device`: default of --device. With
+    --batch_size auto, accumulation and global batch size stay as they were given until there is a
+    model. Exits with code 2 and one line on a wrong flag.
     """
     parser = build_parser()
+    parser.set_defaults(device=device)
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse_with_defaults(parser, argv)

@@ -17,7 +17,6 @@ Tags: [measured] by us, [P] published, [guess].
 import argparse
 import json
 import math
-import platform
 import re
 import statistics
 import sys
@@ -298,23 +297,25 @@ class Planner:
         return self.as_plan(args.batch_size, self.peaks(args, unfreeze or args.unfreeze))
 
     def line(self, args: argparse.Namespace, unfreeze: str) -> Callable[[int], Plan]:
-        """size -> plan, from the traces of two sizes; accumulation is that of the first."""
-        context = args.context
-        few = context * math.ceil(8 / context)
+        """size -> plan, from the line through two traced sizes.
+
+        Below them, where the frozen CNN's slices are not full, from the line to the smallest size:
+        the highest moment is a convex function of the size, so that errs on the safe side.
+        """
+        few = args.context * math.ceil(8 / args.context)
+        given = args
         if args.batch_size == "auto":
             given = with_flags(args, global_batch_size=None)
-        else:
-            given = args
-        traced = [
-            self.peaks(with_batch(given, size, self.world_size), unfreeze)
-            for size in (few, 4 * few)
-        ]
+        traced = {
+            size: self.peaks(with_batch(given, size, self.world_size), unfreeze)
+            for size in (args.context, few, 4 * few)
+        }
 
         def at(size: int) -> Plan:
-            share = (size - few) / (3 * few)
-            low, high = traced
-            peaks = {phase: low[phase] + share * (high[phase] - low[phase]) for phase in low}
-            return self.as_plan(size, peaks)
+            low, high = (args.context, few) if size < few else (few, 4 * few)
+            share = (size - low) / (high - low)
+            one, two = traced[low], traced[high]
+            return self.as_plan(size, {p: one[p] + share * (two[p] - one[p]) for p in one})
 
         return at
 
@@ -493,10 +494,7 @@ class Machine:
 
 
 def device_name(cuda: bool) -> str:
-    if cuda:
-        return torch.cuda.get_device_name()
-    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    return f"{model[1] if model else platform.machine()} x {torch.get_num_threads()} threads"
+    return distributed.device_name(torch.device("cuda" if cuda else "cpu"))
 
 
 def known_gpu(name: str) -> str | None:
@@ -910,15 +908,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     own.wants_global = "--global_batch_size" in given
     if own.gpu and "--gpu_gib" not in given:
         rest += ["--gpu_gib", str(GPUS[own.gpu][0])]
-    args = flags.parse_args(rest, own.world_size)
+    default = "auto" if own.calibrate else "cuda"  # planned for without one
+    args = flags.parse_args(rest, own.world_size, device=default)
     args.gpu = own.gpu
     args.wavlm = KNOWN_SHAPES.get(args.wavlm, args.wavlm)
     if own.gpu and args.device == "cpu":
         p.error("--gpu is a card to plan for: remove it, or --device cpu")
-    if args.device == "auto" and not own.calibrate:
-        args.device = "cuda"
-        if "--amp" not in given and "--no_amp" not in given:
-            args.amp = "fp16"
     return args, own
 
 

@@ -219,7 +219,7 @@ def finish(run: Run) -> None:
     if not files.writes:
         return
     files.write_vectors(evaluation.vectors)
-    record = {f"{split}/{k}": v for split in scores for k, v in scores[split].items()}
+    record = {f"test/{name}": value for name, value in scores["test"].items()}
     files.record("test", progress.step, {"epoch": progress.best_epoch} | record)
     trained = [p for group in run.optimizer.param_groups for p in group["params"]]
     is_cut = run.total_steps < run.plan.steps_per_epoch * args.epochs

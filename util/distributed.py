@@ -160,6 +160,7 @@ class Collectives:
     """Whether collectives are on, and what the current step has exchanged (guard_memory)."""
 
     off: bool = False
+    forward: bool = False  # DDP has begun one, with gradients
     sums: bool = False
     buckets: int = 0
     agreed: bool = False
@@ -236,6 +237,7 @@ def wrap_ddp(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
     )
     ddp_model.register_comm_hook(None, average_bucket)
+    ddp_model.register_forward_pre_hook(note_forward)
     return ddp_model
 
 
@@ -258,6 +260,10 @@ def sum_over_ranks(sums: Tensor) -> None:
     """Adds up a step's sums over all ranks, in place; once in every step (all participate)."""
     all_reduce(sums)
     collectives.sums = True
+
+
+def note_forward(*_: object) -> None:
+    collectives.forward = collectives.forward or torch.is_grad_enabled()
 
 
 def average_bucket(state: None, bucket: dist.GradBucket) -> Averaged:
@@ -285,7 +291,8 @@ def guard_memory(
 
     `zero_sums`: zeros like the sums that the step exchanges.
     """
-    collectives.sums, collectives.buckets, collectives.agreed = False, 0, False
+    collectives.forward = collectives.sums = collectives.agreed = False
+    collectives.buckets = 0
     try:
         return update()
     except (RuntimeError, MemoryError) as error:
@@ -304,7 +311,8 @@ def exchange_zeros(ddp_model: torch.nn.Module, zero_sums: Tensor) -> None:
         sum_over_ranks(zero_sums)
     if not isinstance(ddp_model, DistributedDataParallel):
         return
-    ddp_model.reducer._rebuild_buckets()  # in the second step ranks agree on the buckets' order
+    if not collectives.forward:  # which begins with this exchange, in the second step
+        ddp_model.reducer._rebuild_buckets()
     ddp_model.logger.set_runtime_stats_and_log()  # its record is older than the rebuilt buckets
     logged = ddp_model._get_ddp_logging_data()
     sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]  # bytes, as text
