@@ -43,8 +43,7 @@ import numpy as np
 import pandas as pd
 import soundfile
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -199,12 +198,11 @@ def build_inputs(
     reads_speaker = model.config.speaker_dim > 0
     kind = args.speaker or flags["speaker"]
     if len(args.checkpoint) == 1:  # of several, another one may read it
-        for flag, value, is_read in (
-            ("--features_dir", args.features_dir, reads_features),
-            ("--speaker", args.speaker, reads_speaker),
-        ):
-            if value and not is_read:
-                raise UserError(f"{flag} {value}: the run was trained without it: remove it")
+        without = "the run was trained without such input: remove it"
+        if args.features_dir and not reads_features:
+            raise UserError(f"--features_dir {args.features_dir}: {without}")
+        if args.speaker and not reads_speaker:
+            raise UserError(f"--speaker {args.speaker}: {without}")
     if reads_features and not args.features_dir:
         raise UserError("the run reads feature files: give --features_dir DIR")
     if reads_speaker and kind == "none":
@@ -426,38 +424,28 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
 
 
 def save_state(path: Path, key: str, state: dict | None) -> None:
-    """What EmotionModel.track returned (None: a dialogue begins), under the checkpoint's key;
-    written aside and renamed, so that it is never half-written."""
-    tensors = dict(state or {})
-    for i, pair in enumerate(tensors.pop("mamba", [])):
-        tensors |= {f"mamba.{i}.{name}": value for name, value in zip(("conv", "ssm"), pair)}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    """What EmotionModel.track returned (None: a dialogue begins), under the checkpoint's key."""
     with replacing(path) as file:
-        file.write(save(tensors, metadata={"checkpoint": key}))
+        torch.save({"checkpoint": key, "state": state}, file)
 
 
 def read_state(path: Path, key: str, device: torch.device) -> dict | None:
-    """What save_state wrote; None where there is no file yet, or a dialogue begins.
+    """What save_state wrote; None if there is no file yet, or a dialogue begins.
 
     UserError if it is not a state, or that of another checkpoint.
     """
     if not path.exists():
         return None
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            written_by = (file.metadata() or {}).get("checkpoint")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        fault = f"--state {path}: not a state of predict.py ({str(error)[:60]})"
+        content = torch.load(path, map_location=device, weights_only=True)
+        written_by, state = content["checkpoint"], content["state"]
+    except Exception as error:  # a damaged file fails in many ways
+        fault = f"--state {path}: not a state of predict.py ({type(error).__name__})"
         raise UserError(f"{fault}: give another file, or --reset") from None
     if written_by != key:
         fault = f"--state {path}: of another checkpoint than --checkpoint"
         raise UserError(f"{fault}: give that one or another file, or --reset")
-    blocks = sum(name.endswith(".ssm") for name in state)
-    if blocks:
-        names = [(f"mamba.{i}.conv", f"mamba.{i}.ssm") for i in range(blocks)]
-        state["mamba"] = [(state.pop(conv), state.pop(ssm)) for conv, ssm in names]
-    return state or None
+    return state
 
 
 # ---------------------------------------------------------------------------------------------
