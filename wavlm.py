@@ -826,7 +826,9 @@ def attention_blocks(
     last = position.shape[1] - num_frames  # index of distance 0 in the reversed position
     position = position.to(q.dtype).flip(1)
     counts = [num_frames] * batch
-    if key_bias is not None:
+    if q.is_meta:
+        counts = [num_frames]  # no values: one utterance shows what all of them allocate
+    elif key_bias is not None:
         counts = (key_bias[:, 0, 0, :num_frames] == 0).sum(1).tolist()
     bits = np.random.SFC64(seed)
     for b, count in enumerate(counts):
@@ -924,8 +926,9 @@ def keep_mask(bits: np.random.SFC64, dropout: float, out: Tensor) -> Tensor:
 
     torch's draw takes seven times as long on a CPU [measured].
     """
-    words = bits.random_raw(-(-out.numel() // 4)).view(np.int16)[: out.numel()]
-    torch.ge(torch.from_numpy(words), round(dropout * 65_536) - 32_768, out=out.view(-1))
+    if not out.is_meta:
+        words = bits.random_raw(-(-out.numel() // 4)).view(np.int16)[: out.numel()]
+        torch.ge(torch.from_numpy(words), round(dropout * 65_536) - 32_768, out=out.view(-1))
     return out
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
 import flags
 import memory
 import step
@@ -52,7 +53,7 @@ def grid(cuda: bool, quick: bool) -> list[list[str]]:
 
 
 def measured_bytes(
-    args: argparse.Namespace, shape: step.InputShape, device: torch.device, seed: int = 0
+    args: argparse.Namespace, shape: data.InputShape, device: torch.device, seed: int = 0
 ) -> int:
     """Bytes of tensors at the peak of a real second step."""
     torch.manual_seed(seed)
@@ -84,7 +85,7 @@ def measured_bytes(
     return held + peak
 
 
-def planned_bytes(args: argparse.Namespace, shape: step.InputShape) -> int:
+def planned_bytes(args: argparse.Namespace, shape: data.InputShape) -> int:
     """Bytes at the planned peak of that step, evaluation left out."""
     return memory.Planner(args, shape).trace(args, args.unfreeze).peak_bytes
 

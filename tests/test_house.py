@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = {"util.files", "util.tracing", "util.distributed", "wavlm"}
+BASE = {"util.files", "util.audio", "util.tracing", "util.distributed", "wavlm"}
 BELOW = {  # what a module may import of ours
     "util.files": set(),
+    "util.audio": set(),
     "util.tracing": {"util.files"},
     "util.distributed": {"util.files"},
     "wavlm": {"util.files"},

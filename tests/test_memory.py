@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import flags
 import memory
 import step
+from data import InputShape
 from memory import FITS, Planner
 from model import AUTOCAST
-from step import InputShape
 from util import tracing
 from util.distributed import GIB
 from util.files import UserError
