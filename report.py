@@ -490,12 +490,17 @@ def separation_sections(experiments: list[Experiment]) -> list[Section]:
 
 
 def table_of(rows: list[dict], columns: list[str] | None = None) -> pd.DataFrame:
-    """Cells as they are shown: numbers with three decimals, "-" where a row has none."""
-    table = pd.DataFrame(rows, columns=columns, dtype=object)  # names need not be UTF-8
-    table = table.map(
-        lambda value: f"{value:.3f}" if isinstance(value, float) else str(value), na_action="ignore"
-    )
-    return table.fillna("-")
+    """Rows of {column: value} as texts."""
+    table = pd.DataFrame(rows, columns=columns, dtype=object)
+    cells = [[cell(value) for value in row] for row in table.to_numpy()]
+    return pd.DataFrame(cells, columns=table.columns, dtype=object)  # names need not be UTF-8
+
+
+def cell(value: object) -> str:
+    """Three decimals of a number, "-" without one."""
+    if pd.isna(value):
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def as_text(sections: list[Section], markdown: bool = False) -> str:
