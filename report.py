@@ -600,9 +600,8 @@ def fold_status(directory: Path, now: float) -> tuple[dict[str, object], str]:
     epochs = read_json(directory / "args.json").get("epochs", "?")
     row = {"state": state, "epoch": f"{last.get('epoch', 0):.2f}/{epochs}"}
     row |= {"step": f"{step}/{total}", "written": f"{clock(age)} ago"}
-    dev = [r["dev/ccc_mean"] for r in records if r["event"] == "dev" and "dev/ccc_mean" in r]
-    if dev:
-        row["best dev CCC"] = max(dev)
+    dev = [r["dev/ccc_mean"] for r in records if "dev/ccc_mean" in r]
+    row["best dev CCC"] = max(dev, default=None)
     if state == "running" and {"total_steps", "ms_per_step"} <= last.keys():
         row["time left"] = clock((total - step) * last["ms_per_step"] / 1000)
     return row, reason
@@ -636,8 +635,8 @@ def picture_section(e: Experiment) -> Section:
         records[name], parts[name] = read_records(run), rows
         with contextlib.suppress(UserError):  # named in the notes
             vectors[name] = read_vectors(run, len(rows))
-    section = Section(f"{e.name}: pictures of {', '.join(parts) or 'no fold'}")
-    for name, figure in (plot_all(records, parts, vectors) if parts else {}).items():
+    section = Section(f"{e.name}: pictures of {', '.join(parts)}")
+    for name, figure in plot_all(records, parts, vectors).items():
         png = io.BytesIO()
         figure.savefig(png, format="png")
         section.pictures[name] = base64.b64encode(png.getvalue()).decode()
@@ -683,7 +682,7 @@ def plot_curves(runs: dict[str, list[dict]]) -> "Figure":
     figure, axes = new_figure(len(panels))
     for i, (name, records) in enumerate(runs.items()):
         colour, style = COLOURS[i % len(COLOURS)], ("o-", "^--", "s:")[i // len(COLOURS) % 3]
-        table = pd.DataFrame([r for r in records if r["event"] != "test"])
+        table = pd.DataFrame(records)
         for axis, key in zip(axes, panels):
             points = table.reindex(columns=["epoch", key]).dropna()
             axis.plot(points["epoch"], points[key], style, ms=3, lw=1.2, color=colour, label=name)
@@ -741,11 +740,12 @@ def plot_embedding(vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame
         rows = parts[name].iloc[keep].reset_index(drop=True)
         pca = PCA(2)
         x, y = pca.fit_transform(values[keep].astype(np.float64)).T  # (n,) each
+        one, two = pca.explained_variance_ratio_
         row = axes[len(panels) * i : len(panels) * (i + 1)]
         for axis, what in zip(row, panels):
-            axis.set_title(f"{name}: {what}")
-            axis.set_xlabel(f"PC 1 ({pca.explained_variance_ratio_[0]:.0%})")
-            axis.set_ylabel(f"PC 2 ({pca.explained_variance_ratio_[1]:.0%})")
+            axis.set(
+                title=f"{name}: {what}", xlabel=f"PC 1 ({one:.0%})", ylabel=f"PC 2 ({two:.0%})"
+            )
             if what in TARGETS:
                 dots = axis.scatter(x, y, c=rows[what], s=10, cmap="cividis")
                 figure.colorbar(dots, ax=axis)
@@ -804,7 +804,7 @@ def main(args: argparse.Namespace) -> int:
         if several:
             replace_text(out / "experiment_comparison.md", as_text(sections, markdown=True))
             page += [section for e in experiments for section in fold_sections(e)]
-        page += [picture_section(e) for e in experiments]
+        page += [picture_section(e) for e in experiments if e.parts]
         replace_text(out / "report.html", as_html(page))
         print(f"written: {out / 'report.html'}", file=sys.stderr)
     if args.json:
