@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def predicted(argv, out):
 def streamed(argv, capsys, monkeypatch, stdin=""):
     """(rows printed, stderr) of --stream."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    logging.getLogger("vatune").handlers.clear()  # those of train.main, which print to stdout
     capsys.readouterr()
     assert predict.main(predict.parse_args([*map(str, argv), "--stream"])) == 0
     said = capsys.readouterr()
