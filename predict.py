@@ -7,24 +7,22 @@
     python predict.py --checkpoint runs/demo/fold1 --export model
 
 Input: files, folders of files, or a CSV manifest (utt_id, path, and start, end, dialog, speaker if
-it has them; labels are not needed). Output: a row per utterance with utt_id, path, dialog, speaker,
-seconds and predictions; several checkpoints give the mean and, over them, the standard deviation.
-The utt_id of a file is its name without suffix or, if two files share it, the shortest end of its
-path that no other file has.
+it has them; labels are not needed). Output: a row per utterance; several checkpoints give the mean
+and, over them, the standard deviation. The utt_id of a file is its name without suffix or, if two
+files share it, the shortest end of its path that no other file has.
 
 A run that was trained on dialogues (--context above 1) tracks the turns of a manifest's dialogue in
-order. Files in one folder need not be one conversation, so a file, like a window, is a dialogue of
-one turn, and its dialog is empty. --stream tracks the files it is given, or the paths that come in
-on stdin, as one dialogue; an empty line begins the next.
+order; a file, like a window, is a dialogue of one turn. --stream tracks the files it is given, or
+the paths that come in on stdin, as one dialogue; an empty line begins the next.
 
 Predictions equal those of the run's evaluation: to six decimals from audio, to about 1e-4 where
 evaluation read float16 states of a frozen WavLM from the cache. For Base-type WavLM, whose first
 norm sees padding, both encode clips of equal length together and pad nothing, so a prediction does
 not depend on what else is predicted. On a CPU, a run trained under --amp fp16 is evaluated in fp32.
 
-Nothing is cached: audio is decoded into a temporary folder ($TMPDIR; 115 MB an hour, with --window
-that times window / hop). What cannot be decoded is named on stderr and left out. Exit code: 0 done;
-1 nothing could be decoded; 2 wrong flags or files.
+Audio is decoded into a temporary folder ($TMPDIR; 115 MB an hour, with --window that times window /
+hop). What cannot be decoded is named on stderr and left out. Exit code: 0 done; 1 nothing could be
+decoded; 2 wrong flags or files.
 Not here: training and personalisation (train.py --init_from RUN --train_only film).
 """
 
@@ -34,7 +32,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import statistics
 import sys
 import tempfile
@@ -46,17 +43,16 @@ import numpy as np
 import pandas as pd
 import soundfile
 import torch
-from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import data as vadata
 from corpora import Corpus, Utterance, read_csv, turn_order
 from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
-from report import COLOURS, MARKERS, new_figure
+from report import COLOURS, new_figure
 from util import distributed
-from util.files import UserError, digest, replace_text, replacing, weights_digest
+from util.files import UserError, digest, replace_text, replacing, run_script, weights_digest
 from util.runs import MODEL_FLAGS, load_model
 from wavlm import save_wavlm
 
@@ -96,8 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: on
     args = p.parse_args(argv)
     files = not (args.stream or args.export)
-    seconds = args.max_seconds
-    hop_alone = args.hop is not None and not args.window
+    seconds, hop_alone = args.max_seconds, args.hop is not None and not args.window
     args.hop = 2.0 if args.hop is None else args.hop
     hops = f"--window {args.window:g} --hop {args.hop:g}"
     for wrong, message in (
@@ -109,10 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (files and bool(args.audio) == bool(args.data), "give either audio files or --data CSV"),
         (files == (args.out is None), "give --out CSV, but not with --stream and --export"),
         (args.out and not args.out.endswith(".csv"), f"--out {args.out}: a file ending in .csv"),
-        (
-            args.out and not Path(args.out).absolute().parent.is_dir(),
-            f"--out {args.out}: no such folder",
-        ),
+        (not Path(args.out or "x").absolute().parent.is_dir(), f"--out {args.out}: no such folder"),
         (args.window and args.max_seconds, "--window and --max_seconds exclude each other"),
         (args.window and args.features_dir, "--window cuts audio, not --features_dir"),
         (args.data_dir and not args.data, "--data_dir is the root of a manifest: give --data"),
@@ -206,13 +198,11 @@ def build_inputs(
     reads_speaker = model.config.speaker_dim > 0
     kind = args.speaker or flags["speaker"]
     if len(args.checkpoint) == 1:  # of several, another one may read it
-        for flag, value, is_read in (
-            ("--features_dir", args.features_dir, reads_features),
-            ("--speaker", args.speaker, reads_speaker),
-        ):
-            if value and not is_read:
-                fault = f"{flag} {value}: the run was trained without such input"
-                raise UserError(f"{fault}: remove it")
+        without = "the run was trained without such input: remove it"
+        if args.features_dir and not reads_features:
+            raise UserError(f"--features_dir {args.features_dir}: {without}")
+        if args.speaker and not reads_speaker:
+            raise UserError(f"--speaker {args.speaker}: {without}")
     if reads_features and not args.features_dir:
         raise UserError("the run reads feature files: give --features_dir DIR")
     if reads_speaker and kind == "none":
@@ -283,7 +273,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
         raise UserError(f"--out {args.out} is an input, or a folder: give another name")
     if args.window:
         corpus = cut_windows(corpus, args.window, args.hop)
-    preds, label_range = [], None  # per checkpoint (N, 2), in the label's scale
+    preds, label_ranges = [], []  # per checkpoint: (N, 2), in the label's scale; its scale
     with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
         corpus, pack = decode(corpus, cache_dir)
         if not corpus.utterances:
@@ -292,12 +282,11 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
         for path in args.checkpoint:
             model, checkpoint = load_model(path, "--checkpoint")
             model.to(device)
-            flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
-            if label_range not in (None, (low, high)):
-                differ = f"{label_range} and {(low, high)}"
-                raise UserError(f"--checkpoint: the runs differ in label range: {differ}")
-            label_range = low, high
-            dataset = build_inputs(corpus, pack, cache_dir, args, model, flags)
+            label_ranges.append(tuple(checkpoint["label_range"]))
+            low, high = label_ranges[0]
+            if label_ranges[-1] != (low, high):
+                raise UserError(f"--checkpoint: the runs differ in label range: {label_ranges}")
+            dataset = build_inputs(corpus, pack, cache_dir, args, model, checkpoint["args"])
             longer = int((corpus.seconds > dataset.max_seconds + 0.1).sum())
             if longer:
                 print(
@@ -307,41 +296,41 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
                 )
             order = list(range(len(corpus.utterances)))
             dialogs = order  # each utterance is one
-            if flags["context"] > 1 and args.data and not args.window:
+            if checkpoint["args"]["context"] > 1 and args.data and not args.window:
                 order = sorted(order, key=lambda row: turn_order(corpus.utterances[row]))
                 dialogs = [u.dialog for u in corpus.utterances]
-            with evaluated_as(flags, device):
+            with evaluated_as(checkpoint["args"], device):
                 turns = encode(model, dataset, device)
                 tracked = track_dialogues(model, turns[order], [dialogs[row] for row in order])
             preds.append(torch.empty_like(tracked))
             preds[-1][order] = low + (high - low) * tracked
-    preds = torch.stack(preds)
-    table = table_of(corpus, preds)
-    columns = ["utt_id", "path", "dialog", "speaker", "seconds"]
-    if args.window:
-        columns = ["utt_id", "path", "start", "end"]
-    columns += [f"pred_{target}" for target in TARGETS]
-    if len(preds) > 1:
-        columns += [f"std_{target}" for target in TARGETS]
-    replace_text(Path(args.out), table[columns].to_csv(index=False, float_format="%.6f"))
+    table = table_of(corpus, torch.stack(preds), bool(args.window))
+    replace_text(Path(args.out), table.to_csv(index=False, float_format="%.6f"))
     if args.plot:
-        plot_windows(Path(args.plot), table, len(preds), label_range)
+        plot_windows(Path(args.plot), table, (low, high))
     what = "windows" if args.window else "utterances"
     scale = f"{' and '.join(TARGETS)} in {low:g}..{high:g}"
-    print(f"{len(preds[0])} {what}, {len(corpus.skipped)} skipped, {scale}: {args.out}")
+    print(f"{len(table)} {what}, {len(corpus.skipped)} skipped, {scale}: {args.out}")
     return 0
 
 
-def table_of(corpus: Corpus, preds: Tensor) -> pd.DataFrame:
-    """A row per utterance or window; mean (pred_*) and deviation (std_*) over preds (M, N, 2)."""
-    texts = [(u.utt_id, path_of(u, corpus), u.dialog, u.speaker) for u in corpus.utterances]
-    columns = ["utt_id", "path", "dialog", "speaker"]
-    table = pd.DataFrame(texts, columns=columns, dtype=object)  # names need not be UTF-8
-    table["start"], table["seconds"] = [u.start for u in corpus.utterances], corpus.seconds
-    table["end"] = table["start"] + table["seconds"]
-    std = preds.std(0, correction=min(1, len(preds) - 1))
-    for i, target in enumerate(TARGETS):
-        table[f"pred_{target}"], table[f"std_{target}"] = preds.mean(0)[:, i], std[:, i]
+def table_of(corpus: Corpus, preds: Tensor, windows: bool) -> pd.DataFrame:
+    """A row per utterance or window: mean and, of several checkpoints, standard deviation over
+    preds (M, N, 2)."""
+    texts = {"utt_id": [u.utt_id for u in corpus.utterances]}
+    texts["path"] = [path_of(u, corpus) for u in corpus.utterances]
+    if not windows:
+        texts["dialog"] = [u.dialog for u in corpus.utterances]
+        texts["speaker"] = [u.speaker for u in corpus.utterances]
+    table = pd.DataFrame(texts, dtype=object)  # names need not be UTF-8
+    if windows:
+        table["start"] = [u.start for u in corpus.utterances]
+        table["end"] = table["start"] + corpus.seconds
+    else:
+        table["seconds"] = corpus.seconds
+    table[[f"pred_{target}" for target in TARGETS]] = preds.mean(0).numpy()
+    if len(preds) > 1:
+        table[[f"std_{target}" for target in TARGETS]] = preds.std(0).numpy()
     return table
 
 
@@ -350,23 +339,20 @@ def path_of(u: Utterance, corpus: Corpus) -> str:
     return str(u.path.relative_to(corpus.root) if u.path.is_relative_to(corpus.root) else u.path)
 
 
-def plot_windows(
-    directory: Path, table: pd.DataFrame, checkpoints: int, label_range: tuple[float, float]
-) -> None:
-    """<utt_id>.png, with _ for /: mean over checkpoints at the middles of the windows, in a band of
-    one standard deviation."""
+def plot_windows(directory: Path, table: pd.DataFrame, label_range: tuple[float, float]) -> None:
+    """<utt_id>.png, with _ for /: predictions at the middles of the windows; of several
+    checkpoints, their mean in a band of one standard deviation."""
     directory.mkdir(parents=True, exist_ok=True)
     for utt_id, windows in table.groupby("utt_id"):
         figure, [axis] = new_figure(1, width=9)
         x = (windows["start"] + windows["end"]) / 2
-        size = 3 if len(windows) < 100 else 0  # more dots than that hide the line
-        for target, marker, colour in zip(TARGETS, MARKERS, COLOURS):
-            mean, std = windows[f"pred_{target}"], windows[f"std_{target}"]
-            axis.plot(x, mean, f"{marker}-", ms=size, lw=1.2, color=colour, label=target)
-            axis.fill_between(x, mean - std, mean + std, alpha=0.25, lw=0, color=colour)
+        for target, colour in zip(TARGETS, COLOURS):
+            mean = windows[f"pred_{target}"]
+            axis.plot(x, mean, ".-", lw=1.2, color=colour, label=target)
+            if f"std_{target}" in windows:
+                std = windows[f"std_{target}"]
+                axis.fill_between(x, mean - std, mean + std, alpha=0.25, lw=0, color=colour)
         axis.set(xlabel="middle of the window, s", ylim=label_range, title=utt_id)
-        if checkpoints > 1:
-            axis.set_title(f"{utt_id}: mean and deviation of {checkpoints}")
         axis.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=2)
         figure.savefig(directory / f"{utt_id.replace('/', '_')}.png")
@@ -399,7 +385,9 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
     microseconds, skipped = [], 0
     for line in args.audio or sys.stdin:
         path, lines = line.rstrip("\r\n"), []
-        if path:
+        if not path:  # a dialogue ends
+            state = None
+        else:
             with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
                 try:
                     corpus, pack = decode(corpus_of_files([path]), cache_dir)
@@ -418,10 +406,10 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
                     preds, after = model.track(turns.unsqueeze(0 if carries else 1), state)
                     preds = (low + (high - low) * preds.float().flatten(0, 1)).tolist()
                     microseconds.append(1e6 * (time.perf_counter() - start) / len(preds))
+            state = after if carries else None
             for u, seconds, values in zip(corpus.utterances, corpus.seconds, preds):
                 cells = [u.utt_id, path_of(u, corpus), f"{seconds:.3f}"]
                 lines.append([*cells, *(f"{value:.6f}" for value in values)])
-        state = after if path and carries else None
         if args.state:
             save_state(Path(args.state), key, state)
         writer.writerows(lines)
@@ -436,38 +424,28 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
 
 
 def save_state(path: Path, key: str, state: dict | None) -> None:
-    """What EmotionModel.track returned (None: a dialogue begins), under the checkpoint's key;
-    written aside and renamed, so that it is never half-written."""
-    tensors = dict(state or {})
-    for i, pair in enumerate(tensors.pop("mamba", [])):
-        tensors |= {f"mamba.{i}.{name}": value for name, value in zip(("conv", "ssm"), pair)}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    """What EmotionModel.track returned (None: a dialogue begins), under the checkpoint's key."""
     with replacing(path) as file:
-        file.write(save(tensors, metadata={"checkpoint": key}))
+        torch.save({"checkpoint": key, "state": state}, file)
 
 
 def read_state(path: Path, key: str, device: torch.device) -> dict | None:
-    """What save_state wrote; None where there is no file yet, or a dialogue begins.
+    """What save_state wrote; None if there is no file yet, or a dialogue begins.
 
-    UserError when it is not a state, or that of another checkpoint.
+    UserError if it is not a state, or that of another checkpoint.
     """
-    try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            written_by = (file.metadata() or {}).get("checkpoint")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except Exception as error:
-        fault = f"--state {path}: not a state of predict.py ({str(error)[:60]})"
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        written_by, state = content["checkpoint"], content["state"]
+    except Exception as error:  # a damaged file fails in many ways
+        fault = f"--state {path}: not a state of predict.py ({type(error).__name__})"
         raise UserError(f"{fault}: give another file, or --reset") from None
     if written_by != key:
         fault = f"--state {path}: of another checkpoint than --checkpoint"
-        raise UserError(f"{fault}: give that one or another file, or --reset") from None
-    blocks = sum(name.endswith(".ssm") for name in state)
-    if blocks:
-        names = [(f"mamba.{i}.conv", f"mamba.{i}.ssm") for i in range(blocks)]
-        state["mamba"] = [(state.pop(conv), state.pop(ssm)) for conv, ssm in names]
-    return state or None
+        raise UserError(f"{fault}: give that one or another file, or --reset")
+    return state
 
 
 # ---------------------------------------------------------------------------------------------
@@ -503,23 +481,19 @@ def export(path: str, directory: Path) -> None:
 CARD = """\
 # {name}
 
-{targets} (in this order) of an utterance of speech, on the labels' scale {low:g} to
-{high:g}. Trained with vatune (commit {commit}) on {data}, encoder {encoder}, prosody {prosody}.
-{origin}
+Predicts {targets} (in this order) of an utterance of speech, on the labels' scale {low:g} to
+{high:g}, from its first {max_seconds:g} s. Trained with vatune (commit {commit}) on {data}, encoder
+{encoder}, prosody {prosody}{origin}.
 
 {scores}
 
-`python predict.py --checkpoint THIS_DIRECTORY a.wav --out out.csv`, or in Python
+Use: `python predict.py --checkpoint THIS_DIRECTORY a.wav --out out.csv`, or in Python
 `model, checkpoint = predict.load_model(THIS_DIRECTORY, "--checkpoint")`. If there is a `wavlm/`, it
 is the encoder alone: `transformers.WavLMModel.from_pretrained`, `train.py --wavlm`. A run whose
 --layers leave out the top one has trained its `hidden_states[-1]`, not `last_hidden_state`.
 
-## Intended use and limits
-
-Research on speech like that of the corpus above. Other languages, microphones, ages and ways of
-speaking are untested. The labels say how raters or designers of the corpus placed an utterance,
-not what a person felt. The first {max_seconds:g} s of an utterance are read. eGeMAPS, where used,
-comes from opensmile, which is free for research only. Not for decisions about people.
+Research only, and not for decisions about people: speech unlike that of the corpus is untested, and
+eGeMAPS, if used, comes from opensmile, which is free for research only.
 """
 
 
@@ -530,26 +504,15 @@ def model_card(run: Path, checkpoint: dict) -> str:
     if (run / "result.json").is_file():
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         commit = result["git_commit"]
-        scores = f"| split | utterances | {' | '.join(f'CCC {t}' for t in TARGETS)} |\n"
-        scores += "|---" * (2 + len(TARGETS)) + "|\n"
-        for split, count in result["splits"].items():
-            ccc = [f"{result[split][f'ccc_{t}']:.3f}" if split in result else "" for t in TARGETS]
-            scores += f"| {split} | {count} | {' | '.join(ccc)} |\n"
-        scores += (
-            f"\nFold {result['fold']} of {result['num_folds']}, seed {result['seed']}, epoch "
-            f"{result['best_epoch']} of {result['epochs_run']}. No known speaker is in two splits. "
-            "Dev chose the\nepoch, so its figures flatter; test was read once. One fold and seed "
-            "say little about other\nspeakers. Versions: "
-            + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        )
-    origin = ""
-    if flags["init_from"]:
-        start = "/".join(Path(flags["init_from"]).parts[-2:])
-        origin = f"\nTraining started from {start}, whose training data are not in this table.\n"
+        scores = f"Scores of fold {result['fold']} of {result['num_folds']}:\n"
+        for split in ("dev", "test"):  # dev chose the epoch
+            cccs = [f"CCC {target} {result[split][f'ccc_{target}']:.3f}" for target in TARGETS]
+            scores += f"\n- {split}, {result['splits'][split]} utterances: {', '.join(cccs)}"
+    origin = f", starting from {Path(flags['init_from']).name}" if flags["init_from"] else ""
     if flags["train_only"]:
-        origin += "Only FiLM was trained: if on one speaker, for that speaker alone.\n"
+        origin += "; only FiLM was trained: if on one speaker, for that speaker alone"
     values = {"low": low, "high": high, "commit": commit, "scores": scores, "origin": origin}
-    values |= {"data": Path(flags["data"]).name, "targets": " and ".join(TARGETS).capitalize()}
+    values |= {"data": Path(flags["data"]).name, "targets": " and ".join(TARGETS)}
     return CARD.format(**(flags | values))
 
 
@@ -569,11 +532,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    try:
-        sys.exit(main(parse_args()))
-    except UserError as error:
-        print(f"predict.py: error: {error}", file=sys.stderr)
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"predict.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(run_script("predict.py", lambda: main(parse_args())))

@@ -24,7 +24,6 @@ import io
 import json
 import math
 import re
-import signal
 import socket
 import sys
 import time
@@ -40,7 +39,7 @@ from torch import Tensor
 from corpora import known_speaker
 from flags import FREE_ON_RESUME
 from model import TARGETS, concordance, metrics, moment_sums
-from util.files import UserError, replace_text
+from util.files import UserError, replace_text, run_script
 from util.runs import read_json, read_predictions, read_records, read_vectors, tensors
 
 if TYPE_CHECKING:  # matplotlib and scikit-learn are imported where they are used: they take seconds
@@ -68,7 +67,6 @@ COLUMNS = {
 }
 FIGURES = (*COLUMNS, "parameters_trainable", "num_folds")
 CCCS = {f"ccc_{name}": f"CCC {name}" for name in (*TARGETS, "mean")}
-STATUS = ["state", "epoch", "step", "best dev CCC", "audio-s/s", "peak GiB", "time left", "written"]
 
 # A fine-tuned run may differ from its frozen baseline in these flags and in no other
 FREE_IN_BASELINE = FREE_ON_RESUME | {
@@ -77,8 +75,6 @@ FREE_IN_BASELINE = FREE_ON_RESUME | {
     # how a step is computed, not what it computes
     "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "attention",
 }  # fmt: skip
-
-Block = tuple[str, object]  # ("heading" | "text", str), ("list", [str]), ("table", DataFrame) ...
 
 
 @dataclass
@@ -90,7 +86,7 @@ class Experiment:
     folds: dict[int, dict[str, float] | None]  # fold -> its FIGURES; None = missing
     problems: dict[int, str]  # missing fold -> why
     parts: dict[int, pd.DataFrame] = field(repr=False)  # fold -> its test rows
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
     mean: dict[str, float] | None = None
     std: dict[str, float] | None = None  # sample standard deviation; None for a single fold
     pooled: dict[str, float] | None = None  # as model.metrics, RMSE in the label's scale
@@ -112,30 +108,35 @@ def read_experiment(
     All its folds are 1..K: K is num_folds of any result.json or, without one, the highest fold
     that left a directory or a log. A fold in `failed` is missing: what is on disk is older.
     """
-    read, problems = {}, {}
-    for fold in found_folds(directory):
+    figures, parts, problems = {}, {}, {}
+    found = found_folds(directory)
+    for fold in found:
         try:
-            read[fold] = read_fold(directory / f"fold{fold}")
+            figures[fold], parts[fold] = read_fold(directory / f"fold{fold}")
         except UserError as error:
             problems[fold] = str(error)
-    num_folds = max((int(figures["num_folds"]) for figures, _ in read.values()), default=0)
-    num_folds = num_folds or max(*read, *problems, 1)
+    num_folds = max([result["num_folds"] for result in figures.values()] or found)
     problems |= dict.fromkeys(failed or (), "this run of it failed")
     wanted = asked or range(1, num_folds + 1)
-    missing = {k: problems.get(k, "not run") for k in wanted if k not in read or k in problems}
-    folds = {fold: None if fold in missing else read[fold][0] for fold in wanted}
-    parts = {fold: read[fold][1] for fold in folds if fold not in missing}
-    experiment = Experiment(str(directory), num_folds, folds, missing, parts)
-    for fold in sorted({*read, *problems} - {*range(1, num_folds + 1)}):
-        experiment.notes.append(
+    missing = {k: problems.get(k, "not run") for k in wanted if k not in figures or k in problems}
+    experiment = Experiment(
+        name=str(directory),
+        num_folds=num_folds,
+        folds={fold: None if fold in missing else figures[fold] for fold in wanted},
+        problems=missing,
+        parts={fold: parts[fold] for fold in wanted if fold not in missing},
+        notes=[
             f"{directory}: fold {fold} is left out: the corpus has {num_folds} folds"
-        )
+            for fold in found
+            if fold > num_folds
+        ],
+    )
     if not missing:
-        figures = pd.DataFrame(list(folds.values()))
-        experiment.mean = figures.mean().to_dict()
-        if len(folds) > 1:
-            experiment.std = figures.std().to_dict()
-        rows = pd.concat(parts.values(), ignore_index=True)
+        table = pd.DataFrame(list(experiment.folds.values()))
+        experiment.mean = table.mean().to_dict()
+        if len(table) > 1:
+            experiment.std = table.std().to_dict()
+        rows = pd.concat(experiment.parts.values(), ignore_index=True)
         preds, labels = tensors(rows)
         ids, experiment.clusters = cluster_ids(rows)
         experiment.pooled = metrics(preds, labels)
@@ -165,17 +166,16 @@ def read_fold(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         flat = {f"{s}/{key}": result[s][key] for s in ("dev", "test") for key in result[s]}
-        flat |= {"best_epoch": result["best_epoch"], "hours": result["seconds"] / 3600}
-        flat |= {"peak_gib": result["peak_gib_measured"], "num_folds": result.get("num_folds", 0)}
-        flat["parameters_trainable"] = result["parameters_trainable"]
-        figures = {key: float(flat[key]) for key in FIGURES}
+        flat |= {"hours": result["seconds"] / 3600, "peak_gib": result["peak_gib_measured"]}
+        flat |= {k: result[k] for k in ("best_epoch", "parameters_trainable", "num_folds")}
+        figures = {key: flat[key] for key in FIGURES}
+        wrong = [key for key in FIGURES if not math.isfinite(figures[key])]
     except KeyError as error:
         raise UserError(f"{path}: has no {error}") from error
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    for key, value in figures.items():
-        if not math.isfinite(value):
-            raise UserError(f"{path}: {key} {value} is not a finite number")
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]} {figures[wrong[0]]} is not a finite number")
     return figures, read_predictions(directory / "predictions_test.csv")
 
 
@@ -255,14 +255,14 @@ def paired_difference(one: Experiment, two: Experiment) -> dict | str:
     return {"to": two.name, "n": len(shared), "clusters": clusters, **differences}
 
 
-def frozen_baseline(run: Path) -> tuple[Path | None, str]:
-    """(the finished fold that is this run with WavLM frozen, or None; then why there is none).
+def against_frozen(run: Path) -> str:
+    """Gain of a finished fold over its frozen baseline on the test split, in one line.
 
-    It is the one with the best dev CCC among those of the same --out and fold that agree in all
-    flags that both know, but for FREE_IN_BASELINE.
+    The baseline is the fold with the best dev CCC among those of the same --out and number with
+    WavLM frozen that agree in all flags that both know, but for FREE_IN_BASELINE.
     """
     flags = read_json(run / "args.json")
-    found, refused = [], []
+    baselines, refused = [], []
     for path in sorted(run.parent.parent.glob(f"*/{run.name}/result.json")):
         others = read_json(path.with_name("args.json"))
         if path.parent == run or others.get("unfreeze") != "none":
@@ -271,24 +271,17 @@ def frozen_baseline(run: Path) -> tuple[Path | None, str]:
         differ = [flag for flag in compared if flags[flag] != others[flag]]
         if differ:
             values = [f"--{flag} ({others[flag]}, here {flags[flag]})" for flag in differ]
-            refused.append((len(differ), f"{path.parent} differs in {', '.join(values)}"))
+            refused.append((len(differ), f" ({path.parent} differs in {', '.join(values)})"))
             continue
         with contextlib.suppress(UserError):  # damaged
-            found.append((read_fold(path.parent)[0]["dev/ccc_mean"], path.parent))
-    if found:
-        return max(found)[1], ""
-    return None, min(refused)[1] if refused else ""
-
-
-def against_frozen(run: Path) -> str:
-    """Gain of a finished fold over its frozen baseline on the test split, in one line."""
-    baseline, differs = frozen_baseline(run)
-    if baseline is None:
+            baselines.append((read_fold(path.parent)[0]["dev/ccc_mean"], path.parent))
+    if not baselines:
+        nearest = min(refused)[1] if refused else ""
         return (
-            f"no frozen baseline of this fold in {run.parent.parent}"
-            f"{f' ({differs})' if differs else ''}: the same command with --unfreeze none --name "
-            "frozen makes one, then report.py compares the two"
+            f"no frozen baseline of this fold in {run.parent.parent}{nearest}: the same command "
+            "with --unfreeze none --name frozen makes one, then report.py compares the two"
         )
+    baseline = max(baselines)[1]
     fold = int(run.name.removeprefix("fold"))
     one, two = (read_experiment(path.parent, [fold]) for path in (run, baseline))
     paired = paired_difference(one, two)
@@ -378,152 +371,156 @@ def mean_separation(experiment: Experiment) -> dict[str, float] | None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Reports are blocks, shown as text, Markdown or HTML
+# A report is a list of sections, shown as text, Markdown or HTML
 
 
-def table(what: str, rows: list[list[str]], columns: list[str]) -> Block:
-    """A table of text; `what` is the heading of the rows' names, the first cell of each row."""
-    names = pd.Index([row[0] for row in rows], dtype=object)  # names need not be UTF-8
-    columns = pd.Index(columns, name=what, dtype=object)
-    return "table", pd.DataFrame([row[1:] for row in rows], names, columns, dtype=object)
+@dataclass
+class Section:
+    """A title; a table of texts and numbers, named by its first column; notes; pictures."""
+
+    title: str
+    table: pd.DataFrame | None = None
+    notes: list[str] = field(default_factory=list)
+    pictures: dict[str, str] = field(default_factory=dict)  # name -> PNG in base64
 
 
-def fold_blocks(e: Experiment) -> list[Block]:
+def fold_sections(e: Experiment) -> list[Section]:
     """One experiment: its folds, then the figures over all of them, or why there are none."""
     rows = []
-    for name, figures in [*e.folds.items(), ("mean", e.mean), ("std", e.std)]:
+    for name, figures in {**e.folds, "mean": e.mean, "std": e.std}.items():
         if figures:
-            cells = {key: f"{figures[key]:.3f}" for key in COLUMNS}
-            cells["best_epoch"] = f"{figures['best_epoch']:.3g}"
-            rows.append([str(name), *cells.values()])
+            rows.append({"fold": name} | {title: figures[key] for key, title in COLUMNS.items()})
         elif name in e.problems:
-            rows.append([str(name), "missing", *["-"] * (len(COLUMNS) - 1)])
-    scope = f"{len(e.parts)} of {e.num_folds} folds, each on its own test set"
-    blocks = [("heading", f"{e.name}: {scope}"), table("fold", rows, list(COLUMNS.values()))]
+            rows.append({"fold": name, f"CCC {TARGETS[0]}": "missing"})
+    title = f"{e.name}: {len(e.parts)} of {e.num_folds} folds, each on its own test set"
+    folds = Section(title, table_of(rows, ["fold", *COLUMNS.values()]), not_given(e) + e.notes)
     if e.problems:
-        reasons = [f"fold {fold}: {why}" for fold, why in e.problems.items()]
-        return [*blocks, ("text", f"mean: {not_given(e)}"), ("list", reasons + e.notes)]
-    everything = pd.concat(e.parts.values(), ignore_index=True)
+        return [folds]
     rows = []
-    for name in (*TARGETS, "mean"):
-        low, high = e.interval[f"ccc_{name}"]
-        rest = ["-", "-"]
-        if name in TARGETS:
-            rest = [f"{e.pooled[f'{key}_{name}']:.3f}" for key in ("pcc", "rmse")]
-        rows.append([name, f"{e.pooled[f'ccc_{name}']:.3f}", f"[{low:.3f}, {high:.3f}]", *rest])
+    for key, name in zip(CCCS, (*TARGETS, "mean")):
+        low, high = e.interval[key]
+        row = {"pooled": name, "CCC": e.pooled[key], "95 % interval": f"[{low:.3f}, {high:.3f}]"}
+        for metric in ("pcc", "rmse"):
+            row[metric.upper()] = e.pooled.get(f"{metric}_{name}")
+        rows.append(row)
+    everything = pd.concat(e.parts.values(), ignore_index=True)
     explained = (
         f"pooled: one CCC over all {len(everything)} test utterances (not the mean over folds); "
         f"interval from {RESAMPLES} bootstrap draws of {e.clusters}"
     )
-    pooled = table("pooled", rows, ["CCC", "95 % interval", "PCC", "RMSE"])
-    blocks += [("text", explained), pooled, *breakdown(everything, "speaker")]
-    return [*blocks, *breakdown(everything, "emotion"), ("list", e.notes)]
+    pooled = Section("All folds pooled", table_of(rows), [explained])
+    return [folds, pooled, *breakdown(everything, "speaker"), *breakdown(everything, "emotion")]
 
 
-def separation_blocks(experiments: list[Experiment]) -> list[Block]:
-    """Table of separation(), means over folds, a column per experiment."""
-    figures = pd.DataFrame([e.separation or {} for e in experiments]).T
-    cells = figures.map(lambda value: "-" if math.isnan(value) else f"{value:.3f}")
-    rows = [[key.replace("_", " "), *row] for key, *row in cells.itertuples(name=None)]
-    return [table("embeddings", rows, [e.name for e in experiments])] if rows else []
-
-
-def breakdown(rows: pd.DataFrame, column: str) -> list[Block]:
+def breakdown(rows: pd.DataFrame, column: str) -> list[Section]:
     """Table per speaker or emotion if there are two, the MAX_GROUPS largest; bias: pred - true."""
     groups = rows.groupby(rows[column].replace("", "unknown"))
-    sizes = groups.size().sort_values(ascending=False, kind="stable")
-    if len(sizes) < 2:
+    if len(groups) < 2:
         return []
-    cells = []
-    for name in sorted(sizes.index[:MAX_GROUPS]):
+    shown = []
+    for name in sorted(groups.size().nlargest(MAX_GROUPS).index):
         preds, labels = tensors(groups.get_group(name))
         scores, bias = metrics(preds, labels), (preds - labels).mean(0).tolist()
-        row = [name, str(len(labels))]
+        row = {column: name, "n": len(labels)}
         for i, target in enumerate(TARGETS):  # a CCC against two label values says little
             enough = len(labels) >= MIN_UTTERANCES and len(labels[:, i].unique()) > 2
-            row.append(f"{scores[f'ccc_{target}']:.3f}" if enough else "-")
-        row += [f"{scores[f'rmse_{target}']:.3f}" for target in TARGETS]
-        cells.append(row + [f"{value:+.3f}" for value in bias])
-    headings = [f"{what} {target}" for what in ("CCC", "RMSE", "bias") for target in TARGETS]
-    blocks = [table(column, cells, ["n", *headings])]
-    if len(sizes) > MAX_GROUPS:
-        more = f"and {len(sizes) - MAX_GROUPS} more, none with more utterances than these"
-        blocks.append(("text", more))
-    return blocks
+            row[f"CCC {target}"] = scores[f"ccc_{target}"] if enough else None
+            row[f"RMSE {target}"] = scores[f"rmse_{target}"]
+            row[f"bias {target}"] = f"{bias[i]:+.3f}"
+        shown.append(row)
+    notes = []
+    if len(groups) > MAX_GROUPS:
+        notes = [f"and {len(groups) - MAX_GROUPS} more, none with more utterances than these"]
+    return [Section(f"By {column}", table_of(shown), notes)]
 
 
-def not_given(e: Experiment) -> str:
-    """Why there is no mean: "not given, fold 3 is missing"."""
-    if len(e.problems) == 1:
-        return f"not given, fold {min(e.problems)} is missing"
-    return f"not given, folds {', '.join(map(str, e.problems))} are missing"
+def not_given(e: Experiment) -> list[str]:
+    """Why there is no mean, and what is wrong with each missing fold."""
+    if not e.problems:
+        return []
+    folds = "fold {} is" if len(e.problems) == 1 else "folds {} are"
+    why = f"mean: not given, {folds.format(', '.join(map(str, e.problems)))} missing"
+    return [why, *(f"fold {fold}: {problem}" for fold, problem in e.problems.items())]
 
 
-def comparison_blocks(experiments: list[Experiment]) -> list[Block]:
+def comparison_sections(experiments: list[Experiment]) -> list[Section]:
     """Table of all experiments in their order, then differences to the first."""
     best = experiments[0]
-    columns = ["folds", *CCCS.values(), "parameters trainable", "hours", "peak GiB"]
     rows, differences = [], []
     notes = ["CCC: mean over folds ± standard deviation, on test; hours: all folds together"]
     for e in experiments:
-        scope = f"{len(e.parts)}/{e.num_folds}"
+        row = {"experiment": e.name, "folds": f"{len(e.parts)}/{e.num_folds}"}
+        rows.append(row)
+        notes += [f"{e.name}: {note}" for note in not_given(e) + e.notes]
         if e.problems:
-            rows.append([e.name, scope, "missing", *["-"] * (len(columns) - 2)])
-            notes.append(f"{e.name}: mean {not_given(e)}")
-            notes += [f"{e.name} fold {fold}: {why}" for fold, why in e.problems.items()]
+            row[f"CCC {TARGETS[0]}"] = "missing"
             continue
-        spread = f" ± {e.std['test/ccc_mean']:.3f}" if e.std else ""
-        cccs = [f"{e.mean[f'test/{key}']:.3f}" for key in CCCS]
-        folds = pd.DataFrame(list(e.folds.values()))
-        size = f"{e.mean['parameters_trainable'] / 1e6:.2f} M"
-        costs = [size, f"{folds['hours'].sum():.2f}", f"{folds['peak_gib'].max():.2f}"]
-        rows.append([e.name, scope, *cccs[:-1], cccs[-1] + spread, *costs])
+        row |= {title: e.mean[f"test/{key}"] for key, title in CCCS.items()}
+        if e.std:
+            row["CCC mean"] = f"{row['CCC mean']:.3f} ± {e.std['test/ccc_mean']:.3f}"
+        row["parameters trainable"] = f"{e.mean['parameters_trainable'] / 1e6:.2f} M"
+        row["hours"] = sum(figures["hours"] for figures in e.folds.values())
+        row["peak GiB"] = max(figures["peak_gib"] for figures in e.folds.values())
         if set(test_rows(e).index) != set(test_rows(best).index):
             notes.append(f"{e.name}: tested on other utterances than {best.name}")
-        notes += [f"{e.name}: {note}" for note in e.notes]
     for e in experiments[1:]:
-        if isinstance(e.less_the_best, str):
-            differences.append([e.name, e.less_the_best, *["-"] * len(CCCS)])
-            continue
-        scope = f"{e.less_the_best['n']} of {e.less_the_best['clusters']}"
-        differences.append([e.name, scope, *(signed(e.less_the_best[key]) for key in CCCS)])
+        row, paired = {"less the best": e.name, "utterances": e.less_the_best}, e.less_the_best
+        if isinstance(paired, dict):
+            row["utterances"] = f"{paired['n']} of {paired['clusters']}"
+            row |= {title: signed(paired[key]) for key, title in CCCS.items()}
+        differences.append(row)
     explained = (
         f"pooled CCC less that of {best.name}, on test utterances that both predicted, with 95 % "
         f"intervals from {RESAMPLES} paired bootstrap draws; an interval with 0 inside shows none"
     )
+    cccs = CCCS.values()
+    columns = ["experiment", "folds", *cccs, "parameters trainable", "hours", "peak GiB"]
+    differences = table_of(differences, ["less the best", "utterances", *cccs])
     return [
-        ("heading", f"{len(experiments)} experiments, best first"),
-        table("experiment", rows, columns),
-        ("list", notes),
-        ("heading", "Paired differences"),
-        table("less the best", differences, ["utterances", *CCCS.values()]),
-        ("text", explained),
+        Section(f"{len(experiments)} experiments, best first", table_of(rows, columns), notes),
+        Section("Paired differences", differences, [explained]),
     ]
 
 
-def as_text(blocks: list[Block], markdown: bool = False) -> str:
+def separation_sections(experiments: list[Experiment]) -> list[Section]:
+    """separation(), means over folds, a row per experiment."""
+    rows = [{"embeddings": e.name} | e.separation for e in experiments if e.separation]
+    table = table_of(rows).rename(columns=lambda name: name.replace("_", " "))
+    return [Section("Separation of the embeddings", table)] if rows else []
+
+
+def table_of(rows: list[dict], columns: list[str] | None = None) -> pd.DataFrame:
+    """Rows of {column: value} as texts."""
+    table = pd.DataFrame(rows, columns=columns, dtype=object)
+    cells = [[cell(value) for value in row] for row in table.to_numpy()]
+    return pd.DataFrame(cells, columns=table.columns, dtype=object)  # names need not be UTF-8
+
+
+def cell(value: object) -> str:
+    """Three decimals of a number, "-" without one."""
+    if pd.isna(value):
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def as_text(sections: list[Section], markdown: bool = False) -> str:
     """Without pictures. On a terminal, a heading of two words stands on two lines."""
     parts = []
-    for kind, content in blocks:
-        if kind == "table" and markdown:
-            head = [content.columns.name, *content.columns]
-            rows = [head, [":--", *["--:"] * (len(head) - 1)], *content.itertuples(name=None)]
-            rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-            parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-        elif kind == "table":
-            pairs = [name.rpartition(" ")[::2] for name in content.columns]
-            if any(first for first, _ in pairs):
-                names = ["", content.columns.name]
-                content = content.set_axis(pd.MultiIndex.from_tuples(pairs, names=names), axis=1)
-            lines = content.to_string().splitlines()
-            parts.append("\n".join(line.rstrip() for line in lines))
-        elif kind == "list" and content:
-            parts.append("\n".join(f"- {item}" for item in content))
-        elif kind == "heading" and markdown:
-            parts.append(f"## {content}")
-        elif kind in ("heading", "text"):
-            parts.append(content)
-    return "\n\n".join(parts)
+    for section in sections:
+        first, *others = section.table.columns
+        if markdown:
+            rows = [[first, *others], [":--", *["--:" for _ in others]]]
+            rows += section.table.replace({r"\|": r"\\|", "\n": " "}, regex=True).values.tolist()
+            lines = [f"| {' | '.join(row)} |" for row in rows]
+        else:
+            pairs = [name.rpartition(" ")[::2] for name in others]
+            table = section.table.set_index(first).rename_axis(None)
+            table.columns = pd.MultiIndex.from_tuples(pairs, names=["", first])
+            lines = [line.rstrip() for line in table.to_string(sparsify=False).splitlines()]
+        parts.append(f"## {section.title}" if markdown else section.title)
+        parts.append("\n".join(lines).strip("\n"))
+        parts.append("\n".join(f"- {note}" for note in section.notes))
+    return "\n\n".join(part for part in parts if part)
 
 
 # One file with all in it: no script, nothing from a network, which its policy forbids
@@ -538,48 +535,43 @@ th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #cc
 th:first-child, td:first-child { text-align: left }
 h2 { margin-top: 2.5rem } img { max-width: 100% } figure { margin: 1.5rem 0 }
 </style></head><body>
-{% for kind, content in blocks %}{% if kind == "heading" %}<h2>{{ content }}</h2>
-{% elif kind == "text" %}<p>{{ content }}</p>
-{% elif kind == "list" and content %}<ul>
-{% for item in content %}<li>{{ item }}</li>{% endfor %}
-</ul>
-{% elif kind == "table" %}<table>
-<thead><tr><th>{{ content.columns.name }}</th>
-{%- for name in content.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in content.itertuples(name=None) %}<tr>
-{%- for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table>
-{% elif kind == "picture" %}<figure><img src="data:image/png;base64,{{ content[1] }}"
- alt="{{ content[0] }}"><figcaption>{{ content[0] }}</figcaption></figure>
-{% endif %}{% endfor %}
+{% for section in sections %}<h2>{{ section.title }}</h2>
+{% if section.table is not none %}{{ section.table.to_html(index=False) | safe }}{% endif %}
+<ul>{% for note in section.notes %}<li>{{ note }}</li>{% endfor %}</ul>
+{% for caption, png in section.pictures.items() %}<figure>
+<img src="data:image/png;base64,{{ png }}" alt=""><figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}{% endfor %}
 </body></html>
 """
 
 
-def as_html(blocks: list[Block]) -> str:
-    """The page; names of runs, speakers and files are escaped."""
+def as_html(sections: list[Section]) -> str:
+    """The page; names of runs, speakers and files are escaped, in tables by pandas."""
     from jinja2 import Environment
 
-    return Environment(autoescape=True).from_string(PAGE).render(blocks=blocks)
+    page = Environment(autoescape=True).from_string(PAGE)
+    with pd.option_context("display.max_colwidth", None):
+        return page.render(sections=sections)
 
 
 # ---------------------------------------------------------------------------------------------
 # Watching
 
 
-def status_text(directory: Path, asked: list[int] | None = None) -> str:
-    """Where each fold is now, and below the table why some have ended."""
-    rows, reasons = [], []
+def status_section(directory: Path, asked: list[int] | None = None) -> Section:
+    """Where each fold is now, and why some have ended."""
+    columns = ["fold", "state", "epoch", "step", "best dev CCC", "time left", "written"]
+    rows, notes = [], []
     for fold in asked or found_folds(directory):
-        cells, reason = fold_status(directory / f"fold{fold}", time.time())
-        rows.append([str(fold), *cells])
-        reasons += [f"fold {fold}: {reason}"] if reason else []
-    return as_text([("heading", str(directory)), table("fold", rows, STATUS), ("list", reasons)])
+        row, reason = fold_status(directory / f"fold{fold}", time.time())
+        rows.append({"fold": fold} | row)
+        if reason:
+            notes.append(f"fold {fold}: {reason}")
+    return Section(str(directory), table_of(rows, columns), notes)
 
 
-def fold_status(directory: Path, now: float) -> tuple[list[str], str]:
-    """(cells of the status table: state, epoch, ...; why it ended, or "") of one fold.
+def fold_status(directory: Path, now: float) -> tuple[dict[str, object], str]:
+    """(cells of the status table; why the fold ended, or "").
 
     A fold is running if its status says so and its process lives or, if that cannot be seen
     (another machine, no status.json), if it wrote something in the last SILENT seconds.
@@ -587,7 +579,7 @@ def fold_status(directory: Path, now: float) -> tuple[list[str], str]:
     files = [directory / name for name in ("metrics.jsonl", "status.json", "args.json")]
     written = [path.stat().st_mtime for path in files if path.is_file()]
     if not written:
-        return ["missing", *["-"] * (len(STATUS) - 1)], ""
+        return {"state": "missing"}, ""
     status, age = read_json(directory / "status.json"), now - max(written)
     code = status.get("exit_code")
     state, reason = "running", ""
@@ -603,18 +595,16 @@ def fold_status(directory: Path, now: float) -> tuple[list[str], str]:
         state, reason = "stopped", f"nothing written for {clock(age)}"
 
     records = read_records(directory)
-    dev = [r["dev/ccc_mean"] for r in records if r["event"] == "dev" and "dev/ccc_mean" in r]
     last = next((r for r in reversed(records) if r["event"] == "train"), {})
-    step, total = last.get("step", 0), last.get("total_steps")
-    left = "-"
-    if state == "running" and total and "ms_per_step" in last:
-        left = clock((total - step) * last["ms_per_step"] / 1000)
+    step, total = last.get("step", 0), last.get("total_steps", "?")
     epochs = read_json(directory / "args.json").get("epochs", "?")
-    formats = {"audio_seconds_per_second": ".0f", "peak_gib": ".2f"}
-    speed, peak = (f"{last[k]:{form}}" if k in last else "-" for k, form in formats.items())
-    best = f"{max(dev):.4f}" if dev else "-"
-    place = [f"{last.get('epoch', 0):.2f}/{epochs}", f"{step}/{total or '?'}"]
-    return [state, *place, best, speed, peak, left, f"{clock(age)} ago"], reason
+    row = {"state": state, "epoch": f"{last.get('epoch', 0):.2f}/{epochs}"}
+    row |= {"step": f"{step}/{total}", "written": f"{clock(age)} ago"}
+    dev = [r["dev/ccc_mean"] for r in records if "dev/ccc_mean" in r]
+    row["best dev CCC"] = max(dev, default=None)
+    if state == "running" and {"total_steps", "ms_per_step"} <= last.keys():
+        row["time left"] = clock((total - step) * last["ms_per_step"] / 1000)
+    return row, reason
 
 
 def clock(seconds: float) -> str:
@@ -627,7 +617,6 @@ def clock(seconds: float) -> str:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "o^sDv<>"
-CIRCUMPLEX = [TARGETS.index("valence"), TARGETS.index("arousal")]  # columns of preds and labels
 
 
 def plot_run(directory: Path, split: str, vectors: Tensor) -> None:
@@ -638,21 +627,20 @@ def plot_run(directory: Path, split: str, vectors: Tensor) -> None:
         figure.savefig(directory / f"{name}.png")
 
 
-def picture_blocks(e: Experiment) -> list[Block]:
+def picture_section(e: Experiment) -> Section:
     """The pictures of one experiment, of the folds that are there."""
-    runs = {f"fold {fold}": Path(e.name) / f"fold{fold}" for fold in e.parts}
-    parts, vectors = dict(zip(runs, e.parts.values())), {}
-    for name, run in runs.items():
+    records, parts, vectors = {}, {}, {}
+    for fold, rows in e.parts.items():
+        name, run = f"fold {fold}", Path(e.name) / f"fold{fold}"
+        records[name], parts[name] = read_records(run), rows
         with contextlib.suppress(UserError):  # named in the notes
-            vectors[name] = read_vectors(run, len(parts[name]))
-    records = {name: read_records(run) for name, run in runs.items()}
-    blocks = []
-    for name, figure in (plot_all(records, parts, vectors) if parts else {}).items():
+            vectors[name] = read_vectors(run, len(rows))
+    section = Section(f"{e.name}: pictures of {', '.join(parts)}")
+    for name, figure in plot_all(records, parts, vectors).items():
         png = io.BytesIO()
         figure.savefig(png, format="png")
-        caption = f"{name}: {e.name}, {', '.join(runs)}"
-        blocks.append(("picture", (caption, base64.b64encode(png.getvalue()).decode())))
-    return blocks
+        section.pictures[name] = base64.b64encode(png.getvalue()).decode()
+    return section
 
 
 def plot_all(
@@ -661,7 +649,8 @@ def plot_all(
     """Name -> picture, of runs by name; vectors (n, U) may be absent for some."""
     rows = pd.concat(parts.values(), ignore_index=True)
     figures = {"curves": plot_curves(records), "scatter": plot_scatter(rows)}
-    figures |= {"circumplex": plot_circumplex(rows), "duration": plot_duration(rows)}
+    figures["circumplex"] = plot_circumplex(rows)
+    vectors = {name: values for name, values in vectors.items() if len(values) > 1}
     if vectors:
         figures["embedding"] = plot_embedding(vectors, parts)
     return figures
@@ -688,19 +677,15 @@ def plot_dots(axis: "Axes", x: np.ndarray, y: np.ndarray, colour: str) -> None:
 
 def plot_curves(runs: dict[str, list[dict]]) -> "Figure":
     """Training loss and dev CCCs over epochs, a line per run; from read_records."""
-    figure, axes = new_figure(1 + len(TARGETS))
     panels = {"loss": "training loss"}
     panels |= {f"dev/ccc_{target}": f"dev CCC {target}" for target in TARGETS}
+    figure, axes = new_figure(len(panels))
     for i, (name, records) in enumerate(runs.items()):
         colour, style = COLOURS[i % len(COLOURS)], ("o-", "^--", "s:")[i // len(COLOURS) % 3]
+        table = pd.DataFrame(records)
         for axis, key in zip(axes, panels):
-            points = [
-                (r["epoch"], r[key])
-                for r in records
-                if r["event"] != "test" and {"epoch", key} <= r.keys()
-            ]
-            x, y = np.array(points).reshape(-1, 2).T
-            axis.plot(x, y, style, ms=3, lw=1.2, color=colour, label=name)
+            points = table.reindex(columns=["epoch", key]).dropna()
+            axis.plot(points["epoch"], points[key], style, ms=3, lw=1.2, color=colour, label=name)
     for axis, label in zip(axes, panels.values()):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -725,53 +710,19 @@ def plot_scatter(rows: pd.DataFrame) -> "Figure":
 
 
 def plot_circumplex(rows: pd.DataFrame) -> "Figure":
-    """True places of utterances and predicted ones (means of cells), and the errors."""
-    figure, (left, right) = new_figure(2)
-    preds, labels = (values[:, CIRCUMPLEX].numpy() for values in tensors(rows))
-    plot_dots(left, labels[:, 0], labels[:, 1], "black")
-    cells = [pd.cut(labels[:, i], 7, labels=False) for i in (0, 1)]  # an even grid over the labels
-    places = pd.DataFrame(np.hstack((labels, preds - labels)), columns=["x", "y", "dx", "dy"])
-    grid = places.groupby(cells)
+    """True places of utterances, and arrows to the predicted ones (means of cells)."""
+    figure, [axis] = new_figure(1, width=6)
+    x, y = rows["valence"], rows["arousal"]
+    plot_dots(axis, x, y, "black")
+    places = pd.DataFrame({"x": x, "y": y})
+    places["dx"], places["dy"] = rows["pred_valence"] - x, rows["pred_arousal"] - y
+    grid = places.groupby([pd.cut(x, 7, labels=False), pd.cut(y, 7, labels=False)])
     arrows = grid.mean()[grid.size() >= 3]
-    if len(arrows):
-        left.quiver(
-            arrows["x"], arrows["y"], arrows["dx"], arrows["dy"], angles="xy", scale_units="xy",
-            scale=1, width=0.006, color=COLOURS[0],
-        )  # fmt: skip
-    left.set(xlabel="valence", ylabel="arousal", title="true (dots) to predicted (cell means)")
-    x, y = places["dx"], places["dy"]
-    reach = max(x.abs().max(), y.abs().max()) or 1.0
-    extent = (-reach, reach, -reach, reach)
-    bins = right.hexbin(x, y, gridsize=25, cmap="cividis", mincnt=1, extent=extent)
-    figure.colorbar(bins, ax=right, label="utterances")
-    right.axhline(0, color="grey", lw=0.8)
-    right.axvline(0, color="grey", lw=0.8)
-    right.plot(x.mean(), y.mean(), "X", ms=9, color=COLOURS[1], mec="white")
-    title = f"errors; X: mean {x.mean():+.2f}, {y.mean():+.2f}"
-    right.set(xlabel="predicted - true valence", ylabel="predicted - true arousal", title=title)
-    right.set_aspect("equal")
-    return figure
-
-
-def plot_duration(rows: pd.DataFrame) -> "Figure":
-    """Predicted minus true over seconds: utterances, and median and quartiles of equal shares."""
-    figure, axes = new_figure(len(TARGETS))
-    rows = rows.sort_values("seconds", kind="stable", ignore_index=True)
-    shares = np.arange(len(rows)) * int(np.clip(len(rows) // 10, 1, 10)) // len(rows)
-    middles = rows["seconds"].groupby(shares).median()
-    for axis, target, colour in zip(axes, TARGETS, COLOURS):
-        errors = rows[f"pred_{target}"] - rows[target]
-        quartiles = errors.groupby(shares).quantile([0.25, 0.5, 0.75]).unstack()
-        plot_dots(axis, rows["seconds"], errors, colour)
-        axis.axhline(0, color="grey", lw=0.8)
-        axis.fill_between(
-            middles, quartiles[0.25], quartiles[0.75], alpha=0.25, color="black", lw=0,
-            label="quartiles",
-        )  # fmt: skip
-        axis.plot(middles, quartiles[0.5], "o-", ms=3, color="black", label="median")
-        axis.set(xlabel="seconds", ylabel=f"predicted - true {target}")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right upper", frameon=False)
+    axis.quiver(
+        arrows["x"], arrows["y"], arrows["dx"], arrows["dy"], angles="xy", scale_units="xy",
+        scale=1, width=0.006, color=COLOURS[0],
+    )  # fmt: skip
+    axis.set(xlabel="valence", ylabel="arousal", title="true (dots) to predicted (cell means)")
     return figure
 
 
@@ -780,32 +731,31 @@ def plot_embedding(vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame
 
     Runs do not share an embedding space; of each at most MAX_VECTORS rows are shown.
     """
-    panels = len(TARGETS) + 1
-    figure, axes = new_figure(panels, len(vectors))
+    from sklearn.decomposition import PCA
+
+    panels = (*TARGETS, "speaker")
+    figure, axes = new_figure(len(panels), len(vectors))
     for i, (name, values) in enumerate(vectors.items()):
         keep = evenly_spaced(len(values))
         rows = parts[name].iloc[keep].reset_index(drop=True)
-        centred = values[keep].astype(np.float64)
-        centred -= centred.mean(0)
-        _, scales, components = np.linalg.svd(centred, full_matrices=False)
-        share = np.append(scales**2, 0) / max((scales**2).sum(), 1e-12)
-        x, y = np.pad(centred @ components[:2].T, ((0, 0), (0, 1)))[:, :2].T  # (n,) each, n >= 1
-        *by_target, last = axes[panels * i : panels * (i + 1)]
-        for axis, target in zip(by_target, TARGETS):
-            dots = axis.scatter(x, y, c=rows[target], s=10, cmap="cividis")
-            figure.colorbar(dots, ax=axis)
-        frequent = sorted(rows["speaker"].value_counts().index[: len(COLOURS)])
-        others = ~rows["speaker"].isin(frequent)
-        if others.any():
-            last.scatter(x[others], y[others], s=6, color="lightgrey", label="others")
-        for speaker, colour, marker in zip(frequent, COLOURS, MARKERS):
-            mine = rows["speaker"] == speaker
-            label = (speaker or "unknown")[:24]
-            last.scatter(x[mine], y[mine], s=10, color=colour, marker=marker, label=label)
-        last.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        for axis, what in zip((*by_target, last), (*TARGETS, "speaker")):
-            axis.set(xlabel=f"PC 1 ({share[0]:.0%})", ylabel=f"PC 2 ({share[1]:.0%})")
-            axis.set_title(f"{name}: {what}")
+        pca = PCA(2)
+        x, y = pca.fit_transform(values[keep].astype(np.float64)).T  # (n,) each
+        one, two = pca.explained_variance_ratio_
+        row = axes[len(panels) * i : len(panels) * (i + 1)]
+        for axis, what in zip(row, panels):
+            axis.set(
+                title=f"{name}: {what}", xlabel=f"PC 1 ({one:.0%})", ylabel=f"PC 2 ({two:.0%})"
+            )
+            if what in TARGETS:
+                dots = axis.scatter(x, y, c=rows[what], s=10, cmap="cividis")
+                figure.colorbar(dots, ax=axis)
+        speakers = rows["speaker"].replace("", "unknown").str.slice(0, 24)
+        frequent = speakers.value_counts().index[: len(COLOURS) - 1]
+        speakers = speakers.where(speakers.isin(frequent), "others")
+        for (speaker, mine), colour, marker in zip(speakers.groupby(speakers), COLOURS, MARKERS):
+            xs, ys = x[mine.index], y[mine.index]
+            row[-1].scatter(xs, ys, s=10, color=colour, marker=marker, label=speaker)
+        row[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -838,38 +788,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """Writes the report's files and prints it; 0, or 1 where a fold is missing."""
     if args.status:
-        print("\n\n".join(status_text(run, args.folds) for run in args.runs))
+        print(as_text([status_section(run, args.folds) for run in args.runs]))
         return 0
     experiments = [read_experiment(run, args.folds, args.failed) for run in args.runs]
     experiments.sort(key=lambda e: -e.mean["test/ccc_mean"] if e.mean else 2)  # missing ones last
     for e in experiments[1:]:
         e.less_the_best = paired_difference(e, experiments[0])
     several = len(experiments) > 1
-    blocks = comparison_blocks(experiments) if several else fold_blocks(experiments[0])
-    blocks += separation_blocks(experiments)
+    sections = comparison_sections(experiments) if several else fold_sections(experiments[0])
+    sections += separation_sections(experiments)
     out = args.out or (Path() if several else None)
     if out:
         out.mkdir(parents=True, exist_ok=True)
+        page = list(sections)
         if several:
-            replace_text(out / "experiment_comparison.md", as_text(blocks, markdown=True) + "\n")
-        page = list(blocks)
-        for e in experiments:
-            page += [*(fold_blocks(e) if several else []), *picture_blocks(e)]
+            replace_text(out / "experiment_comparison.md", as_text(sections, markdown=True))
+            page += [section for e in experiments for section in fold_sections(e)]
+        page += [picture_section(e) for e in experiments if e.parts]
         replace_text(out / "report.html", as_html(page))
+        print(f"written: {out / 'report.html'}", file=sys.stderr)
     if args.json:
         figures = [{k: v for k, v in vars(e).items() if k != "parts"} for e in experiments]
         print(json.dumps(figures))
     else:
-        print(as_text(blocks))
-    if out:
-        print(f"\nwritten: {out / 'report.html'}", file=sys.stderr)
+        print(as_text(sections))
     return int(any(e.problems for e in experiments))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    try:
-        sys.exit(main(parse_args()))
-    except (UserError, OSError) as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_script("report.py", lambda: main(parse_args())))

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def predicted(argv, out):
 def streamed(argv, capsys, monkeypatch, stdin=""):
     """(rows printed, stderr) of --stream."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    logging.getLogger("vatune").handlers.clear()  # those of train.main, which print to stdout
     capsys.readouterr()
     assert predict.main(predict.parse_args([*map(str, argv), "--stream"])) == 0
     said = capsys.readouterr()
@@ -112,17 +114,8 @@ def test_files_of_one_name_are_told_apart_by_the_shortest_end_of_their_paths(
     got = predicted(
         ["--checkpoint", trained, *(tmp_path / file for file in files)], tmp_path / "out.csv"
     )
-    names = [
-        "a/one.wav",
-        "b/one.wav",
-        "two",
-        "c/x/y.wav",
-        "d/x/y.wav",
-        "z.wav",
-        "z.flac",
-        r"\udcff",
-    ]
-    assert [row["utt_id"] for row in got] == names
+    names = "a/one.wav b/one.wav two c/x/y.wav d/x/y.wav z.wav z.flac"
+    assert [row["utt_id"] for row in got] == names.split()
 
 
 @pytest.mark.parametrize("feedback", [(), ("--feedback",)], ids=["plain", "feedback"])
@@ -263,18 +256,10 @@ def test_windows_cover_the_file_and_equal_the_same_cuts_of_a_manifest(flags, cor
     expected = predicted(by_hand, tmp_path / "cuts_out.csv")
     np.testing.assert_allclose(values(got)[:5], values(expected), atol=1.1e-6)
 
-    for name in ("one_a.wav.png", "two_a.wav.png"):
-        assert (tmp_path / "png" / name).read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_curve_of_a_manifest_is_named_after_its_utterance(flags, corpus, tmp_path):
-    directory = run(flags)
-    clip, rate = soundfile.read(corpus.parent / "s1d0t0.wav")
-    soundfile.write(tmp_path / "long.wav", np.concatenate([clip] * 3), rate)
-    (tmp_path / "m.csv").write_text("utt_id,path\na$b_$c,long.wav\nother,long.wav\n")
-    argv = ["--checkpoint", directory, "--window", 0.5, "--hop", 0.5, "--plot", tmp_path / "png"]
+    (tmp_path / "m.csv").write_text("utt_id,path\na$b_$c,one/a.wav\nother,two/a.wav\n")
     predicted([*argv, "--data", tmp_path / "m.csv"], tmp_path / "out.csv")
-    assert {path.name for path in (tmp_path / "png").iterdir()} == {"a$b_$c.png", "other.png"}
+    names = {"one_a.wav.png", "two_a.wav.png", "a$b_$c.png", "other.png"}  # utterances' names
+    assert {path.name for path in (tmp_path / "png").iterdir()} == names
 
 
 # --- dialogues as they happen
@@ -373,7 +358,8 @@ def test_an_export_predicts_the_same_and_its_wavlm_loads_in_transformers(
     assert run([*flags, *again]).exists()
 
     card, results = (exported / "README.md").read_text(), rows(directory / "predictions_test.csv")
-    assert f"| test | {len(results)} | " in card and "0 to\n1." in card
+    assert f"- test, {len(results)} utterances: CCC valence " in card
+    assert "valence and arousal (in this order)" in card and "0 to\n1," in card
     with pytest.raises(UserError, match=r"model exists"):
         predict.main(predict.parse_args(argv))
     with pytest.raises(UserError, match="is an export already"):

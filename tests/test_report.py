@@ -37,7 +37,7 @@ def write_fold(directory, fold, cccs, num_folds=3, speakers=2, utterances=8, **c
     scores |= {f"{name}_{target}": 0.5 for name in ("pcc", "rmse") for target in TARGETS}
     result = {
         "name": directory.parent.name, "fold": fold, "num_folds": num_folds, "best_epoch": 4 + fold,
-        "seconds": 1800, "peak_gib_measured": fold, "parameters_trainable": 2_500_000,
+        "seconds": 1800, "peak_gib_measured": float(fold), "parameters_trainable": 2_500_000,
         "dev": scores, "test": scores,
     }  # fmt: skip
     (directory / "result.json").write_text(json.dumps(result | changes))
@@ -117,6 +117,10 @@ def test_a_missing_fold_is_shown_and_no_mean_is_given(experiment, capsys):
     assert "mean: not given, fold 3 is missing" in text
     assert "std" not in text and "pooled" not in text and "speaker" not in text
     assert "fold 3: " in text and "result.json: not there, the run is not done" in text
+    # launch.sh knows better than an older result
+    assert run(experiment, "--folds", "1-2", "--failed", "2") == 1
+    text = capsys.readouterr().out
+    assert line_of(text, "2")[1] == "missing" and "mean: not given, fold 2 is missing" in text
 
 
 def test_folds_that_left_only_a_log_or_nothing_are_missing_too(tmp_path, capsys):
@@ -127,32 +131,17 @@ def test_folds_that_left_only_a_log_or_nothing_are_missing_too(tmp_path, capsys)
     assert "folds 2, 3, 4, 5 are missing" in text and "1 of 5 folds" in text
 
 
-def test_a_fold_that_the_corpus_does_not_have_is_named_and_left_out(experiment, capsys):
+def test_folds_asked_for_are_averaged_alone_and_others_are_named(experiment, capsys):
     (experiment / "fold5.log").touch()
     assert run(experiment) == 0
     text = capsys.readouterr().out
     assert "3 of 3 folds" in text and "fold 5 is left out" in text
-
-
-def test_folds_asked_for_are_averaged_alone_and_the_heading_says_so(experiment, capsys):
     (experiment / "fold3" / "result.json").unlink()
-    assert run(experiment, "--folds", "1-2") == 0
-    text = capsys.readouterr().out
-    assert "2 of 3 folds" in text
-    assert line_of(text, "mean")[1:4] == ["0.250", "0.650", "0.450"]
-
-
-def test_a_fold_said_to_have_failed_is_missing_though_an_older_result_is_there(experiment, capsys):
-    assert run(experiment, "--failed", "2") == 1
-    text = capsys.readouterr().out
-    assert line_of(text, "2")[1] == "missing" and "mean: not given, fold 2 is missing" in text
-
-
-def test_one_fold_has_a_mean_and_no_deviation(tmp_path, capsys):
-    write_fold(tmp_path / "one", 1, (0.2, 0.6), num_folds=1)
-    assert run(tmp_path / "one") == 0
-    text = capsys.readouterr().out
-    assert line_of(text, "mean")[1] == "0.200" and "std" not in text
+    for folds, means in (("1-2", ["0.250", "0.650", "0.450"]), ("1", ["0.200", "0.600", "0.400"])):
+        assert run(experiment, "--folds", folds) == 0
+        text = capsys.readouterr().out
+        assert f"{folds[-1]} of 3 folds" in text and line_of(text, "mean")[1:4] == means
+    assert "std" not in text
 
 
 def test_experiments_are_compared_best_first_and_incomplete_ones_last(tmp_path, capsys):
@@ -168,8 +157,8 @@ def test_experiments_are_compared_best_first_and_incomplete_ones_last(tmp_path, 
     order = [name for line in table.splitlines() for name in names if f"/{name} " in line]
     assert order == ["good", "middling", "other", "bad", "broken"]
     row = " ".join(line_of(text, str(tmp_path / "good"))[1:])
-    assert row == "2/2 0.800 0.800 0.800 ± 0.000 2.50 M 1.00 2.00"
-    assert "broken: mean not given, fold 2 is missing" in text
+    assert row == "2/2 0.800 0.800 0.800 ± 0.000 2.50 M 1.000 2.000"
+    assert "broken: mean: not given, fold 2 is missing" in text
     assert "other: tested on other utterances than" in text and "bad: tested on" not in text
     written = (tmp_path / "out" / "experiment_comparison.md").read_text()
     rows = [line.count("|") for line in written.splitlines() if line.startswith("|")]
@@ -285,14 +274,14 @@ def test_breakdown_counts_bias_and_error_are_those_computed_by_hand(tmp_path, ca
     change_predictions(directory, **columns, arousal=1.0, pred_arousal=1.0)
     assert run(tmp_path / "one") == 0
     text = capsys.readouterr().out
-    # n, CCC (8 utterances are too few), RMSE, bias
-    assert line_of(text, "1-0")[1:] == ["8", "-", "-", "2.000", "0.000", "-2.000", "+0.000"]
-    assert line_of(text, "1-1")[1:] == ["8", "-", "-", "1.000", "0.000", "+1.000", "+0.000"]
+    # n, and of each target CCC (8 utterances are too few), RMSE, bias
+    assert line_of(text, "1-0")[1:] == ["8", "-", "2.000", "-2.000", "-", "0.000", "+0.000"]
+    assert line_of(text, "1-1")[1:] == ["8", "-", "1.000", "+1.000", "-", "0.000", "+0.000"]
     # 12 rows with six valences 0..5 and one arousal: variances 35/12 + (1.5)^2, mean error -0.5
     variance = 35 / 12
     ccc = 2 * variance / (variance + variance + 1.5**2 + 0.25)
     rmse = math.sqrt((1 + 4) / 2)
-    assert line_of(text, "sad")[1:] == f"12 {ccc:.3f} - {rmse:.3f} 0.000 -0.500 +0.000".split()
+    assert line_of(text, "sad")[1:] == f"12 {ccc:.3f} {rmse:.3f} -0.500 - 0.000 +0.000".split()
     assert line_of(text, "unknown")[1] == "4"
 
 
@@ -304,54 +293,51 @@ def test_a_breakdown_shows_the_twenty_speakers_with_most_utterances(tmp_path, ca
     assert counts == ["2"] * 20 and "and 3 more" in text
 
 
+HEADER = ",".join((*runs.TEXTS, *runs.NUMBERS))
+
+
 @pytest.mark.parametrize(
-    ("path", "content", "message"),
+    ("name", "content", "message"),
     [
-        ("result.json", "{", "result.json: cannot be read"),
-        ("result.json", "[]", "result.json: cannot be read"),
-        ("result.json", "{}", "result.json: has no 'dev'"),
-        ("result.json", '{"dev": 1}', "result.json: cannot be read"),
-        ("result.json", "nan", "result.json: dev/ccc_mean nan is not a finite number"),
-        ("result.json", None, "result.json: not there, the run is not done"),
-        ("predictions_test.csv", None, "predictions_test.csv: cannot be read"),
-        ("predictions_test.csv", "utt_id\n", "predictions_test.csv: no rows"),
-        ("predictions_test.csv", b"\xff\xfe\x00", "predictions_test.csv: cannot be read"),
+        ("result.json", "{", "cannot be read"),
+        ("result.json", "[]", "cannot be read"),
+        ("result.json", "{}", "has no 'dev'"),
+        ("result.json", '{"dev": 1}', "cannot be read"),
+        ("result.json", "nan", "test/ccc_mean nan is not a finite number"),
+        ("result.json", None, "not there, the run is not done"),
+        ("predictions_test.csv", None, "cannot be read"),
+        ("predictions_test.csv", HEADER, "no rows"),
+        ("predictions_test.csv", b"\xff\xfe\x00", "cannot be read"),
         (
-            "predictions_test.csv", "utt_id,dialog\nu,d\n",
-            "column speaker, emotion, seconds, valence, arousal, pred_valence, pred_arousal is",
+            "predictions_test.csv",
+            "utt_id,dialog\nu,d\n",
+            "column speaker, emotion, seconds, valence, ",
         ),
         (
             "predictions_test.csv",
-            "utt_id,dialog,speaker,emotion,seconds,valence,arousal,pred_valence,pred_arousal\n"
-            "u,d,s,,1,1,2,3,4\nv,d,s,,1,1,2,nan,4\n",
-            "predictions_test.csv row 3: pred_valence 'nan' is not a finite number",
+            f"{HEADER}\nu,d,s,,1,1,2,3,4\nv,d,s,,1,1,2,nan,4\n",
+            "row 3: pred_valence 'nan' is not a finite number",
         ),
-        (
-            "predictions_test.csv",
-            "utt_id,dialog,speaker,emotion,seconds,valence,arousal,pred_valence,pred_arousal\nu\n",
-            "predictions_test.csv row 2: seconds '' is not a finite number",
-        ),
+        ("predictions_test.csv", f"{HEADER}\nu\n", "row 2: seconds '' is not a finite number"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_fold_is_named_and_missing_and_the_others_are_shown(
-    experiment, path, content, message, capsys
+    experiment, name, content, message, capsys
 ):
-    path = experiment / "fold2" / path
-    if content is None:
-        path.unlink()
-    elif content == "nan":
-        result = json.loads(path.read_text())
-        result["dev"]["ccc_mean"] = math.nan
-        path.write_text(json.dumps(result))
-    else:
+    path = experiment / "fold2" / name
+    before = path.read_text()
+    path.unlink()
+    if content == "nan":
+        path.write_text(before.replace('"ccc_mean": 0.5', '"ccc_mean": NaN'))
+    elif content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert run(experiment, "--out", experiment / "out") == 1
     text = capsys.readouterr().out
     assert line_of(text, "2")[1] == "missing" and line_of(text, "1")[1] == "0.200"
     assert "mean: not given, fold 2 is missing" in text
-    assert "- fold 2: " in text and message in text
+    assert re.search(f"- fold 2: .*{name}.*{message}", text)
     page = (experiment / "out" / "report.html").read_text()
-    assert "curves: " in page and "fold 1, fold 3" in page and "fold 2, fold 3" not in page
+    assert "<figcaption>curves" in page and "pictures of fold 1, fold 3" in page
 
 
 def test_folds_whose_results_hold_more_figures_than_others_are_read(experiment, capsys):
@@ -363,22 +349,19 @@ def test_folds_whose_results_hold_more_figures_than_others_are_read(experiment, 
     assert line_of(capsys.readouterr().out, "mean")[1] == "0.400"
 
 
-@pytest.mark.parametrize("damage", [None, b"", b"\x93NUMPY", b"no array", "short", "text", "nan"])
+@pytest.mark.parametrize(
+    "damage",
+    [None, b"", b"\x93NUMPY", np.ones((3, 4)), np.full((8, 4), "x"), np.full((8, 4), np.nan)],
+)
 def test_damaged_embeddings_are_named_and_only_the_separation_is_left_out(
     experiment, damage, capsys
 ):
     path = experiment / "fold2" / "embedding_test.npy"
-    arrays = {
-        "short": np.ones((3, 4)),
-        "text": np.full((8, 4), "x"),
-        "nan": np.full((8, 4), np.nan),
-    }
-    if damage is None:
-        path.unlink()
-    elif isinstance(damage, bytes):
+    path.unlink()
+    if isinstance(damage, bytes):
         path.write_bytes(damage)
-    else:
-        np.save(path, arrays[damage])
+    elif damage is not None:
+        np.save(path, damage)
     assert run(experiment, "--out", experiment / "out") == 0
     text = capsys.readouterr().out
     assert "separation: not given" in text and "fold2/embedding_test.npy: " in text
@@ -427,40 +410,6 @@ def test_a_wrong_folds_list_exits_with_code_2(experiment, folds, capsys):
 # --- the page
 
 
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome")
-    return next(filter(None, map(shutil.which, names)), None)
-
-
-@pytest.mark.skipif(not browser(), reason="no chromium, chromium-browser or google-chrome")
-def test_a_browser_shows_all_tables_and_pictures_of_the_page(tmp_path):
-    names = ["one", "<b>two</b> & 'three'"]
-    for name, fold in itertools.product(names, (1, 2)):
-        write_fold(tmp_path / name, fold, (0.5, 0.5), num_folds=2, utterances=20)
-    assert run(*(tmp_path / name for name in names)) == 0
-    page = tmp_path / "report.html"
-
-    def browse(*flags):
-        command = [
-            browser(), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}", "--hide-scrollbars", *flags, page.as_uri(),
-        ]  # fmt: skip
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=True
-        ).stdout
-
-    dom = browse("--dump-dom")
-    browse("--window-size=1300,9000", f"--screenshot={tmp_path / 'page.png'}")
-    shot = imread(tmp_path / "page.png")[..., :3]  # (9000, 1300, 3)
-    # comparison, differences, separation; per experiment folds, pooled, speakers
-    assert dom.count("<table>") == 3 + 2 * 3 and dom.count("<img ") == 2 * 5
-    assert "&lt;b&gt;two&lt;/b&gt;" in dom and "<b>" not in dom and "<script" not in dom
-    # The dark blue of the curves' first line and the yellow end of cividis are in the pictures
-    for colour in ([0x00, 0x72, 0xB2], [0xFD, 0xE7, 0x37]):
-        assert (np.abs(shot - np.array(colour) / 255).max(2) < 0.02).sum() > 100
-
-
 def test_the_page_needs_nothing_but_itself_and_its_pictures_decode(experiment):
     assert run(experiment, "--out", experiment) == 0
     text = (experiment / "report.html").read_text()
@@ -468,14 +417,14 @@ def test_the_page_needs_nothing_but_itself_and_its_pictures_decode(experiment):
     assert "src=" not in without and "href" not in without and "http:" not in without
     pictures = re.findall(r'src="data:image/png;base64,([^"]*)"', text)
     shapes = [imread(BytesIO(base64.b64decode(picture))).shape for picture in pictures]
-    assert len(shapes) == 5 and all(height > 300 and width > 900 for height, width, _ in shapes)
+    assert len(shapes) == 4 and all(height > 300 and width > 600 for height, width, _ in shapes)
+    assert "script" not in text
 
 
 def test_one_experiment_writes_no_file_unasked_and_several_write_both(experiment, tmp_path):
-    shutil.copytree(experiment, tmp_path / "copy")
     before = set(tmp_path.rglob("*"))
     assert run(experiment) == 0 and set(tmp_path.rglob("*")) == before
-    assert run(experiment, tmp_path / "copy") == 0
+    assert run(experiment, experiment) == 0
     new = {path.name for path in set(tmp_path.rglob("*")) - before}
     assert new == {"report.html", "experiment_comparison.md"}
 
@@ -528,7 +477,7 @@ def test_status_shows_every_state(tmp_path, capsys):
     assert f"fold 3: its process {dead.pid} is gone" in text
     assert "fold 4: exit code 75: SIGTERM" in text and "fold 5: exit code 1: out of mem" in text
     assert "fold 6: nothing written for 3:00:0" in text
-    assert cells["8"] == ["missing", *"-------"]
+    assert cells["8"] == ["missing", *"-----"]
 
 
 def test_status_reads_progress_speed_and_time_left_from_a_run_that_is_writing(tmp_path, capsys):
@@ -539,7 +488,7 @@ def test_status_reads_progress_speed_and_time_left_from_a_run_that_is_writing(tm
     (directory / "metrics.jsonl").write_text("".join(lines[:6]) + torn)
     cells, _ = status_of(tmp_path / "one", capsys)
     # 3 of 4 epochs, 30 of 40 steps, best dev CCC 0.3; 10 steps of 500 ms are left
-    expected = ["running", "3.00/4", "30/40", "0.3000", "33", "1.50", "0:00:05"]
+    expected = ["running", "3.00/4", "30/40", "0.300", "0:00:05"]
     assert cells["1"][:-2] == expected and re.fullmatch(r"0:00:\d\d", cells["1"][-2])
 
 
@@ -564,7 +513,7 @@ def test_a_run_draws_its_pictures_and_leaves_what_the_report_and_the_status_read
     assert train.main(train.parse_args(flags)) == 0
     experiment = tmp_path / "runs" / "real"
     names = {path.name for path in (experiment / "fold1").iterdir()}
-    drawn = {f"{n}.png" for n in ("curves", "scatter", "circumplex", "duration", "embedding")}
+    drawn = {f"{n}.png" for n in ("curves", "scatter", "circumplex", "embedding")}
     assert names >= drawn | {"embedding_test.npy"}
     records = runs.read_records(experiment / "fold1")
     [total] = {record["total_steps"] for record in records if record["event"] == "train"}
@@ -576,7 +525,7 @@ def test_a_run_draws_its_pictures_and_leaves_what_the_report_and_the_status_read
         "separation/silhouette_valence", "separation/ks_arousal", "separation/speaker_accuracy",
     }  # fmt: skip
     assert run(experiment, "--folds", "1") == 0
-    assert "speaker accuracy" in capsys.readouterr().out
+    assert "accuracy" in capsys.readouterr().out
     cells, _ = status_of(experiment, capsys)
     assert cells["1"][:3] == ["done", "2.00/2", f"{total}/{total}"]
 
@@ -601,7 +550,8 @@ def test_no_two_texts_of_a_picture_overlap(count, speakers, folds):
     keys = {"loss": 1.0, "dev/ccc_valence": 0.5, "dev/ccc_arousal": 0.5}
     lines = [{"event": "train", "step": i, "epoch": i, **keys} for i in range(4)]
     figures = report.plot_all(dict.fromkeys(names, lines), parts, vectors)
-    assert list(figures) == ["curves", "scatter", "circumplex", "duration", "embedding"]
+    drawn = ["curves", "scatter", "circumplex", "embedding"]
+    assert list(figures) == drawn[: 4 if count > 1 else 3]  # one point has no components
     for name, figure in figures.items():
         figure.savefig(BytesIO())
         texts = [text for legend in figure.legends for text in legend.get_texts()]
@@ -640,21 +590,15 @@ def test_separation_is_high_for_separated_halves_and_speakers_and_none_for_noise
     assert report.separation(noise + hidden, labels, speakers)["speaker_accuracy"] > 0.9
 
 
-def test_silhouette_equals_its_definition_and_apart_halves_have_a_ks_of_one():
-    low, high = [0.0, 1.0, 2.0, 3.0, 4.0], [20.0, 21.0, 22.0, 23.0, 24.0]
-    labels = np.repeat([[0.1, 0.1], [0.9, 0.9]], 5, axis=0)
-    figures = report.separation(np.array([[x] for x in low + high]), labels, ["", "unknown"] * 5)
-    inside = [sum(abs(x - y) for y in low) / 4 for x in low]
-    across = [sum(abs(x - y) for y in high) / 5 for x in low]
-    expected = np.mean([1 - a / b for a, b in zip(inside, across)])  # the high half is its mirror
-    silhouettes = {f"silhouette_{target}": pytest.approx(expected) for target in TARGETS}
-    assert figures == silhouettes | {f"ks_{target}": 1 for target in TARGETS}
-
-
 @pytest.mark.parametrize(
-    ("labels", "speakers"), [(np.ones((10, 2)), "A" * 10), (np.eye(10)[:, :2], "AAAABBBBCC")]
+    ("labels", "speakers"),
+    [
+        (np.ones((10, 2)), "A" * 10),
+        (np.eye(10)[:, :2], "AAAABBBBCC"),
+        (np.ones((10, 2)), ["", "unknown"] * 5),
+    ],
 )
-def test_separation_of_constant_labels_and_of_groups_below_five_is_left_out(labels, speakers):
+def test_separation_of_constant_labels_and_of_few_or_unknown_speakers_is_left_out(labels, speakers):
     vectors = np.random.default_rng(0).standard_normal((10, 3))
     assert report.separation(vectors, labels, list(speakers)) == {}
 

@@ -52,13 +52,13 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
-def run_script(name: str, command: Callable[[], object]) -> int:
-    """The exit code of a script: 0; 2 and one line after a wrong flag, file or corpus.
+def run_script(name: str, command: Callable[[], int | None]) -> int:
+    """The exit code of a script: that of `command`; 2 and one line after a wrong flag or file.
 
     141, as the shell says it, if the reader of its output has gone: `python data.py ... | head`.
     """
     try:
-        command()
+        code = command()
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
@@ -66,7 +66,7 @@ def run_script(name: str, command: Callable[[], object]) -> int:
     except (UserError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def replace_text(path: Path, text: str) -> None:
