@@ -665,15 +665,16 @@ def comparable(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(rows))
 
 
-def switches(args: argparse.Namespace) -> dict[str, dict[str, object]]:
+def switches(args: argparse.Namespace, can_checkpoint: bool) -> dict[str, dict[str, object]]:
     """Flags that save memory or time, one at a time, as changes to `args`."""
     found: dict[str, dict[str, object]] = {}
     half = "fp16" if uses_cuda(args.device) else "bf16"
     amp = half if args.amp == "off" else "off"
     found[f"--amp {amp}"] = {"amp": amp}
-    on = args.gradient_checkpointing
-    name = "without --gradient_checkpointing" if on else "--gradient_checkpointing"
-    found[name] = {"gradient_checkpointing": not on}
+    if can_checkpoint:
+        on = args.gradient_checkpointing
+        name = "without --gradient_checkpointing" if on else "--gradient_checkpointing"
+        found[name] = {"gradient_checkpointing": not on}
     if args.encoder == "wavlm":
         other = "eager" if args.attention != "eager" else "fused"
         found[f"--attention {other}"] = {"attention": other}
@@ -687,7 +688,8 @@ def ways_to(planner: Planner, args: argparse.Namespace, speed: Machine) -> list[
     """Settings with this global batch that fit the card, least compute first."""
     rows = []
     sizes = batch_sizes(args, planner.world_size, args.global_batch_size)[-8:]
-    for checkpointing in (False, True):
+    can_checkpoint = step.can_checkpoint(planner.model(args, step.stages(args.unfreeze)[0])[0])
+    for checkpointing in (False, True) if can_checkpoint else (False,):
         for size in sizes:
             way = with_flags(
                 args, gradient_checkpointing=checkpointing, gradient_accumulation_steps=None
@@ -745,9 +747,10 @@ def answers(planner: Planner, own: argparse.Namespace) -> dict:
                 "source": "a finished run here" if measured else speed.source,
             }
         )
+    can_checkpoint = step.can_checkpoint(planner.model(args, stage)[0])
     compute = speed.hours(planner.trace(args, stage).flops.sum(0))[0]
     effects = {}
-    for name, changes in ({"as given": {}} | switches(args)).items():
+    for name, changes in ({"as given": {}} | switches(args, can_checkpoint)).items():
         changed = with_flags(args, **changes)
         effects[name] = {
             "needed_gib": planner.plan(changed).needed_gib,

@@ -147,11 +147,16 @@ def build_model(
 
 def set_checkpointing(model: EmotionModel, on: bool) -> None:
     """Sets --gradient_checkpointing; UserError if the encoder has none."""
-    encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
-    if hasattr(encoder, "gradient_checkpointing"):
+    if can_checkpoint(model):
+        encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
         encoder.gradient_checkpointing = on
     elif on:
         raise UserError(f"--encoder {model.config.encoder} has no --gradient_checkpointing")
+
+
+def can_checkpoint(model: EmotionModel) -> bool:
+    encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
+    return hasattr(encoder, "gradient_checkpointing")
 
 
 def compile_layers(model: EmotionModel) -> None:
