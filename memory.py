@@ -2,7 +2,7 @@
 
     python memory.py --wavlm large --unfreeze all --batch_size 8 --max_seconds 8
     python memory.py --wavlm large --unfreeze all --batch_size auto --gpu rtx3090 --json
-    python memory.py --preset full --data iemocap --data_dir D --gpus 4 --plot memory.png
+    python memory.py --preset full --data iemocap --data_dir D --gpus 4
     python memory.py --calibrate        # measures this machine's speed once, in under a minute
 
 The bytes are those of step.train_step on the meta device (util/tracing.py), so a changed model is
@@ -684,38 +684,6 @@ def switches(args: argparse.Namespace, can_checkpoint: bool) -> dict[str, dict[s
     return found
 
 
-def ways_to(planner: Planner, args: argparse.Namespace, speed: Machine) -> list[dict]:
-    """Settings with this global batch that fit the card, least compute first."""
-    rows = []
-    sizes = batch_sizes(args, planner.world_size, args.global_batch_size)[-8:]
-    can_checkpoint = step.can_checkpoint(planner.model(args, step.stages(args.unfreeze)[0])[0])
-    for checkpointing in (False, True) if can_checkpoint else (False,):
-        for size in sizes:
-            way = with_flags(
-                args, gradient_checkpointing=checkpointing, gradient_accumulation_steps=None
-            )
-            flags.split_batch(way, size, planner.world_size)
-            found = planner.plan(way)
-            if found.verdict != "does not fit":
-                stage = step.stage_at(args.unfreeze, args.epochs - 1)
-                trace = planner.trace(way, stage)
-                repeated = trace.flops[0] * (way.gradient_accumulation_steps > 1)
-                compute = speed.hours((trace.flops.sum(0) + repeated) / size)[0]
-                rows.append(
-                    {
-                        "batch_size": size,
-                        "gradient_accumulation_steps": way.gradient_accumulation_steps,
-                        "gradient_checkpointing": checkpointing,
-                        "needed_gib": found.needed_gib,
-                        "verdict": found.verdict,
-                        "compute": compute,
-                    }
-                )
-    least = min((row["compute"] for row in rows), default=1.0)
-    rows = [row | {"compute": row["compute"] / least} for row in rows]
-    return sorted(rows, key=lambda row: row["compute"])
-
-
 def answers(planner: Planner, own: argparse.Namespace) -> dict:
     """All that the command prints, in that order."""
     args, world_size = planner.args, planner.world_size
@@ -763,7 +731,6 @@ def answers(planner: Planner, own: argparse.Namespace) -> dict:
         "table": table,
         "largest": largest,
         "switches": effects,
-        "ways": ways_to(planner, args, speed) if own.wants_global else [],
         "machine": asdict(speed),
         "clips": audio.source,
         "folds": audio.folds,
@@ -816,19 +783,6 @@ def tables_text(args: argparse.Namespace, found: dict, capacity: float) -> str:
     effects.columns = pd.Index(["GiB", "x compute"], name="one switch at a time")
     blocks.append(effects.to_string(float_format="%.2f"))
 
-    if found["ways"]:
-        ways = pd.DataFrame(
-            {
-                "checkpointing": "yes" if way["gradient_checkpointing"] else "no",
-                "batch": way["batch_size"],
-                "accumulation": way["gradient_accumulation_steps"],
-                "GiB": gib(way),
-                "x compute": f"{way['compute']:.2f}",
-            }
-            for way in found["ways"]
-        )
-        blocks.append(f"ways to {args.global_batch_size} per step\n{ways.to_string(index=False)}")
-
     parallel = f"on {found['gpus']} GPU" + ("s" if found["gpus"] > 1 else "")
     costs = pd.DataFrame(
         {
@@ -846,34 +800,6 @@ def tables_text(args: argparse.Namespace, found: dict, capacity: float) -> str:
         f"{found['machine']['name']}: {', '.join(sources)})"
     )
     return "\n\n".join(blocks)
-
-
-def plot(planner: Planner, found: dict, path: str) -> None:
-    """Memory over a step, stacked by kind, and against the batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    args = planner.args
-    trace = planner.trace(args, step.stage_at(args.unfreeze, args.epochs - 1))
-    alive = trace.timeline / GIB
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    colours = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
-    left.stackplot(range(len(alive)), alive.T, labels=KINDS, colors=colours)
-    left.set(xlabel="allocations and frees of one step", ylabel="GiB", xlim=(0, len(alive)))
-    for number, phase in enumerate(tracing.PHASES):
-        first = int(np.argmax(trace.phases == number))
-        left.axvline(first, color="black", lw=0.6)
-        left.text(first, 1.02 * alive.sum(1).max(), f" {phase}", fontsize="small")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize="small", ncols=4)
-    for style, (what, plans) in zip(("o-", "s--", "^:", "d-."), found["table"].items()):
-        right.plot(found["sizes"], [p["needed_gib"] for p in plans], style, label=what)
-    right.axhline(planner.capacity_gib, color="black", lw=0.8, label="capacity")
-    right.set(xscale="log", yscale="log", xlabel="batch size", ylabel="GiB needed")
-    right.set_xticks(found["sizes"], map(str, found["sizes"]))
-    right.legend(title="unfreeze")
-    figure.savefig(path, dpi=120)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -897,18 +823,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     p.add_argument("--world_size", type=int, default=1, help="cards that share a fold (DDP)")
     p.add_argument("--json", action="store_true", help="the plan as JSON, without the tables")
     p.add_argument("--table", action="store_true", help="the tables too, with --json")
-    p.add_argument("--plot", metavar="FILE", help="picture of memory over a step and over batches")
     p.add_argument("--calibrate", action="store_true", help="measure this machine's speed and stop")
     # fmt: on
     own, rest = p.parse_known_args(sys.argv[1:] if argv is None else argv)
     own.gpus = own.world_size if own.gpus is None else own.gpus
     if not 1 <= own.world_size <= own.gpus:
         p.error(f"--world_size {own.world_size} --gpus {own.gpus}: need 1 <= world_size <= gpus")
-    if own.plot and not Path(own.plot).absolute().parent.is_dir():
-        p.error(f"--plot {own.plot}: there is no such directory")
     given = {word.partition("=")[0] for word in rest}
     own.from_data = "--data" in given
-    own.wants_global = "--global_batch_size" in given
     if own.gpu and "--gpu_gib" not in given:
         rest += ["--gpu_gib", str(GPUS[own.gpu][0])]
     default = "auto" if own.calibrate else "cuda"  # planned for without one
@@ -938,10 +860,8 @@ def run(args: argparse.Namespace, own: argparse.Namespace) -> None:
     if not own.json:
         print(plan_text(args, found))
     tables = {}
-    if own.table or own.plot or not own.json:
+    if own.table or not own.json:
         tables = answers(planner, own)
-    if own.plot:
-        plot(planner, tables, own.plot)
     if own.json:
         print(json.dumps({"flags": vars(args), "plan": found.as_dict()} | tables, indent=1))
     else:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -718,8 +719,9 @@ def test_evaluation_covers_each_row_once_in_batches_that_world_size_does_not_cha
     iemocap_like, world_size
 ):
     lengths, rows, _ = iemocap_like
-    alone = data.eval_plan(lengths, rows, 0, 1)
-    ranks = [data.eval_plan(lengths, rows, rank, world_size) for rank in range(world_size)]
+    clips = SimpleNamespace(lengths=lengths, rate=SAMPLE_RATE)
+    alone = data.eval_plan(clips, rows, 0, 1)
+    ranks = [data.eval_plan(clips, rows, rank, world_size) for rank in range(world_size)]
     together = [spec for specs in ranks for spec in specs]
     assert {spec.chunks for spec in together} == {spec.chunks for spec in alone}
     assert sorted(row for spec in together for row in rows_of(spec)) == rows.tolist()
@@ -730,8 +732,15 @@ def test_evaluation_covers_each_row_once_in_batches_that_world_size_does_not_cha
 
 
 def test_an_utterance_longer_than_the_evaluation_budget_is_a_batch_of_its_own():
-    specs = data.eval_plan(np.array([5, 100, 5]), np.arange(3), 0, 1, budget=10)
+    clips = SimpleNamespace(lengths=np.array([32, 65, 32]), rate=1)
+    specs = data.eval_plan(clips, np.arange(3), 0, 1)
     assert sorted(tuple(rows_of(spec)) for spec in specs) == [(0, 2), (1,)]
+
+
+def test_an_evaluation_without_padding_has_one_length_in_a_batch():
+    clips = SimpleNamespace(lengths=np.array([5, 7, 5, 6]), rate=1)
+    specs = data.eval_plan(clips, np.arange(4), 0, 1, unpadded=True)
+    assert sorted(tuple(rows_of(spec)) for spec in specs) == [(0, 2), (1,), (3,)]
 
 
 # ---------------------------------------------------------------- demo corpus

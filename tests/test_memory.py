@@ -418,14 +418,12 @@ def test_calibration_is_remembered(tmp_path, capsys):
 # ---------------------------------------------------------------- command line
 
 
-def test_the_command_prints_a_plan_tables_and_a_picture(tmp_path):
-    words = [*TINY, "--unfreeze", "all", "--plot", str(tmp_path / "m.png")]
-    command = [sys.executable, str(ROOT / "memory.py"), *words]
+def test_the_command_prints_a_plan_and_tables():
+    command = [sys.executable, str(ROOT / "memory.py"), *TINY, "--unfreeze", "all"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
     for words in ("card must have", "largest", "one switch", "h per fold", "10% to 50%"):
         assert words in found.stdout
-    assert (tmp_path / "m.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_json_is_the_plan_alone_unless_tables_are_asked_for(answer):
@@ -436,10 +434,6 @@ def test_json_is_the_plan_alone_unless_tables_are_asked_for(answer):
     found = answer(*words, "--table")
     peaks = [row["peak_gib"] for row in found["table"]["all"]]
     assert peaks == sorted(peaks) and found["largest"]["all"] > 64
-    ways = found["ways"]
-    assert {2 * w["batch_size"] * w["gradient_accumulation_steps"] for w in ways} == {16}
-    compute = [way["compute"] for way in ways]
-    assert compute == sorted(compute) and len(compute) == 8
 
 
 def test_batch_size_auto_is_answered_with_the_cards_memory(answer):
@@ -481,7 +475,6 @@ def test_a_hub_checkpoint_is_planned_without_network():
         (["--encoder", "transformer", "--features_dir", "/nowhere"], "--features_dir"),
         (["--data", "nowhere.csv"], "--data nowhere.csv"),
         (["--nonsense", "1"], "--nonsense"),
-        (["--plot", "/nowhere/m.png"], "/nowhere/m.png"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line_and_exit_code_2(words, said, capsys):
