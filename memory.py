@@ -473,6 +473,31 @@ def auto_batch(
     raise UserError(fault)
 
 
+def choose_batch(
+    args: argparse.Namespace,
+    fold: vadata.Fold,
+    model: EmotionModel,
+    ranks: distributed.Ranks,
+    last: dict | None,
+) -> str:
+    """Sets the batch sizes that are not known yet; returns how one was found, for the log.
+
+    `last`: content of last.pt, whose run had found its micro-batch. All ranks participate.
+    """
+    if last:
+        flags.split_batch(
+            args, last["batch_size"], ranks.world_size, total=last["global_batch_size"]
+        )
+    elif args.batch_size == "auto":
+        largest = len(fold.splits["train"]) // (flags.AUTO_STEPS * ranks.world_size)
+        size, note = auto_batch(
+            model, args, fold.shape, ranks.device, ranks.world_size, max(args.context, largest)
+        )
+        flags.split_batch(args, size, ranks.world_size)
+        return note
+    return ""
+
+
 # ---------------------------------------------------------------------------------------------
 # Hours: operations at a machine's rate
 

@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
     if last and (files.directory / "result.json").exists():
         log.info(f"{files.directory} is complete: nothing to resume")
         return 0
-    batch_note = choose_batch(args, fold, model, ranks, last)
+    batch_note = memory.choose_batch(args, fold, model, ranks, last)
     planned = memory.plan(args, fold.shape, ranks.world_size)
     run = Run(
         args=args,
@@ -305,25 +305,6 @@ def load_interrupted(args: argparse.Namespace, given: dict, files: RunFiles) -> 
         decisive = {k: v for k, v in given.items() if k not in flags.FREE_ON_RESUME}
         runs.check_resumable(decisive, last, files.directory, step.stays_frozen(args, epoch=0))
     return last
-
-
-def choose_batch(
-    args: argparse.Namespace, fold: data.Fold, model: EmotionModel, ranks: Ranks, last: dict | None
-) -> str:
-    """Sets the batch sizes that are not known yet; returns how one was found, for the log."""
-    if last:  # with the micro-batch that the interrupted run had found
-        flags.split_batch(
-            args, last["batch_size"], ranks.world_size, total=last["global_batch_size"]
-        )
-    elif args.batch_size == "auto":
-        largest = len(fold.splits["train"]) // (flags.AUTO_STEPS * ranks.world_size)
-        largest = max(args.context, largest)
-        size, note = memory.auto_batch(
-            model, args, fold.shape, ranks.device, ranks.world_size, largest
-        )
-        flags.split_batch(args, size, ranks.world_size)
-        return note
-    return ""
 
 
 def begin(run: Run, last: dict | None) -> None:
