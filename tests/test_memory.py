@@ -453,10 +453,10 @@ def test_any_length_of_chunks_is_planned(context, answer):
 
 def test_a_flag_counts_as_given_with_an_equals_sign_too():
     args, own = memory.parse_args([*TINY, "--gpu", "t4"])
-    assert args.gpu_gib == memory.GPUS["t4"][0] and not own.from_data and not own.wants_global
-    words = [*TINY, "--gpu", "t4", "--gpu_gib=12", "--data=demo", "--global_batch_size=16"]
+    assert args.gpu_gib == memory.GPUS["t4"][0] and not own.from_data
+    words = [*TINY, "--gpu", "t4", "--gpu_gib=12", "--data=demo"]
     args, own = memory.parse_args(words)
-    assert args.gpu_gib == 12 and own.from_data and own.wants_global
+    assert args.gpu_gib == 12 and own.from_data
 
 
 def test_a_hub_checkpoint_is_planned_without_network():
