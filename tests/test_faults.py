@@ -78,7 +78,7 @@ def workers_of(pid):
 
 def save_forever(directory):
     """last.pt and best.pt of 2 MB, of one step after the other."""
-    last = load_last(directory)
+    last = load_last(directory, writes=True)
     step = last["step"] if last else 0
     while True:
         step += 1
@@ -101,7 +101,7 @@ def test_forty_kills_in_the_middle_of_saves_leave_no_file_that_does_not_load(tmp
         within += any(tmp_path.glob(".*.aside"))
         for aside in tmp_path.glob(".*.aside"):  # as a run does when it starts
             aside.unlink()
-        found = load_last(tmp_path)
+        found = load_last(tmp_path, writes=True)
         if step or found:
             assert found["step"] >= step and torch.equal(
                 found["model"], torch.full((500_000,), found["step"])
