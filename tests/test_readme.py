@@ -155,7 +155,7 @@ def write_clips(root):
     speaker, dialog = [f"p{k}" for k in session], [f"d{i // 4}" for i in table.index]
     manifest = table.assign(session=session, dialog=dialog, speaker=speaker)
     manifest.to_csv(root / "manifest.csv", index=False)
-    split = ["train"] * 12 + ["dev"] * 6 + ["test"] * 6
+    split = ["test"] * 6 + ["dev"] * 6 + ["train"] * 12  # dev and test were not in fold 1's train
     table[:24].assign(split=split).to_csv(root / "personal.csv", index=False)
 
 
