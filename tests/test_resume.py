@@ -61,7 +61,7 @@ def assert_in_play(setting, run):
     ("setting", "workers", "ranks"),
     [
         ("dialogues, feedback, augmentation", 0, 1),
-        ("scaler, accumulation", 1, 2),
+        pytest.param("scaler, accumulation", 1, 2, marks=pytest.mark.slow),
         pytest.param("plateau, early stopping", 1, 1, marks=pytest.mark.slow),
         pytest.param("progressive, dropout", 2, 1, marks=pytest.mark.slow),
         pytest.param("scaler, accumulation", 2, 1, marks=pytest.mark.slow),
