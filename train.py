@@ -87,6 +87,7 @@ def main(args: argparse.Namespace) -> int:
     UserError carries a message for the user.
     """
     distributed.stop_signals.clear()
+    distributed.raised_signals.clear()
     distributed.handle_signals(at_once=True)  # before the first step there is nothing to save
     given = dict(vars(args))
     ranks = distributed.find_ranks(args.device)
@@ -468,7 +469,9 @@ def run(argv: list[str] | None = None) -> int:
     except Exception as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
         reason = distributed.machine_fault(error, runs.run_dir(args), args.timeout)
-        if not reason:
+        if distributed.raised_signals:  # Stopped broke a library's thread or process pool
+            code = distributed.RETRY_EXIT_CODE
+        elif not reason:
             reason = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         distributed.kill_workers()  # freeing `error` frees the loader, which waits for its workers

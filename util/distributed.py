@@ -49,6 +49,7 @@ GPU_GIB = 24.0  # assumed size of a GPU that is not in this machine
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts
 
 stop_signals: list[int] = []  # received so far; ranks agree on them after a step
+raised_signals: list[int] = []  # those that raised Stopped, which a library may have replaced
 Averaged = torch.futures.Future[torch.Tensor]
 Result = TypeVar("Result")
 
@@ -75,6 +76,7 @@ def handle_signals(at_once: bool) -> None:
     def handler(number: int, _: object) -> None:
         stop_signals.append(number)
         if at_once and len(stop_signals) == 1:  # a second one must not interrupt the clean-up
+            raised_signals.append(number)
             raise Stopped
 
     for number in SIGNALS:
