@@ -413,14 +413,6 @@ def test_frame_features_give_their_width_and_lengths(small, tmp_path):
         batches_of(corpus, None, features=features, augment=True)
 
 
-def test_missing_feature_files_are_counted_and_the_way_out_is_named(small, tmp_path):
-    corpus, _, _ = small
-    with pytest.raises(UserError) as error:
-        FrameFeatures(corpus, tmp_path)
-    for fragment in ("24 of 24 missing", "u000.npy", "--features_dir", "faces.py"):
-        assert fragment in str(error.value)
-
-
 # ---------------------------------------------------------------- batches
 
 
@@ -470,8 +462,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row_and_absent_in_evaluati
         dataset = batches_of(corpus, pack, augment=augment, seed=seed)
         return dataset[BatchSpec(((row,),), epoch)]["input_values"][0]
 
-    same = [torch.equal(audio(epoch), audio(epoch)) for epoch in range(4)]
-    assert all(same)
+    assert all(torch.equal(audio(epoch), audio(epoch)) for epoch in range(4))
+    rngs = map(np.random.default_rng, range(20))
     drawn = [audio(epoch, seed) for epoch in range(4) for seed in range(3)]
     assert len({tuple(a.tolist()) for a in drawn}) > 8
     np.testing.assert_array_equal(audio(-1), pack.read(20))
@@ -479,6 +471,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row_and_absent_in_evaluati
     for waveform in drawn:
         assert waveform.isfinite().all() and waveform.abs().max() <= 1
         assert 0.9 < len(waveform) / pack.lengths[20] < 1.12
+    silence = [data.augment_waveform(np.zeros(4000, np.float32), rng) for rng in rngs]
+    assert np.isfinite(np.concatenate(silence)).all()
 
 
 def test_augmented_audio_never_exceeds_max_seconds_nor_falls_below_400_samples(small, tmp_path):
@@ -501,12 +495,6 @@ def test_training_draws_a_window_and_evaluation_takes_the_first(small):
     np.testing.assert_array_equal(first, pack.read(23)[:8000])
     drawn = {tuple(dataset[BatchSpec(((23,),), e)]["input_values"][0].tolist()) for e in range(5)}
     assert len(drawn) == 5 and {len(window) for window in drawn} == {8000}
-
-
-def test_silence_survives_augmentation():
-    for seed in range(20):
-        audio = data.augment_waveform(np.zeros(4000, np.float32), np.random.default_rng(seed))
-        assert np.isfinite(audio).all()
 
 
 def test_spawned_workers_give_the_same_batches_and_pickles_carry_no_audio(small, tmp_path):
@@ -666,16 +654,17 @@ def test_evaluation_covers_each_row_once_in_batches_that_world_size_does_not_cha
     assert max(loads) < 1.01 * min(loads)
 
 
-def test_an_utterance_longer_than_the_evaluation_budget_is_a_batch_of_its_own():
-    clips = SimpleNamespace(lengths=np.array([32, 65, 32]), rate=1)
-    specs = data.eval_plan(clips, np.arange(3), 0, 1)
-    assert sorted(tuple(rows_of(spec)) for spec in specs) == [(0, 2), (1,)]
-
-
-def test_an_evaluation_without_padding_has_one_length_in_a_batch():
-    clips = SimpleNamespace(lengths=np.array([5, 7, 5, 6]), rate=1)
-    specs = data.eval_plan(clips, np.arange(4), 0, 1, unpadded=True)
-    assert sorted(tuple(rows_of(spec)) for spec in specs) == [(0, 2), (1,), (3,)]
+@pytest.mark.parametrize(
+    ("lengths", "unpadded", "batches"),
+    [
+        ([32, 65, 32], False, [(0, 2), (1,)]),  # longer than the budget: alone
+        ([5, 7, 5, 6], True, [(0, 2), (1,), (3,)]),
+    ],
+)
+def test_evaluation_batches_keep_to_64_seconds_or_to_one_length(lengths, unpadded, batches):
+    clips = SimpleNamespace(lengths=np.array(lengths), rate=1)
+    specs = data.eval_plan(clips, np.arange(len(lengths)), 0, 1, unpadded)
+    assert sorted(tuple(rows_of(spec)) for spec in specs) == batches
 
 
 # ---------------------------------------------------------------- demo corpus
