@@ -1,10 +1,9 @@
-"""Tables, intervals and pictures of experiments, and a live view, from what train.py wrote.
+"""Tables, intervals and pictures of experiments, from what train.py wrote.
 
     python report.py runs/demo                         # folds, mean, intervals, speakers, emotions
     python report.py runs/demo --out runs/demo         # the same with pictures in report.html
     python report.py runs/demo runs/baseline           # comparison, best first; also written to .
     python report.py runs/demo --folds 1-3 --json      # figures of these folds alone
-    python report.py runs/demo --status                # where each fold is now
 
 A fold without readable files is shown as missing, with the reason; then nothing that spans folds
 is given and the exit code is 1. The mean of the folds' CCCs and the pooled CCC (one CCC over all
@@ -19,14 +18,11 @@ train.py uses plot_run, separation and against_frozen. Not here: training, predi
 import argparse
 import base64
 import contextlib
-import datetime
 import io
 import json
 import math
 import re
-import socket
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +48,6 @@ MIN_CLUSTERS = 5  # fewer speakers than this say little about the next one [gues
 MIN_UTTERANCES = 10  # a CCC of fewer is not shown [guess]
 MAX_GROUPS = 20  # rows of a breakdown; a corpus may have a thousand speakers
 MAX_VECTORS = 1000  # embeddings that are measured or drawn
-SILENT = 600  # seconds without a record after which a run that left no status is not running
 
 # A fold's figure -> its heading; FIGURES are all that are read
 COLUMNS = {
@@ -555,64 +550,6 @@ def as_html(sections: list[Section]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Watching
-
-
-def status_section(directory: Path, asked: list[int] | None = None) -> Section:
-    """Where each fold is now, and why some have ended."""
-    columns = ["fold", "state", "epoch", "step", "best dev CCC", "time left", "written"]
-    rows, notes = [], []
-    for fold in asked or found_folds(directory):
-        row, reason = fold_status(directory / f"fold{fold}", time.time())
-        rows.append({"fold": fold} | row)
-        if reason:
-            notes.append(f"fold {fold}: {reason}")
-    return Section(str(directory), table_of(rows, columns), notes)
-
-
-def fold_status(directory: Path, now: float) -> tuple[dict[str, object], str]:
-    """(cells of the status table; why the fold ended, or "").
-
-    A fold is running if its status says so and its process lives or, if that cannot be seen
-    (another machine, no status.json), if it wrote something in the last SILENT seconds.
-    """
-    files = [directory / name for name in ("metrics.jsonl", "status.json", "args.json")]
-    written = [path.stat().st_mtime for path in files if path.is_file()]
-    if not written:
-        return {"state": "missing"}, ""
-    status, age = read_json(directory / "status.json"), now - max(written)
-    code = status.get("exit_code")
-    state, reason = "running", ""
-    if (directory / "result.json").exists():
-        state = "done"
-    elif isinstance(code, int):
-        state = "stopped" if code == 75 else "failed"
-        reason = f"exit code {code}: {status.get('reason') or 'see train.log'}"
-    elif isinstance(status.get("pid"), int) and status.get("host") == socket.gethostname():
-        if not Path(f"/proc/{status['pid']}").exists():
-            state, reason = "failed", f"its process {status['pid']} is gone without an exit code"
-    elif age > SILENT:
-        state, reason = "stopped", f"nothing written for {clock(age)}"
-
-    records = read_records(directory)
-    last = next((r for r in reversed(records) if r["event"] == "train"), {})
-    step, total = last.get("step", 0), last.get("total_steps", "?")
-    epochs = read_json(directory / "args.json").get("epochs", "?")
-    row = {"state": state, "epoch": f"{last.get('epoch', 0):.2f}/{epochs}"}
-    row |= {"step": f"{step}/{total}", "written": f"{clock(age)} ago"}
-    dev = [r["dev/ccc_mean"] for r in records if "dev/ccc_mean" in r]
-    row["best dev CCC"] = max(dev, default=None)
-    if state == "running" and {"total_steps", "ms_per_step"} <= last.keys():
-        row["time left"] = clock((total - step) * last["ms_per_step"] / 1000)
-    return row, reason
-
-
-def clock(seconds: float) -> str:
-    """0:41:07"""
-    return str(datetime.timedelta(seconds=max(0, round(seconds))))
-
-
-# ---------------------------------------------------------------------------------------------
 # Pictures, in colours of Okabe and Ito, which the colour-blind can tell apart, and cividis
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -775,7 +712,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory holding fold1, ...")
     p.add_argument("--folds", type=fold_list, help="1-5, or 1,3,5, or a mix; default: all")
     p.add_argument("--failed", type=fold_list, help="folds to show as missing in any case")
-    p.add_argument("--status", action="store_true", help="show where each fold is now, and stop")
     p.add_argument("--out", type=Path, metavar="DIR",
         help="write report.html, of several RUNs experiment_comparison.md too; default: . for "
         "several RUNs, nowhere for one")  # fmt: skip
@@ -787,9 +723,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Writes the report's files and prints it; 0, or 1 where a fold is missing."""
-    if args.status:
-        print(as_text([status_section(run, args.folds) for run in args.runs]))
-        return 0
     experiments = [read_experiment(run, args.folds, args.failed) for run in args.runs]
     experiments.sort(key=lambda e: -e.mean["test/ccc_mean"] if e.mean else 2)  # missing ones last
     for e in experiments[1:]:

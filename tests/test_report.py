@@ -4,13 +4,10 @@ import base64
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from io import BytesIO
 from pathlib import Path
 
@@ -441,74 +438,10 @@ def test_bars_and_line_breaks_in_a_name_do_not_break_a_table(experiment, tmp_pat
     assert "&lt;i&gt;" in page and "<i>" not in page
 
 
-# --- watching
-
-
-def status_of(directory, capsys, *flags):
-    """Cells of each fold's line after the fold, and the text."""
-    assert run(directory, "--status", *flags) == 0
-    text = capsys.readouterr().out
-    return {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}, text
-
-
-def test_status_shows_every_state(tmp_path, capsys):
-    base = tmp_path / "one"
-    for fold in range(1, 8):
-        write_fold(base, fold, (0.5, 0.5))
-        if fold > 1:
-            (base / f"fold{fold}" / "result.json").unlink()
-    here = socket.gethostname()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    states = {
-        2: {"exit_code": None, "host": here, "pid": os.getpid()},
-        3: {"exit_code": None, "host": here, "pid": dead.pid},
-        4: {"exit_code": 75, "reason": "SIGTERM"},
-        5: {"exit_code": 1, "reason": "out of memory"},
-    }
-    for fold, status in states.items():
-        (base / f"fold{fold}" / "status.json").write_text(json.dumps(status))
-    (base / "fold8.log").touch()  # launch.sh has started it
-    for path in (base / "fold6").iterdir():
-        os.utime(path, (time.time() - 3 * 3600,) * 2)
-    cells, text = status_of(base, capsys)
-    names = ["done", "running", "failed", "stopped", "failed", "stopped", "running", "missing"]
-    assert [cells[str(fold)][0] for fold in range(1, 9)] == names
-    assert f"fold 3: its process {dead.pid} is gone" in text
-    assert "fold 4: exit code 75: SIGTERM" in text and "fold 5: exit code 1: out of mem" in text
-    assert "fold 6: nothing written for 3:00:0" in text
-    assert cells["8"] == ["missing", *"-----"]
-
-
-def test_status_reads_progress_speed_and_time_left_from_a_run_that_is_writing(tmp_path, capsys):
-    directory = write_fold(tmp_path / "one", 1, (0.5, 0.5))
-    (directory / "result.json").unlink()
-    lines = (directory / "metrics.jsonl").read_text().splitlines(True)
-    torn = 'not json\n[1]\n{"event": "train"}\n' + '{"event": "train", "step": "x"}\n{"event": "tr'
-    (directory / "metrics.jsonl").write_text("".join(lines[:6]) + torn)
-    cells, _ = status_of(tmp_path / "one", capsys)
-    # 3 of 4 epochs, 30 of 40 steps, best dev CCC 0.3; 10 steps of 500 ms are left
-    expected = ["running", "3.00/4", "30/40", "0.300", "0:00:05"]
-    assert cells["1"][:-2] == expected and re.fullmatch(r"0:00:\d\d", cells["1"][-2])
-
-
-def test_status_of_a_run_before_its_first_record_and_of_damaged_files(tmp_path, capsys):
-    directory = tmp_path / "one" / "fold1"
-    directory.mkdir(parents=True)
-    assert status_of(tmp_path / "one", capsys)[0]["1"][0] == "missing"
-    (directory / "args.json").write_text("{")
-    (directory / "status.json").write_text("[]")
-    (directory / "metrics.jsonl").write_bytes(b"\xff\x00")
-    cells, _ = status_of(tmp_path / "one", capsys, "--folds", "1-2")
-    assert cells["1"][:4] == ["running", "0.00/?", "0/?", "-"] and cells["2"][0] == "missing"
-
-
 # --- pictures and separation
 
 
-def test_a_run_draws_its_pictures_and_leaves_what_the_report_and_the_status_read(
-    flags, tmp_path, capsys
-):
+def test_a_run_draws_its_pictures_and_leaves_what_the_report_reads(flags, tmp_path, capsys):
     flags = [*flags, "--name", "real", "--separation_every", "1", "--plot_every", "1"]
     assert train.main(train.parse_args(flags)) == 0
     experiment = tmp_path / "runs" / "real"
@@ -526,8 +459,6 @@ def test_a_run_draws_its_pictures_and_leaves_what_the_report_and_the_status_read
     }  # fmt: skip
     assert run(experiment, "--folds", "1") == 0
     assert "accuracy" in capsys.readouterr().out
-    cells, _ = status_of(experiment, capsys)
-    assert cells["1"][:3] == ["done", "2.00/2", f"{total}/{total}"]
 
 
 def rows_of(count, speakers=2, seed=0):
