@@ -100,8 +100,8 @@ def read_experiment(
 ) -> Experiment:
     """The experiment with all its folds, or those of `asked`; UserError where it has none.
 
-    All its folds are 1..K: K is num_folds of any result.json or, without one, the highest fold
-    that left a directory or a log. A fold in `failed` is missing: what is on disk is older.
+    K folds are expected: num_folds of any result.json or, without one, the highest fold that left
+    a directory or a log. A fold in `failed` is missing: what is on disk is older.
     """
     figures, parts, problems = {}, {}, {}
     found = found_folds(directory)
@@ -114,17 +114,14 @@ def read_experiment(
     problems |= dict.fromkeys(failed or (), "this run of it failed")
     wanted = asked or range(1, num_folds + 1)
     missing = {k: problems.get(k, "not run") for k in wanted if k not in figures or k in problems}
+    left_out = f"is left out: the corpus has {num_folds} folds"
     experiment = Experiment(
         name=str(directory),
         num_folds=num_folds,
         folds={fold: None if fold in missing else figures[fold] for fold in wanted},
         problems=missing,
         parts={fold: parts[fold] for fold in wanted if fold not in missing},
-        notes=[
-            f"{directory}: fold {fold} is left out: the corpus has {num_folds} folds"
-            for fold in found
-            if fold > num_folds
-        ],
+        notes=[f"{directory}: fold {fold} {left_out}" for fold in found if fold > num_folds],
     )
     if not missing:
         table = pd.DataFrame(list(experiment.folds.values()))
@@ -160,10 +157,9 @@ def read_fold(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
         raise UserError(f"{path}: not there, the run is not done")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        flat = {f"{s}/{key}": result[s][key] for s in ("dev", "test") for key in result[s]}
-        flat |= {"hours": result["seconds"] / 3600, "peak_gib": result["peak_gib_measured"]}
-        flat |= {k: result[k] for k in ("best_epoch", "parameters_trainable", "num_folds")}
-        figures = {key: flat[key] for key in FIGURES}
+        result |= {f"{s}/{key}": result[s][key] for s in ("dev", "test") for key in result[s]}
+        result |= {"hours": result["seconds"] / 3600, "peak_gib": result["peak_gib_measured"]}
+        figures = {key: result[key] for key in FIGURES}
         wrong = [key for key in FIGURES if not math.isfinite(figures[key])]
     except KeyError as error:
         raise UserError(f"{path}: has no {error}") from error
@@ -181,8 +177,8 @@ def read_fold(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
 def cluster_ids(rows: pd.DataFrame) -> tuple[np.ndarray, str]:
     """Cluster of each row (N,) from 0, and what the clusters are: "10 speakers".
 
-    Speakers, or dialogues if fewer than MIN_CLUSTERS speakers are known, or else single
-    utterances. An utterance of unknown speaker (dialogue) is a cluster by itself.
+    Dialogues where fewer than MIN_CLUSTERS speakers are known, or else single utterances. An
+    utterance of unknown speaker (dialogue) is a cluster by itself.
     """
     names = {"speaker": "speakers", "dialog": "dialogues", "utt_id": "utterances"}
     for column in names:
@@ -195,10 +191,10 @@ def cluster_ids(rows: pd.DataFrame) -> tuple[np.ndarray, str]:
 
 
 def resampled_cccs(preds: Tensor, labels: Tensor, ids: np.ndarray) -> np.ndarray:
-    """CCC of each column of preds, labels (N, C) in each resample, (RESAMPLES, C).
+    """CCC of each column of preds, labels (N, C) in each resample of clusters, (RESAMPLES, C).
 
-    Clusters are drawn with all their utterances; ids (N,) as from cluster_ids. A CCC needs six sums
-    only, so a resample adds up its clusters' sums. The same draws on every call.
+    A CCC needs six sums only, so a resample adds up those of its clusters; ids (N,) as from
+    cluster_ids. The same draws on every call.
     """
     rows = moment_sums(preds[None], labels[None])  # (6, N, C), one utterance each
     size = int(ids.max()) + 1
@@ -223,14 +219,13 @@ def intervals(cccs: np.ndarray) -> dict[str, tuple[float, float]]:
 def test_rows(e: Experiment) -> pd.DataFrame:
     """Test rows of all folds by utt_id, in its order."""
     rows = pd.concat(e.parts.values()).drop_duplicates("utt_id")
-    return rows.set_index(rows["utt_id"].rename(None)).sort_index()
+    return rows.set_index("utt_id", drop=False).rename_axis(None).sort_index()
 
 
 def paired_difference(one: Experiment, two: Experiment) -> dict | str:
     """Pooled CCCs of `one` minus those of `two` on the test utterances of both, or why not.
 
-    "to" (name of `two`), "n", "clusters", "ccc_valence": (difference, low, high), ...; both share
-    every draw.
+    {"to": name of `two`, "n", "clusters", "ccc_valence": (difference, low, high), ...}
     """
     if not (one.parts and two.parts):
         return "no fold of one of them is there"
@@ -244,8 +239,10 @@ def paired_difference(one: Experiment, two: Experiment) -> dict | str:
         return "their labels of the same utterances differ"
     ids, clusters = cluster_ids(rows_one.loc[shared])
     score_one, score_two = metrics(preds_one, labels), metrics(preds_two, labels)
-    cccs = resampled_cccs(torch.cat((preds_one, preds_two), 1), torch.cat((labels, labels), 1), ids)
-    ends = intervals(cccs[:, : len(TARGETS)] - cccs[:, len(TARGETS) :])
+    # the same draws for both
+    ends = intervals(
+        resampled_cccs(preds_one, labels, ids) - resampled_cccs(preds_two, labels, ids)
+    )
     differences = {key: (score_one[key] - score_two[key], *ends[key]) for key in ends}
     return {"to": two.name, "n": len(shared), "clusters": clusters, **differences}
 
@@ -262,11 +259,14 @@ def against_frozen(run: Path) -> str:
         others = read_json(path.with_name("args.json"))
         if path.parent == run or others.get("unfreeze") != "none":
             continue
-        compared = sorted(flags.keys() & others.keys() - FREE_IN_BASELINE)
-        differ = [flag for flag in compared if flags[flag] != others[flag]]
+        compared = sorted((flags.keys() & others.keys()) - FREE_IN_BASELINE)
+        differ = [
+            f"--{flag} ({others[flag]}, here {flags[flag]})"
+            for flag in compared
+            if flags[flag] != others[flag]
+        ]
         if differ:
-            values = [f"--{flag} ({others[flag]}, here {flags[flag]})" for flag in differ]
-            refused.append((len(differ), f" ({path.parent} differs in {', '.join(values)})"))
+            refused.append((len(differ), f" ({path.parent} differs in {', '.join(differ)})"))
             continue
         with contextlib.suppress(UserError):  # damaged
             baselines.append((read_fold(path.parent)[0]["dev/ccc_mean"], path.parent))
@@ -306,17 +306,15 @@ def separation(
     vectors (n, U), labels (n, 2), speakers (n); at most MAX_VECTORS evenly spaced rows are used.
     silhouette_<target>: of the two halves, -1..1. ks_<target>: the Kolmogorov-Smirnov distance,
     0..1, of the halves' positions along the direction of a linear probe that did not see them.
-    speaker_accuracy: mean over speakers of the share of utterances that a linear probe attributes
-    correctly; leakage if well above speaker_chance. Probes are logistic regressions in five-fold
-    cross-validation over consecutive rows. A target with fewer than five utterances in a half, and
-    speakers with fewer than five, are left out.
+    speaker_accuracy: mean over speakers of the share of utterances that a probe attributes to them;
+    leakage if well above speaker_chance. A half or a speaker with fewer than five is left out.
     """
     from scipy.stats import ks_2samp
-    from sklearn.metrics import recall_score, silhouette_score
+    from sklearn.metrics import balanced_accuracy_score, silhouette_score
 
     keep = evenly_spaced(len(vectors))
     vectors = np.asarray(vectors)[keep].astype(np.float64)
-    labels, speakers = np.asarray(labels)[keep], np.asarray(speakers, dtype=object)[keep]
+    labels, speakers = np.asarray(labels)[keep], pd.Series(speakers, dtype=object)[keep]
     result = {}
     for i, target in enumerate(TARGETS):
         high = labels[:, i] > np.median(labels[:, i])
@@ -325,13 +323,13 @@ def separation(
         positions = probe(vectors, high, "decision_function")
         result[f"silhouette_{target}"] = float(silhouette_score(vectors, high))
         result[f"ks_{target}"] = float(ks_2samp(positions[high], positions[~high]).statistic)
-    counts = pd.Series(speakers).value_counts()
-    names = [name for name, count in counts.items() if count >= 5 and known_speaker(name)]
-    if len(names) > 1:
-        known = np.isin(speakers, names)
-        attributed = probe(vectors[known], speakers[known], "predict")
-        accuracy = recall_score(speakers[known], attributed, average="macro")
-        result |= {"speaker_accuracy": float(accuracy), "speaker_chance": 1 / len(names)}
+    frequent = speakers.map(speakers.value_counts()) >= 5
+    known = (frequent & speakers.map(known_speaker)).to_numpy()
+    truth = speakers[known].to_numpy()
+    count = len(set(truth))
+    if count > 1:
+        accuracy = balanced_accuracy_score(truth, probe(vectors[known], truth, "predict"))
+        result |= {"speaker_accuracy": float(accuracy), "speaker_chance": 1 / count}
     return result
 
 
@@ -341,7 +339,7 @@ def evenly_spaced(count: int) -> np.ndarray:
 
 
 def probe(vectors: np.ndarray, classes: np.ndarray, method: str) -> np.ndarray:
-    """What logistic regressions that have not seen a row (n, U) say of it."""
+    """What logistic regressions say of rows (n, U) that they have not seen: 5 consecutive parts."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_predict
     from sklearn.pipeline import make_pipeline
@@ -553,7 +551,6 @@ def as_html(sections: list[Section]) -> str:
 # Pictures, in colours of Okabe and Ito, which the colour-blind can tell apart, and cividis
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "o^sDv<>"
 
 
 def plot_run(directory: Path, split: str, vectors: Tensor) -> None:
@@ -681,17 +678,15 @@ def plot_embedding(vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame
         row = axes[len(panels) * i : len(panels) * (i + 1)]
         for axis, what in zip(row, panels):
             axis.set(
-                title=f"{name}: {what}", xlabel=f"PC 1 ({one:.0%})", ylabel=f"PC 2 ({two:.0%})"
+                xlabel=f"PC 1 ({one:.0%})", ylabel=f"PC 2 ({two:.0%})", title=f"{name}: {what}"
             )
-            if what in TARGETS:
-                dots = axis.scatter(x, y, c=rows[what], s=10, cmap="cividis")
-                figure.colorbar(dots, ax=axis)
+        for axis, target in zip(row, TARGETS):
+            figure.colorbar(axis.scatter(x, y, c=rows[target], s=10, cmap="cividis"), ax=axis)
         speakers = rows["speaker"].replace("", "unknown").str.slice(0, 24)
         frequent = speakers.value_counts().index[: len(COLOURS) - 1]
         speakers = speakers.where(speakers.isin(frequent), "others")
-        for (speaker, mine), colour, marker in zip(speakers.groupby(speakers), COLOURS, MARKERS):
-            xs, ys = x[mine.index], y[mine.index]
-            row[-1].scatter(xs, ys, s=10, color=colour, marker=marker, label=speaker)
+        for (speaker, mine), colour in zip(speakers.groupby(speakers), COLOURS):
+            row[-1].scatter(x[mine.index], y[mine.index], s=10, color=colour, label=speaker)
         row[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
