@@ -65,7 +65,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
         file.write(sha256(file, file.tell()))
 
 
-def read_checkpoint(path: Path) -> dict:
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     """What train.py saved, unpickled (tensors and plain values) after its hash was verified.
 
     UserError names a file that is missing, damaged or not of train.py.
@@ -77,7 +77,7 @@ def read_checkpoint(path: Path) -> dict:
                 fault = f"{path}: damaged, or not a best.pt, last.pt or frozen.pt of train.py"
                 raise UserError(fault)
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location=device, weights_only=True)
     except UserError:
         raise
     except OSError as error:
