@@ -6,6 +6,7 @@ there; and a search of the tracked files for calls that could run what they read
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ import soundfile
 import torch
 from fault_kills import OnLine, run_ranks
 
+from flags import parse_args
 from util import runs
 from util.files import UserError
 
@@ -167,6 +169,8 @@ def test_a_hostile_checkpoint_is_an_error_for_predict(tmp_path, corpus):
 
 def test_a_hostile_checkpoint_is_an_error_for_init_from(tmp_path, train_flags):
     hostile_zip(tmp_path / "best.pt")
+    flags = vars(parse_args([str(flag) for flag in train_flags]))
+    (tmp_path / "args.json").write_text(json.dumps(flags))
     done = run(tmp_path, "train.py", *train_flags, "--init_from", "best.pt")
     assert_refused(done, tmp_path, "--init_from best.pt")
 
