@@ -126,6 +126,20 @@ def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
     return model.eval(), checkpoint
 
 
+def read_flags(path: str | Path, flag: str) -> dict:
+    """The flags of the run behind what load_model takes, with the range of its labels.
+
+    Its weights are not read. UserError names `flag` and the path.
+    """
+    path = Path(path)
+    directory = path if path.is_dir() else path.parent
+    config = read_json(directory / "config.json")  # of an export
+    found = read_json(directory / "args.json") or config.get("args")
+    if not isinstance(found, dict):
+        raise UserError(f"{flag} {path}: no args.json there (give a run directory, NAME/foldK)")
+    return found | {"label_range": found.get("label_range") or config.get("label_range")}
+
+
 def load_last(directory: Path, writes: bool) -> dict | None:
     """The content of last.pt or, if that is missing or damaged, of previous.pt; None without
     either. UserError if all are damaged. The rank that `writes` sets a damaged last.pt aside."""
