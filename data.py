@@ -56,7 +56,7 @@ from util.files import (
     check_disk_space,
     digest,
     gib,
-    progress,
+    progress_bar,
     run_script,
     weights_digest,
 )
@@ -161,7 +161,7 @@ def load_audio(
         bad, changes = {}, Counter[str]()
 
         def rows() -> Iterator[tuple[int, np.ndarray]]:
-            for first in progress(range(0, len(clips), 64), len(clips) // 64, "audio"):
+            for first in progress_bar(range(0, len(clips), 64), len(clips) // 64, "audio"):
                 block = zip(*clips[first : first + 64])  # bounds what waits in memory
                 for row, (samples, reason, changed) in enumerate(pool.map(decode, *block), first):
                     if reason:
@@ -224,7 +224,7 @@ def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarr
         parts = [pack.part(range(i, min(i + 16, count))) for i in range(0, count, 16)]
         spawn = multiprocessing.get_context("spawn")  # fork is not safe once torch has threads
         with ProcessPoolExecutor(CORES, spawn, torch.set_num_threads, (1,)) as pool:
-            done = progress(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
+            done = progress_bar(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
             return np.concatenate(list(done))
 
     key = digest(pack.key, opensmile.__version__, "eGeMAPSv02")
@@ -249,7 +249,7 @@ def speaker_embeddings(
         embed, key = ecapa(cache_dir, device) if kind == "ecapa" else xvector(kind, device)
 
         def build() -> np.ndarray:
-            rows = progress(range(len(pack.lengths)), len(pack.lengths), "speakers")
+            rows = progress_bar(range(len(pack.lengths)), len(pack.lengths), "speakers")
             clips = (pack.read(row) for row in rows)
             # below a second, statistics over frames are noise or undefined: repeat the clip
             clips = (np.tile(clip, math.ceil(SAMPLE_RATE / len(clip))) for clip in clips)

@@ -369,7 +369,7 @@ def log_steps(run: Run) -> None:
     record["total_steps"] = run.total_steps
     log.info(logs.step_line(record, progress.step, run.scaler))
     run.files.record("train", progress.step, record)
-    logs.give_hints(run.args, run.files, cached=run.fold.dataset.hidden is not None)
+    logs.give_hints(run.args, run.files)
 
 
 def evaluate(run: Run, split: str) -> tuple[dict[str, float], step.Evaluation]:

@@ -15,7 +15,7 @@ import soundfile
 
 from corpora.base import Corpus
 from corpora.iemocap import read_iemocap
-from util.files import build_dir, progress
+from util.files import build_dir, progress_bar
 
 RATE = 16_000  # Hz of the files
 DEMO_VERSION = 4  # raise it with every change below: it is the cache key
@@ -119,7 +119,7 @@ def filter_frames(audio: np.ndarray, response: np.ndarray, hop: int, fft: int) -
 def write_demo(root: Path) -> None:
     """5 sessions, each with a woman and a man and 10 dialogues of 10-14 turns."""
     dialogues = [(session, i) for session in range(1, 6) for i in range(10)]
-    for session, i in progress(dialogues, len(dialogues), "demo corpus"):
+    for session, i in progress_bar(dialogues, len(dialogues), "demo corpus"):
         rng = np.random.default_rng((DEMO_VERSION, session, i))
         dialog = f"Ses{session:02d}{'FM'[i % 2]}_impro{i // 2 + 1:02d}"
         wavs = root / f"Session{session}" / "sentences" / "wav" / dialog

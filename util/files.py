@@ -212,5 +212,5 @@ def weights_digest(model: torch.nn.Module) -> str:
     return sha.hexdigest()
 
 
-def progress(iterable: object, total: int, what: str) -> tqdm:
+def progress_bar(iterable: object, total: int, what: str) -> tqdm:
     return tqdm(iterable, total=total, desc=what, disable=None, leave=False)  # None: terminal only
