@@ -450,7 +450,7 @@ def save(run: Run, epoch: int) -> None:
 # Exit codes
 
 
-def run(argv: list[str] | None = None) -> int:
+def cli(argv: list[str] | None = None) -> int:
     """main with exit codes: 0 done, 75 resume me, 2 wrong flags or data, 1 anything else.
 
     Every rank prints its own reason, if it has one. Mistakes of the user and faults of the machine
@@ -486,4 +486,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(cli())

@@ -35,7 +35,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
-from train import main, parse_args, run
+from train import cli, main, parse_args
 from util.runs import load_last, read_checkpoint, save_checkpoint
 
 
@@ -180,7 +180,7 @@ def test_no_damage_to_a_checkpoint_is_silent(flags, tmp_path, capsys, count):
         victim = Run(flags, directory)
         for name, harm in damaged:
             harm(victim.directory / name)
-        code = run([*victim.flags, "--resume"])
+        code = cli([*victim.flags, "--resume"])
         return victim, code, capsys.readouterr()
 
     kinds = damages(0, count)
@@ -250,14 +250,14 @@ def test_a_full_disk_spares_what_is_there_and_the_run_goes_on_after(
     with monkeypatch.context() as patch, OnLine(when, fill_disk):
         patch.setattr(os, "replace", replace_and_fill)
         try:
-            assert run(victim.flags) == 1
+            assert cli(victim.flags) == 1
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"/{file}: File too large: free disk space" in said, said
     exists = (victim.directory / "last.pt").exists()
     assert (progress_of(victim)["step"] if exists else 0) == saved
-    assert run([*victim.flags, "--resume"]) == 0
+    assert cli([*victim.flags, "--resume"]) == 0
     assert_same_outcome(whole, victim)
     assert not list(victim.directory.glob(".*"))
 
@@ -273,10 +273,10 @@ def test_a_full_disk_spares_what_is_there_and_the_run_goes_on_after(
 def test_a_run_stopped_while_it_evaluates_resumes_bit_for_bit(flags, tmp_path, whole, line, epoch):
     parted = Run(flags, tmp_path)
     with raise_on(line):
-        assert run(parted.flags) == 75
+        assert cli(parted.flags) == 75
     assert progress_of(parted)["epoch"] == epoch
     assert parted.status()["exit_code"] == 75
-    assert run([*parted.flags, "--resume"]) == 0
+    assert cli([*parted.flags, "--resume"]) == 0
     assert_same_outcome(whole, parted)
 
 
@@ -334,8 +334,8 @@ def test_a_signal_in_a_start_is_75_and_the_next_start_is_like_the_first(
     for _ in range(2):
         with monkeypatch.context() as patch:
             stop_in(patch, phase)
-            assert run([*parted.flags, "--resume"]) == 75
-    assert run([*parted.flags, "--resume"]) == 0
+            assert cli([*parted.flags, "--resume"]) == 75
+    assert cli([*parted.flags, "--resume"]) == 0
     assert_same_outcome(whole, parted)
     assert not list(parted.directory.glob(".*"))
 
@@ -352,10 +352,10 @@ def test_a_signal_while_a_cache_fills_leaves_no_half_of_it(flags, tmp_path, monk
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", stopping)
-            assert run([*flags, "--resume"]) == 75
+            assert cli([*flags, "--resume"]) == 75
         assert not [path for path in cache.glob(".*") if path.is_dir()]
         assert not list(cache.glob(f"{what}-*"))
-    assert run([*flags, "--resume"]) == 0
+    assert cli([*flags, "--resume"]) == 0
 
 
 def test_a_signal_at_any_moment_saves_and_the_run_ends_the_same(flags, tmp_path):

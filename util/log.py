@@ -284,10 +284,10 @@ def versions() -> dict[str, str]:
 def git_commit() -> str:
     try:
         here = Path(__file__).parent
-        run = subprocess.run(
+        done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
             cwd=here, capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
-        return run.stdout.strip()
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
