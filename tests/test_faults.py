@@ -30,19 +30,12 @@ from fault_kills import (
     real_fp16,
     run_ranks,
 )
-from matplotlib.figure import Figure
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
 from train import cli, main, parse_args
 from util.runs import load_last, read_checkpoint, save_checkpoint
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """They are most of a small run's time."""
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")

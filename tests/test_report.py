@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import quick_flags
 from matplotlib.image import imread
 
 import report
@@ -507,9 +508,10 @@ def test_status_of_a_run_before_its_first_record_and_of_damaged_files(tmp_path, 
 
 
 def test_a_run_draws_its_pictures_and_leaves_what_the_report_and_the_status_read(
-    flags, tmp_path, capsys
+    corpus, small_wavlm, tmp_path, capsys
 ):
-    flags = [*flags, "--name", "real", "--separation_every", "1", "--plot_every", "1"]
+    flags = [*quick_flags(corpus, small_wavlm, tmp_path), "--name", "real"]
+    flags += ["--separation_every", "1", "--plot_every", "1"]
     assert train.main(train.parse_args(flags)) == 0
     experiment = tmp_path / "runs" / "real"
     names = {path.name for path in (experiment / "fold1").iterdir()}

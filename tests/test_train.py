@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import quick_flags
 from fault_kills import Run, assert_same_outcome, raise_on, run_ranks, signal_on
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -385,8 +386,8 @@ def test_evaluation_with_context_tracks_whole_dialogues(flags):
 # --- the run directory
 
 
-def test_a_run_leaves_the_files_of_the_design(flags):
-    args = parse_args([*flags, "--fold", "2"])
+def test_a_run_leaves_the_files_of_the_design(corpus, small_wavlm, tmp_path):
+    args = parse_args([*quick_flags(corpus, small_wavlm, tmp_path), "--fold", "2"])
     assert main(args) == 0
     names = {path.name for path in run_dir(args).iterdir()}
     assert names >= {
