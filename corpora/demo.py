@@ -135,12 +135,11 @@ def write_demo(root: Path) -> None:
             utt_id = f"{dialog}_{letter}{numbers[letter]:03d}"
             numbers[letter] += 1
             audio = synthesise(demo_voice(session, letter), valence, arousal, seconds, rng)
-            samples = np.rint(audio.astype(np.float64) * 2**31).astype(np.int64) >> 16
-            with wave.open(str(wavs / f"{utt_id}.wav"), "wb") as wav:  # not soundfile, whose
-                wav.setparams((1, 2, RATE, 0, "NONE", ""))  # callbacks lose a full disk's error
-                wav.writeframes(
-                    samples.astype("<i2").tobytes()
-                )  # and the exception that a signal raises
+            # not by soundfile, whose callbacks lose a full disk's error and a signal's exception
+            wide = np.rint(audio.astype(np.float64) * 2**31).clip(-(2**31), 2**31 - 1)
+            with wave.open(str(wavs / f"{utt_id}.wav"), "wb") as wav:
+                wav.setparams((1, 2, RATE, 0, "NONE", ""))
+                wav.writeframes((wide.astype(np.int64) >> 16).astype("<i2").tobytes())
             raters = rng.choice([2, 3], p=[0.7, 0.3])
             truth = 3 + 1.8 * np.array([valence, arousal, 0.6 * arousal + 0.2 * valence])
             votes = np.round(truth + 0.5 * rng.standard_normal((raters, 3))).clip(1, 5)
