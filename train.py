@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
     ranks = distributed.find_ranks(args.device)
     logs.start_logging(None, console=ranks.rank == 0)
     fold = load_fold(args, ranks)
-    files = runs.open_run(args, writes=ranks.rank == 0 and not args.dry_run)
+    files = runs.open_run(args, fold, writes=ranks.rank == 0 and not args.dry_run)
     if files.writes:
         logs.start_logging(files.directory / "train.log", console=True)
     distributed.configure_device(ranks.device, args.tf32 == "on", args.memory_fraction)
@@ -304,7 +304,7 @@ def load_interrupted(args: argparse.Namespace, given: dict, files: RunFiles) -> 
     last = runs.load_last(files.directory, files.writes) if args.resume else None
     if last:
         decisive = {k: v for k, v in given.items() if k not in flags.FREE_ON_RESUME}
-        runs.check_resumable(decisive, last, files.directory, step.stays_frozen(args, epoch=0))
+        runs.check_resumable(decisive, last, files, step.stays_frozen(args, epoch=0))
     return last
 
 
@@ -436,6 +436,7 @@ def save(run: Run, epoch: int) -> None:
         "progress": asdict(run.progress),
         "meter": run.meter.state(),
         "args": run.given,
+        "data": run.files.data_digest,
         "world_size": run.ranks.world_size,
         "batch_size": run.args.batch_size,
         "global_batch_size": run.args.global_batch_size,
