@@ -18,7 +18,7 @@ import torch
 
 from model import ENCODERS
 from step import is_frozen, parse_unfreeze, stages
-from util.distributed import GPU_GIB, uses_cuda
+from util.distributed import uses_cuda
 from util.files import UserError
 from util.runs import MODEL_FLAGS, read_flags
 from wavlm import ATTENTIONS, SIZES
@@ -49,6 +49,7 @@ FREE_ON_RESUME = {
 # A run with --init_from takes the model flags of its start, except for these.
 FREE_WITH_INIT_FROM = {"max_seconds", "context", "wavlm", "wavlm_revision", "speaker"}
 
+GPU_GIB = 24.0  # assumed size of a GPU that is not in this machine
 AUTO_STEPS = 20  # --batch_size auto leaves at least so many steps in an epoch
 
 

@@ -17,6 +17,7 @@ Tags: [measured] by us, [P] published, [guess].
 import argparse
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -38,7 +39,7 @@ from corpora import make_splits, num_folds, read_corpus
 from model import TARGETS, EmotionModel
 from step import Progress
 from util import distributed, runs, tracing
-from util.distributed import GIB, capacity_gib, uses_cuda
+from util.distributed import GIB, uses_cuda
 from util.files import UserError, replace_text
 from util.tracing import KINDS, Trace
 from wavlm import read_config
@@ -159,6 +160,17 @@ def with_batch(args: argparse.Namespace, size: int, world_size: int) -> argparse
     return copy
 
 
+def capacity_gib(args: argparse.Namespace) -> float:
+    """Memory there is to fill: --gpu_gib, or else the GPU here, or the free RAM of a CPU."""
+    if not uses_cuda(args.device):
+        free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(free[1]) * 1024 / GIB
+    gib = args.gpu_gib or flags.GPU_GIB
+    if torch.cuda.is_available() and not args.gpu_gib:
+        gib = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[1] / GIB
+    return gib * (args.memory_fraction or 1.0)
+
+
 class Planner:
     """Plans of a run, and of the same run with other batch sizes or stages; each trace is made
     once. `args` of a method are the run's flags, with another batch size perhaps."""
@@ -168,7 +180,7 @@ class Planner:
     ) -> None:
         self.args, self.shape, self.world_size = args, shape, world_size
         self.on_gpu = uses_cuda(args.device)
-        self.capacity_gib = capacity_gib(args.device, args.gpu_gib, args.memory_fraction)
+        self.capacity_gib = capacity_gib(args)
         self.workspaces = 0  # bytes that cuBLAS holds
         if self.on_gpu:
             hopper = getattr(args, "gpu", None) in HOPPER
@@ -380,7 +392,7 @@ def auto_batch(
         size = largest_batch(args, shape, world_size, largest).batch_size
     except UserError as error:
         size, fault = 0, str(error)
-    size = proposed = distributed.smallest(size)
+    size = proposed = min(distributed.gather(size))
     while size:
         trial = with_batch(args, size, world_size)
         trial.gradient_accumulation_steps = min(2, trial.gradient_accumulation_steps)

@@ -33,8 +33,7 @@ from model import (
     track_dialogues,
 )
 from util import distributed
-from util.files import UserError, digest, weights_digest
-from util.files import progress as progress_bar
+from util.files import UserError, digest, progress_bar, weights_digest
 from wavlm import WavLM, WavLMError, load_wavlm, read_config
 
 log = logging.getLogger("vatune")

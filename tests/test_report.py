@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import quick_flags
 from matplotlib.image import imread
 
 import report
@@ -424,8 +425,11 @@ def test_the_page_needs_nothing_but_itself_and_its_pictures_decode(experiment):
 # --- pictures and separation
 
 
-def test_a_run_draws_its_pictures_and_leaves_what_the_report_reads(flags, tmp_path, capsys):
-    flags = [*flags, "--name", "real", "--separation_every", "1", "--plot_every", "1"]
+def test_a_run_draws_its_pictures_and_leaves_what_the_report_reads(
+    corpus, small_wavlm, tmp_path, capsys
+):
+    flags = [*quick_flags(corpus, small_wavlm, tmp_path), "--name", "real"]
+    flags += ["--separation_every", "1", "--plot_every", "1"]
     assert train.main(train.parse_args(flags)) == 0
     experiment = tmp_path / "runs" / "real"
     names = {path.name for path in (experiment / "fold1").iterdir()}
