@@ -213,7 +213,12 @@ def build_inputs(
         named = dataclasses.replace(corpus, utterances=stems)
     features = prosody = speaker = None
     if reads_features:
+        trained = model.config.frame_rate or None  # None: a run of older code
         features = vadata.FrameFeatures(named, args.features_dir)
+        if trained and not flags["feature_rate"] and not 0.9 < features.rate / trained < 1.1:
+            fault = f"{features.rate:g} frames per second, but the run was trained on {trained:g}"
+            raise UserError(f"--features_dir {args.features_dir}: {fault}")
+        features.rate = trained or features.rate
     if model.config.prosody_dim:
         prosody = vadata.egemaps(corpus, pack, cache_dir)
     if reads_speaker:
@@ -287,11 +292,10 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
             if label_ranges[-1] != (low, high):
                 raise UserError(f"--checkpoint: the runs differ in label range: {label_ranges}")
             dataset = build_inputs(corpus, pack, cache_dir, args, model, checkpoint["args"])
-            longer = int((corpus.seconds > dataset.max_seconds + 0.1).sum())
-            if longer:
+            if dataset.num_cut:
                 print(
-                    f"note: {longer} longer than {dataset.max_seconds:g} s: the beginning is used, "
-                    "as in training; --window 8 gives a curve over all",
+                    f"note: {dataset.num_cut} longer than {dataset.max_seconds:g} s: the beginning "
+                    "is used, as in training; --window 8 gives a curve over all",
                     file=sys.stderr,
                 )
             order = list(range(len(corpus.utterances)))
