@@ -66,7 +66,7 @@ from util.files import (
 
 log = logging.getLogger("vatune")
 
-FRAME_RATE = 50  # frames per second of frozen features, where seconds are derived from them
+FRAME_RATE = 50  # frames per second of feature files that are planned for without their audio
 GROUP_SECONDS = 2.0  # of audio, which one more pass of an encoder costs in itself [guess]
 EVAL_SECONDS = 64  # padded seconds per evaluation batch; fixed, so that results do not move
 PREFETCH = 4  # micro-batches that a loader process holds ready [guess]
@@ -348,9 +348,12 @@ def open_npy(path: Path, ndim: int, width: int | None) -> np.ndarray:
 
 
 class FrameFeatures:
-    """Frozen features, one <utt_id>.npy (T, D) per utterance. `dim` = D, `lengths` (N,) frames."""
+    """Frozen features, one <utt_id>.npy (T, D) per utterance. `dim` = D, `lengths` (N,) frames.
 
-    def __init__(self, corpus: Corpus, features_dir: str | Path) -> None:
+    `rate`: frames per second, by default the median over the corpus of frames / seconds of audio.
+    """
+
+    def __init__(self, corpus: Corpus, features_dir: str | Path, rate: float | None = None) -> None:
         try:
             paths = npy_files(corpus, features_dir, "--features_dir")
         except UserError as error:
@@ -364,6 +367,17 @@ class FrameFeatures:
             lengths.append(len(array))
             digests.append(array_digest(array))
         self.lengths, self.digests = np.array(lengths, dtype=np.int64), np.array(digests, "S16")
+        self.rates = self.lengths / corpus.seconds
+        self.rate = rate or float(f"{np.median(self.rates):.3g}")
+
+    def describe(self) -> str:
+        """Their rate, and whether it is that of each utterance, for the log."""
+        low, high = np.percentile(self.rates, [5, 95])
+        text = f"features: {self.rate:g} frames per second"
+        slack = 0.1 * self.rate + 2 * self.rates / self.lengths  # two frames more or less
+        if np.mean(np.abs(self.rates - self.rate) > slack) > 0.05:
+            text += f", but {low:.3g} to {high:.3g} of most files: do they belong to this audio?"
+        return text
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """(T, D) float32. UserError if a value is not finite (found only here: needs all bytes)."""
@@ -464,10 +478,11 @@ class Batches(torch.utils.data.Dataset):
     def __post_init__(self) -> None:
         if self.augment and self.pack is None:
             raise UserError("--augment works on waveforms, but this encoder reads --features_dir")
-        self.rate = SAMPLE_RATE if self.pack is not None else FRAME_RATE
-        self.longest = int(self.max_seconds * self.rate)
         source = self.features if self.pack is None else self.pack
+        self.rate = SAMPLE_RATE if self.pack is not None else self.features.rate
+        self.longest = max(1, int(self.max_seconds * self.rate))
         self.lengths = np.minimum(source.lengths, self.longest)
+        self.num_cut = int((source.lengths > self.longest + 0.1 * self.rate).sum())
 
     def __getitem__(self, spec: BatchSpec) -> dict | UserError:
         """The batch, or in a loader process a UserError, which the parent raises.
@@ -755,7 +770,8 @@ def load_fold(args: argparse.Namespace) -> Fold:
     digests = {"audio": corpus.audio}
     features = prosody = speaker = None
     if args.features_dir:
-        features = FrameFeatures(corpus, args.features_dir)
+        features = FrameFeatures(corpus, args.features_dir, args.feature_rate)
+        corpus.notes.append(features.describe())
         digests["features"] = features.digests.astype(str).tolist()
     if args.prosody == "egemaps":
         prosody = egemaps(corpus, pack, args.cache_dir)
@@ -774,6 +790,10 @@ def load_fold(args: argparse.Namespace) -> Fold:
         augment=args.augment,
         seed=args.seed,
     )
+    if dataset.num_cut:
+        what = "training takes a random window of them, evaluation the beginning"
+        longer = f"{dataset.num_cut} utterances are longer than --max_seconds {args.max_seconds:g}"
+        corpus.notes.append(f"{longer}: {what}")
     return Fold(
         corpus=corpus,
         splits=make_splits(corpus, args.fold),
@@ -827,6 +847,7 @@ def inspect(args: argparse.Namespace) -> None:
         features = FrameFeatures(corpus, args.features_dir)
         frames = sum(len(features.read(row)) for row in range(len(utterances)))  # finds NaN
         print(f"\nfeatures    {frames} frames, {features.dim} wide, all finite")
+        print(f"            {features.describe()}")
     for fold in [args.fold] if args.fold is not None else range(1, num_folds(corpus) + 1):
         print(f"\nfold {fold}\n{describe_splits(corpus, make_splits(corpus, fold))}")
 
@@ -842,8 +863,9 @@ def print_labels(corpus: Corpus) -> None:
             f"standard deviation {values.std(ddof=0):.2f}"
         )
         if values.nunique() < 2:
-            raise UserError(f"{corpus.name}: {name} is {values[0]:g} everywhere, nothing to learn")
-        counts, _ = np.histogram(values, bins=9, range=(lo - half_bin, hi + half_bin))
+            fault = f"{name} is {values.mean():g} everywhere, nothing to learn"
+            raise UserError(f"{corpus.name}: {fault}")
+        counts, _ = np.histogram(values.dropna(), bins=9, range=(lo - half_bin, hi + half_bin))
         for centre, count in zip(np.linspace(lo, hi, 9), counts):
             bar = "#" * round(30 * count / counts.max())
             print(f"{centre:6.2f} {count:6d} {bar}".rstrip())
@@ -855,7 +877,7 @@ def print_labels(corpus: Corpus) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="inspect a corpus before training")
     add = parser.add_argument
-    add("--data", required=True, help="demo, iemocap, msp_podcast, or a .csv")
+    add("--data", required=True, help="demo, iemocap, msp_podcast, or a .csv or .tsv")
     add("--data_dir", help="root of the corpus, or of the relative paths in a CSV")
     add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
     add("--cache_dir", default="cache", help="directory of caches")

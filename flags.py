@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from corpora import is_table
 from model import ENCODERS
 from step import is_frozen, parse_unfreeze, stages
 from util.distributed import uses_cuda
@@ -98,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     rate = at_least(0, float)
     # fmt: off
     add = p.add_argument_group("data").add_argument
-    add("--data", default="demo", help="demo, iemocap, msp_podcast, or a .csv file")
+    add("--data", default="demo", help="demo, iemocap, msp_podcast, or a .csv or .tsv file")
     add("--data_dir", help="root of iemocap or msp_podcast, or of the audio paths in a CSV")
     add("--fold", type=at_least(1), default=1, help="test session 1..K; dev is the next one")
     add("--label_range", type=float, nargs=2, metavar=("LO", "HI"),
@@ -125,6 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pooling", choices=("mean", "attention"), default="mean",
         help="how frames become one utterance vector")
     add("--features_dir", "--features_224_dir", help="<utt_id>.npy (T, D) for the Transformers")
+    add("--feature_rate", type=at_least(0.01, float),
+        help="frames per second in --features_dir; default: from frames and seconds of audio")
     add("--prosody", choices=("egemaps", "none"), default="egemaps",
         help="88 functionals by opensmile, which is free for research only")
     add("--speaker", default="none",
@@ -263,14 +266,14 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
             old, new = start.get(flag), getattr(args, flag)
             if new != old:
                 raise UserError(f"--{flag} {new}: the model of --init_from has {old}: leave it out")
-        if args.data.endswith(".csv"):
+        if is_table(args.data):
             args.label_range = args.label_range or start["label_range"]
     if args.train_only:
         if given.unfreeze != "none":
             raise UserError(f"--train_only freezes WavLM: remove --unfreeze {given.unfreeze}")
         args.unfreeze = "none"  # a preset may have set it
     args.amp = args.amp or ("fp16" if uses_cuda(args.device) else "off")
-    corpus = Path(args.data).stem if args.data.endswith(".csv") else args.data
+    corpus = Path(args.data).stem if is_table(args.data) else args.data
     args.name = args.name or f"{corpus}-{args.encoder}"
     return args
 
@@ -294,7 +297,7 @@ def check(args: argparse.Namespace) -> None:
         ),
         (not -math.inf < low < high < math.inf, "--label_range LO HI: LO must be below HI"),
         (
-            args.data.endswith(".csv") and not Path(args.data).is_file(),
+            is_table(args.data) and not Path(args.data).is_file(),
             f"--data {args.data}: no such file",
         ),
         (args.resume and args.overwrite, "--resume and --overwrite exclude each other"),
@@ -304,6 +307,7 @@ def check(args: argparse.Namespace) -> None:
             args.features_dir and not reads_features,
             f"--features_dir is not used by --encoder {args.encoder}: remove it",
         ),
+        (args.feature_rate and not args.features_dir, "--feature_rate is that of --features_dir"),
         (
             args.augment and reads_features,
             "--augment works on waveforms, but this encoder reads --features_dir",

@@ -35,7 +35,7 @@ from torch import Tensor
 import data
 import flags
 import step
-from corpora import make_splits, num_folds, read_corpus
+from corpora import Corpus, make_splits, num_folds, read_corpus
 from model import TARGETS, EmotionModel
 from step import Progress
 from util import distributed, runs, tracing
@@ -534,12 +534,17 @@ class Clips:
     source: str
 
 
+def decoded_corpus(args: argparse.Namespace) -> Corpus:
+    """That of --data, with seconds."""
+    label_range = tuple(args.label_range) if args.label_range else None
+    corpus = read_corpus(args.data, args.data_dir, label_range, args.cache_dir)
+    return data.load_audio(corpus, args.cache_dir)[0]
+
+
 def clips(args: argparse.Namespace, from_data: bool) -> Clips:
     """Those of the corpus if --data was given, else as many as in IEMOCAP's fold 1."""
     if from_data:
-        label_range = tuple(args.label_range) if args.label_range else None
-        corpus = read_corpus(args.data, args.data_dir, label_range, args.cache_dir)
-        corpus, _ = data.load_audio(corpus, args.cache_dir)
+        corpus = decoded_corpus(args)
         lengths = np.minimum(corpus.seconds, args.max_seconds)
         splits = make_splits(corpus, args.fold)
         seconds = {name: float(lengths[rows].sum()) for name, rows in splits.items()}
@@ -599,10 +604,10 @@ def hours(planner: Planner, own: argparse.Namespace, unfreezes: list[str]) -> li
 # Command line
 
 
-def shape_of(args: argparse.Namespace) -> data.InputShape:
+def shape_of(args: argparse.Namespace, from_data: bool = False) -> data.InputShape:
     """What the flags lead to without a corpus; widths are read from a file if there is one.
 
-    UserError if --features_dir holds none.
+    UserError if --features_dir holds none. Its rate is that of the corpus if --data was given.
     """
 
     def width_of(directory: str) -> int | None:
@@ -614,9 +619,15 @@ def shape_of(args: argparse.Namespace) -> data.InputShape:
         speaker = width_of(args.speaker) or 512  # an x-vector model
     frames, rate = 0, data.SAMPLE_RATE
     if args.features_dir:
-        frames, rate = width_of(args.features_dir), data.FRAME_RATE
+        frames, rate = width_of(args.features_dir), args.feature_rate
         if frames is None:
             raise UserError(f"--features_dir {args.features_dir}: no <utt_id>.npy there")
+        if not rate and from_data:
+            rate = data.FrameFeatures(decoded_corpus(args), args.features_dir).rate
+        elif not rate:
+            rate = data.FRAME_RATE
+            fix = "give --feature_rate, or --data"
+            print(f"feature files of {rate} frames per second are assumed: {fix}", file=sys.stderr)
     return data.InputShape(speaker, frames, max(1, int(args.max_seconds * rate)), rate)
 
 
@@ -732,7 +743,7 @@ def run(args: argparse.Namespace, own: argparse.Namespace) -> None:
             f"{found.single_tflops:.3f} in single: {Path(args.cache_dir) / 'machine.json'}"
         )
         return
-    shape = shape_of(args)
+    shape = shape_of(args, own.from_data)
     if args.batch_size == "auto":
         best = largest_batch(args, shape, own.world_size)
         flags.split_batch(args, best.batch_size, own.world_size)

@@ -45,6 +45,7 @@ class ModelConfig:
     pooling: str = "mean"  # mean | attention
     attention: str = "fused"  # WavLM's attention: fused | sdpa | eager
     frame_dim: int = 0  # width of the feature files, for the feature Transformers
+    frame_rate: float = 0.0  # frames per second of those that it was trained on
     speaker_dim: int = 0  # width of the speaker embedding; 0 = FiLM on a learned vector
     prosody_dim: int = 88  # eGeMAPS functionals; 0 = no prosody
     film: bool = True

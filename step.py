@@ -131,6 +131,7 @@ def build_model(
     settings["film"] = not args.no_film
     settings["speaker_dim"] = 0 if args.no_film else shape.speaker_dim
     settings["frame_dim"] = shape.frame_dim
+    settings["frame_rate"] = float(shape.rate) if shape.frame_dim else 0.0
     wavlm = None
     if args.encoder == "wavlm":
         source = (args.wavlm, args.wavlm_revision, args.wavlm_dropout)
