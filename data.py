@@ -50,7 +50,15 @@ from corpora import (
     write_skipped,
 )
 from model import TARGETS
-from util.audio import MIN_SAMPLES, SAMPLE_RATE, VERSION, decode, decoded_bytes
+from util.audio import (
+    MIN_SAMPLES,
+    NO_DECODER,
+    SAMPLE_RATE,
+    VERSION,
+    decode,
+    decoded_bytes,
+    foreign_decoder,
+)
 from util.files import (
     UserError,
     array_digest,
@@ -180,8 +188,11 @@ def load_audio(
         decoding = {"bad": bad, "changes": changes, "digests": digests}
         (aside / "decoding.json").write_text(json.dumps(decoding))
 
-    build_cache(directory, fill)
-    decoding = json.loads((directory / "decoding.json").read_text())
+    decoding = json.loads((build_cache(directory, fill) / "decoding.json").read_text())
+    lacking = any(reason.startswith(NO_DECODER) for reason in decoding["bad"].values())
+    if lacking and foreign_decoder():  # it was installed after that cache was built
+        directory = Path(cache_dir) / f"audio-{digest(versions, files, foreign_decoder())}"
+        decoding = json.loads((build_cache(directory, fill) / "decoding.json").read_text())
     bad = {int(row): reason for row, reason in decoding["bad"].items()}
     good = [row for row in range(len(utterances)) if row not in bad]
     pack = PackedRows(directory).part(good)

@@ -172,6 +172,7 @@ SUBTYPES = ("PCM_U8", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ALAW", "ULAW", "IM
 CONTAINERS = ("w64", "rf64", "aiff", "au")  # which say how long they are
 RATES = (4_000, 8_000, 11_025, 44_100, 96_000, 192_000)
 
+VIDEO = ("cannot be decoded (ffmpeg", "needs the program ffmpeg")  # with ffmpeg, and without
 AUDIO = [
     # valid, if rare: read as they are
     *((x, sound(subtype=x), KEPT, "") for x in SUBTYPES),
@@ -225,7 +226,7 @@ AUDIO = [
     ("zero bytes", raw(bytes(32_000)), SKIPPED, "cannot be decoded"),
     ("random bytes", raw(random.Random(0).randbytes(32_000)), SKIPPED, "cannot be decoded"),
     ("fLaC and zeros", raw(b"fLaC" + bytes(1000), "x.flac"), SKIPPED, "cannot be decoded"),
-    ("a video", raw(b"\0\0\0\x20ftypisom" + bytes(5000), "x.mp4"), SKIPPED, "cannot be decoded"),
+    ("a damaged video", raw(b"\0\0\0\x20ftypisom" + bytes(5000), "x.mp4"), SKIPPED, VIDEO),
     ("headerless", raw(bytes(32_000), "x.raw"), SKIPPED, "cannot be decoded"),
     ("all zero", sound(samples=np.zeros(16_000)), SKIPPED, "no sound"),
     ("a constant", sound(samples=np.full(16_000, 0.5)), SKIPPED, "no sound"),

@@ -7,7 +7,10 @@ Not here: what a run writes (runs.py).
 
 import contextlib
 import fcntl
+import functools
 import hashlib
+import importlib
+import importlib.metadata
 import io
 import json
 import os
@@ -16,6 +19,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
@@ -28,6 +32,28 @@ class UserError(ValueError):
 
     Scripts print it in one line and exit with code 2.
     """
+
+
+def optional_module(name: str, package: str, needed_by: str, otherwise: str = "") -> ModuleType:
+    """A module of a package that not every command needs. UserError if it is absent, or broken."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # built for another torch, numpy or CUDA, it raises anything
+        version, fault = version_of(package, name), "is not installed"
+        if version:
+            text = str(error).partition("\n")[0][:160]
+            fault = f"does not work ({package} {version}: {type(error).__name__}: {text})"
+        fix = f"pip install --upgrade {package}{otherwise}"
+        raise UserError(f"{needed_by} needs {package}, which {fault}: {fix}") from None
+
+
+@functools.cache
+def version_of(package: str, module: str) -> str:
+    """Version of the installed package, or of another one that brings the module; "" of none."""
+    names = importlib.metadata.packages_distributions().get(module.partition(".")[0], [package])
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(names[0])
+    return ""
 
 
 @contextlib.contextmanager
