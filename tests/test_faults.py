@@ -180,7 +180,7 @@ def test_no_damage_to_a_checkpoint_is_silent(flags, tmp_path, capsys, count):
     kinds = damages(0, count)
     for i, (kind, harm) in enumerate(kinds.items()):
         to_the_end = i == 0 or count > 1  # the others begin from the same older checkpoint
-        until = "done in" if to_the_end else "continuing from"
+        until = "done in" if to_the_end else "^vatune"
         victim, code, said = resumed(("last.pt", harm), until=until)
         assert code == (0 if to_the_end else 75), (kind, said.err)
         assert "last.pt" in said.out and "continuing from" in said.out, kind
