@@ -146,16 +146,11 @@ def build_model(
 
 def set_checkpointing(model: EmotionModel, on: bool) -> None:
     """Sets --gradient_checkpointing; UserError if the encoder has none."""
-    if can_checkpoint(model):
-        encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
+    encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
+    if hasattr(encoder, "gradient_checkpointing"):
         encoder.gradient_checkpointing = on
     elif on:
         raise UserError(f"--encoder {model.config.encoder} has no --gradient_checkpointing")
-
-
-def can_checkpoint(model: EmotionModel) -> bool:
-    encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
-    return hasattr(encoder, "gradient_checkpointing")
 
 
 def compile_layers(model: EmotionModel) -> None:
@@ -181,26 +176,25 @@ def param_groups(model: EmotionModel, args: argparse.Namespace) -> list[dict]:
     WavLM trains at encoder_lr, the rest at lr; weight decay is on tensors of two dimensions or
     more. AdamW leaves alone what has no gradient, so the groups serve all stages.
     """
+    scale = args.global_batch_size / args.lr_reference_batch if args.lr_reference_batch else 1.0
+    rates = {"wavlm": args.encoder_lr * scale, "rest": args.lr * scale}
+    decays = {"decayed": args.weight_decay, "not decayed": 0.0}
+    groups = {
+        (part, kind): {
+            "name": f"{part}, {kind}", "params": [], "peak_lr": lr, "lr": lr, "weight_decay": decay
+        }
+        for part, lr in rates.items()
+        for kind, decay in decays.items()
+    }  # fmt: skip
     ever_trained = {}
     for stage in stages(args.unfreeze):
         set_trainable(model, stage, args.train_only)
         ever_trained |= {name: p for name, p in model.named_parameters() if p.requires_grad}
-    scale = args.global_batch_size / args.lr_reference_batch if args.lr_reference_batch else 1.0
-    rates = {"wavlm": args.encoder_lr * scale, "rest": args.lr * scale}
-    groups: dict[tuple[str, bool], dict] = {}
     for name, parameter in ever_trained.items():
         part = "wavlm" if name.startswith("encoder.wavlm.") else "rest"
-        decayed = parameter.ndim >= 2
-        if (part, decayed) not in groups:
-            groups[part, decayed] = {
-                "name": f"{part}, {'decayed' if decayed else 'not decayed'}",
-                "params": [],
-                "peak_lr": rates[part],
-                "lr": rates[part],
-                "weight_decay": args.weight_decay if decayed else 0.0,
-            }
-        groups[part, decayed]["params"].append(parameter)
-    return list(groups.values())
+        kind = "decayed" if parameter.ndim >= 2 else "not decayed"
+        groups[part, kind]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
 def build_optimizer(model: EmotionModel, args: argparse.Namespace) -> torch.optim.AdamW:

@@ -322,7 +322,8 @@ def begin(run: Run, last: dict | None) -> None:
         content = {"model": runs.wavlm_weights(run.model), "args": run.given}
         run.files.save("frozen.pt", content)
     run.files.start(records, run.progress.step)
-    run.files.write_json("args.json", vars(run.args))
+    label_range = list(run.fold.corpus.label_range)
+    run.files.write_json("args.json", vars(run.args) | {"label_range": label_range})
     run.files.write_splits(run.fold.corpus, run.fold.splits)
     run.files.write_status(run.progress.step)
 

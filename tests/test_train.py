@@ -7,11 +7,10 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -22,12 +21,12 @@ from torch.nn.modules.module import register_module_forward_hook
 import data
 import step
 from data import BatchSpec
+from model import EmotionModel
 from train import cli, main, parse_args
 from util.files import UserError
 from util.runs import load_weights, read_checkpoint, run_dir, save_checkpoint
-from wavlm import load_wavlm, save_wavlm
+from wavlm import WavLM, load_wavlm, save_wavlm
 
-ROOT = Path(__file__).parent.parent
 NO_DROPOUT = ("--dropout", "0", "--wavlm_dropout", "0")
 CPU = torch.device("cpu")
 
@@ -711,37 +710,18 @@ def test_overwrite_spares_a_directory_that_is_no_run(flags, capsys):
     assert (directory / "thesis.tex").exists()
 
 
-@pytest.mark.parametrize(
-    ("file", "name", "error"),
-    [
-        ("model.py", "EmotionModel", "ValueError"),
-        ("wavlm.py", "WavLM", "KeyError"),
-        ("data.py", "Batches", "ValueError"),
-    ],
-)
+@pytest.mark.parametrize("broken", [EmotionModel, WavLM, data.Batches])
 def test_an_error_in_code_that_a_researcher_changed_keeps_its_traceback(
-    flags, tmp_path, file, name, error
+    flags, broken, monkeypatch, capsys
 ):
-    """In a copy of the source, whose class fails as it is made."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for path in [*ROOT.glob("*.py"), ROOT / "util", ROOT / "corpora"]:
-        if path.is_dir():
-            shutil.copytree(path, source / path.name)
-        elif path.exists():
-            shutil.copy(path, source)
-    with open(source / file, "a") as changed:
-        changed.write(
-            f"\n\nclass {name}({name}):\n    def __init__(self, *args, **named):\n"
-            f"        raise {error}('beta')\n"
-        )
-    done = subprocess.run(
-        [sys.executable, source / "train.py", *flags], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr and f"{source / file}" in done.stderr, done.stderr
-    assert f"raise {error}('beta')" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"train.py: error: {error}: ")
+    def __init__(self, *args, **named):
+        raise KeyError("beta")
+
+    monkeypatch.setattr(broken, "__init__", __init__)
+    assert cli(flags) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error and 'raise KeyError("beta")' in error
+    assert error.splitlines()[-1] == "train.py: error: KeyError: 'beta'"
 
 
 # --- contract 8: nothing is stale, and normalisers see the train split alone
@@ -752,6 +732,8 @@ def test_other_audio_is_another_cache_and_only_train_audio_moves_a_normaliser(
 ):
     folder = tmp_path / "corpus"
     shutil.copytree(corpus.parent, folder, ignore=shutil.ignore_patterns("cache"))
+    table = pd.read_csv(corpus)  # 24 of 72 clips: their eGeMAPS take no processes
+    table[table["dialog"].str.endswith(("-0", "-1"))].to_csv(folder / "corpus.csv", index=False)
     more = ["--data", str(folder / "corpus.csv"), "--cache_dir", str(tmp_path / "c")]
     more += ["--unfreeze", "none", "--prosody", "egemaps", "--max_steps", "1", "--overwrite"]
     args, fitted, rows = parse_args([*flags, *more]), [], []

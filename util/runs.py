@@ -65,7 +65,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
         file.write(sha256(file, file.tell()))
 
 
-def read_checkpoint(path: Path) -> dict:
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     """What train.py saved, unpickled (tensors and plain values) after its hash was verified.
 
     UserError names a file that is missing, damaged or not of train.py.
@@ -77,7 +77,7 @@ def read_checkpoint(path: Path) -> dict:
                 fault = f"{path}: damaged, or not a best.pt, last.pt or frozen.pt of train.py"
                 raise UserError(fault)
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location=device, weights_only=True)
     except UserError:
         raise
     except OSError as error:
@@ -124,6 +124,20 @@ def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
     model = EmotionModel(ModelConfig(**config))  # an error of code that was changed passes
     model.load_state_dict(weights)
     return model.eval(), checkpoint
+
+
+def read_flags(path: str | Path, flag: str) -> dict:
+    """The flags of the run behind what load_model takes, with the range of its labels.
+
+    Its weights are not read. UserError names `flag` and the path.
+    """
+    path = Path(path)
+    directory = path if path.is_dir() else path.parent
+    config = read_json(directory / "config.json")  # of an export
+    found = read_json(directory / "args.json") or config.get("args")
+    if not isinstance(found, dict):
+        raise UserError(f"{flag} {path}: no args.json there (give a run directory, NAME/foldK)")
+    return found | {"label_range": found.get("label_range") or config.get("label_range")}
 
 
 def load_last(directory: Path, writes: bool) -> dict | None:
