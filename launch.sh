@@ -21,7 +21,7 @@
 
 set -euo pipefail
 
-say() { printf '%(%H:%M:%S)T %s\n' -1 "$*"; }
+say() { printf '%(%H:%M:%S)T %s\n' -1 "$*" || true; } 2>/dev/null
 refuse() { printf 'launch.sh: error: %s\n' "$*" >&2; exit 2; }
 distinct() { [[ -z $(printf '%s\n' "$@" | sort | uniq -d) ]]; }
 since() { [[ $(date -r "$2" +%s 2>/dev/null || echo 0) -ge $1 ]]; } # TIME FILE: written since then?
@@ -88,6 +88,7 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 trap 'exit 75' USR1
+trap '' PIPE # `./launch.sh ... | head`: the folds go on
 
 # flags.py checks the flags and gives device and directory, on descriptor 3: it may print on stdout
 ask='import signal, sys

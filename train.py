@@ -46,7 +46,7 @@ from step import Progress
 from util import distributed, runs
 from util import log as logs
 from util.distributed import Ranks, Stopped
-from util.files import UserError
+from util.files import UserError, open_standard_streams, say_error
 from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
@@ -458,6 +458,7 @@ def cli(argv: list[str] | None = None) -> int:
     Every rank prints its own reason, if it has one. Mistakes of the user and faults of the machine
     are one or two lines; everything else keeps its traceback.
     """
+    open_standard_streams()
     args = parse_args(argv)
     rank, code, reason = os.environ.get("RANK", "0"), 1, "done"
     try:
@@ -475,13 +476,13 @@ def cli(argv: list[str] | None = None) -> int:
             code = distributed.RETRY_EXIT_CODE
         elif not reason:
             reason = f"{type(error).__name__}: {error}"
-            traceback.print_exc()
+            say_error(traceback.format_exc())
         distributed.kill_workers()  # freeing `error` frees the loader, which waits for its workers
     if code == distributed.RETRY_EXIT_CODE:
         reason = "stopped by a signal: continue with --resume"
     elif code:
         where = "" if rank == "0" else f"rank {rank}: "
-        print(f"train.py: error: {where}{reason}", file=sys.stderr)
+        say_error(f"train.py: error: {where}{reason}")
     runs.end_status(runs.run_dir(args), code, reason)
     distributed.kill_workers()
     return code

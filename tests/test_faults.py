@@ -180,7 +180,7 @@ def test_no_damage_to_a_checkpoint_is_silent(flags, tmp_path, capsys, count):
     kinds = damages(0, count)
     for i, (kind, harm) in enumerate(kinds.items()):
         to_the_end = i == 0 or count > 1  # the others begin from the same older checkpoint
-        until = "done in" if to_the_end else "continuing from"
+        until = "done in" if to_the_end else "^vatune"
         victim, code, said = resumed(("last.pt", harm), until=until)
         assert code == (0 if to_the_end else 75), (kind, said.err)
         assert "last.pt" in said.out and "continuing from" in said.out, kind
@@ -248,12 +248,39 @@ def test_a_full_disk_spares_what_is_there_and_the_run_goes_on_after(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"/{file}: File too large: free disk space" in said, said
+    assert said.count("\n") == 1 and f"/{file}: File too large: raise the limit" in said, said
     exists = (victim.directory / "last.pt").exists()
     assert (progress_of(victim)["step"] if exists else 0) == saved
     assert cli([*victim.flags, "--resume"]) == 0
     assert_same_outcome(whole, victim)
     assert not list(victim.directory.glob(".*"))
+
+
+def lose_streams(kind, *numbers):
+    """What the shell does for `| head`, `> /dev/full` and `>&-`."""
+    for number in numbers:
+        if kind == "closed":
+            setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+            os.close(number)
+        elif kind == "full":
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+        else:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, number)
+
+
+@pytest.mark.parametrize("kind", ["closed", "full", "without a reader"])
+def test_a_run_goes_on_when_its_output_is_closed_or_full_and_an_error_keeps_its_code(
+    flags, tmp_path, kind
+):
+    victim = Run([*flags, "--epochs", "1"], tmp_path)
+    assert run_ranks(victim.flags, victim.log, 1, (lose_streams, kind, 1)) == [0]
+    log = (victim.directory / "train.log").read_text()
+    assert "done in" in log and (victim.directory / "result.json").exists()
+    assert ("stdout cannot be written" in log) == (kind != "closed")
+    assert run_ranks(victim.flags, victim.log, 1, (lose_streams, kind, 0, 1, 2)) == [2]
+    assert victim.console() == ""
 
 
 # --- signals

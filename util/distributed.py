@@ -18,8 +18,10 @@ import platform
 import re
 import resource
 import select
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -41,8 +43,13 @@ log = logging.getLogger("vatune")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 RETRY_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal, resume me
 START_SECONDS = 1800  # time-out up to the first step: compiling, cold disks [guess]
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-DISK_BROKEN = {errno.EIO, errno.EROFS, errno.EACCES}
+SHARED_MEMORY = Path("/dev/shm")
+DISK_REMEDIES = {
+    errno.ENOSPC: "free disk space on {}",
+    errno.EDQUOT: "free disk space, your quota on {} is used up",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    **dict.fromkeys((errno.EIO, errno.EROFS, errno.EACCES), "make it writable"),
+}
 GIB = 2**30
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts
@@ -476,9 +483,9 @@ def machine_fault(error: Exception, directory: Path, timeout: float) -> str:
         return text
     if is_out_of_memory(error):
         return f"out of memory: {first_line}"
-    if isinstance(error, OSError) and error.errno in DISK_FULL | DISK_BROKEN:
-        where = error.filename or directory
-        remedy = "free disk space" if error.errno in DISK_FULL else "make it writable"
+    if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
+        where = Path(error.filename or fullest_disk(directory))
+        remedy = DISK_REMEDIES[error.errno].format(disk_of(where))
         return f"{where}: {error.strerror}: {remedy}, then rerun with --resume"
     if text.startswith("DataLoader"):
         return f"{first_line.strip(' .')}{faulty_children()}: rerun with --resume"
@@ -488,6 +495,20 @@ def machine_fault(error: Exception, directory: Path, timeout: float) -> str:
             f"message, then rerun with --resume ({first_line[:120]})"
         )
     return ""
+
+
+def disk_of(path: Path) -> str:
+    """Where its disk is mounted, with the space that is left there."""
+    place = path.absolute()
+    while not os.path.ismount(place):  # a path that does not exist is none
+        place = place.parent
+    return f"{place} ({shutil.disk_usage(place).free / 2**20:.0f} MiB free)"
+
+
+def fullest_disk(directory: Path) -> Path:
+    """Which of the disks that a run in `directory` writes to has least space left."""
+    places = [directory, Path(tempfile.gettempdir()), SHARED_MEMORY]
+    return min(filter(Path.exists, places), key=lambda place: shutil.disk_usage(place).free)
 
 
 def faulty_children() -> str:

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 import torch
@@ -73,9 +73,30 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
         os.replace(aside, path)
         sync(path.parent)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        other = error.filename not in (None, str(aside))  # of a file that was read meanwhile
+        raise OSError(error.errno, error.strerror, error.filename if other else str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
+
+
+def open_standard_streams() -> None:
+    """Lets closed ones (`>&-`) lead nowhere; a file opened later would take their place."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def silence(stream: TextIO) -> None:
+    """Lets a stream that is full, or whose reader has gone, lead nowhere; what waits in it, too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say_error(text: str) -> None:
+    """A line on stderr, if that can be written."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
 
 
 def run_script(name: str, command: Callable[[], int | None]) -> int:
@@ -83,14 +104,15 @@ def run_script(name: str, command: Callable[[], int | None]) -> int:
 
     141, as the shell says it, if the reader of its output has gone: `python data.py ... | head`.
     """
+    open_standard_streams()
     try:
         code = command()
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        silence(sys.stdout)
         return 141
     except (UserError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        say_error(f"{name}: error: {error}")
         return 2
     return code or 0
 

@@ -22,6 +22,7 @@ from corpora import Corpus, describe_splits, skipped_by_kind
 from data import Fold, TrainPlan
 from model import TARGETS
 from util import distributed
+from util.files import silence
 from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
@@ -198,8 +199,12 @@ def start_logging(path: Path | None, console: bool) -> None:
 
     class Console(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(self.format(record), file=sys.stdout)
+                sys.stdout.flush()
+            except OSError as error:
+                silence(sys.stdout)
+                log.warning(f"stdout cannot be written ({error.strerror}): the run goes on")
 
     logging.raiseExceptions = False  # a full disk is reported once, by the failed save
     log.handlers.clear()
