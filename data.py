@@ -465,7 +465,7 @@ class BatchSpec:
 
     chunks: tuple[tuple[int, ...], ...]  # rows of the corpus
     epoch: int = -1  # -1 = evaluation: no augmentation, no random window
-    step_size: int = 0  # utterances in the global batch that this one is a part of
+    step_size: tuple[int, ...] = (0,)  # labels per target in the global batch that this is part of
 
 
 @dataclass(eq=False)
@@ -632,6 +632,7 @@ class TrainPlan:
     rank: int
     world_size: int
     seed: int
+    labelled: np.ndarray  # (N, 2) True = this label is known
 
     def __post_init__(self) -> None:
         if self.batch_size % self.context:
@@ -688,7 +689,8 @@ class TrainPlan:
         steps = steps[rng.permutation(self.steps_per_epoch)]
         for step in steps[self.first_step :]:
             step = step[np.argsort(longest[step], kind="stable")]
-            step_size = sum(len(chunks[i]) for i in step)
+            rows = [row for i in step for row in chunks[i]]
+            step_size = tuple(self.labelled[rows].sum(0).tolist())
             micro_batches = step.reshape(self.micro_batches, -1)
             for micro_batch in micro_batches[self.rank :: self.world_size]:
                 yield BatchSpec(tuple(chunks[i] for i in micro_batch), self.epoch, step_size)
@@ -764,6 +766,7 @@ class Fold:
             rank=rank,
             world_size=world_size,
             seed=args.seed,
+            labelled=~np.isnan(self.dataset.labels),
         )
 
     def speakers(self, split: str) -> list[str]:

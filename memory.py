@@ -221,7 +221,7 @@ class Planner:
                 encode(self.model, args, self.shape)
                 return
             scaler = torch.amp.GradScaler("cpu", enabled=False)
-            batches = [batch | {"step_size": args.batch_size}]
+            batches = [batch | {"step_size": (args.batch_size,)}]
             with distributed.without_ranks():
                 step.train_step(self.model, batches, optimizer, scaler, args, Progress())
 
@@ -341,7 +341,7 @@ def random_step(
         batches = []
         for _ in range(args.gradient_accumulation_steps):
             batch = make_batch(model, args, shape, args.batch_size, cached)
-            batches.append(batch | {"step_size": args.global_batch_size})
+            batches.append(batch | {"step_size": (args.global_batch_size,)})
         step.train_step(model, batches, optimizer, scaler, args, Progress())
 
     distributed.guard_memory(update, model, step.zero_sums(device))

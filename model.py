@@ -605,6 +605,7 @@ class EmotionModel(nn.Module):
             previous = state["preds"]
             if labels is not None and t > 0 and teacher_forcing > 0:
                 forced = torch.rand(len(turns), 1, device=turns.device) < teacher_forcing
+                forced = forced & ~labels[:, t - 1].isnan()  # a missing label replaces nothing
                 previous = torch.where(forced, labels[:, t - 1], previous)
             turn = torch.cat((turns[:, t], previous.to(turns.dtype)), dim=1).unsqueeze(1)
             pred, state = self._track(turn, state)
@@ -677,39 +678,46 @@ def track_dialogues(model: EmotionModel, turns: Tensor, dialogs: Sequence[Hashab
 
 # ---------------------------------------------------------------------------------------------
 # Loss and metrics. CCC is a function of six sums over utterances, so the sums of any split of a
-# batch give it exactly; an average of CCCs does not.
+# batch give it exactly; an average of CCCs does not. A label that is missing (NaN) of one target
+# takes its utterance out of the sums of that target alone.
 
 
 def moment_sums(preds: Tensor, labels: Tensor) -> Tensor:
-    """(6, 2) in float64, per target: n, sum p, sum y, sum p^2, sum y^2, sum p y."""
-    p, y = preds.double(), labels.double()
-    return torch.stack((torch.ones_like(p), p, y, p * p, y * y, p * y)).sum(1)
+    """(6, 2) in float64, per target over its labels: n, sum p, sum y, sum p^2, sum y^2, sum p y."""
+    known = ~labels.isnan()
+    p, y = torch.where(known, preds.double(), 0), torch.where(known, labels.double(), 0)
+    return torch.stack((known.double(), p, y, p * p, y * y, p * y)).sum(1)
 
 
 def moments(sums: Tensor) -> tuple[Tensor, ...]:
     """Means, 1/n variances and covariance (mp, my, vp, vy, cov), each (2,), of moment_sums."""
     n, p, y, pp, yy, py = sums
+    n = n.clamp(min=1)
     mp, my = p / n, y / n
     return mp, my, pp / n - mp * mp, yy / n - my * my, py / n - mp * my
 
 
 def concordance(sums: Tensor) -> Tensor:
-    """CCC per target (2,); 0 if predictions or labels are constant (Lin 1989)."""
+    """CCC per target (2,); 0 if predictions or labels are constant or none (Lin 1989)."""
     mp, my, vp, vy, cov = moments(sums)
     return 2 * cov / (vp + vy + (mp - my) ** 2 + 1e-8)
+
+
+def target_weights(valence_weight: float) -> dict[str, float]:
+    """Weight of each target in the loss: the targets other than valence share the rest."""
+    rest = (1 - valence_weight) / (len(TARGETS) - 1)
+    return {target: valence_weight if target == "valence" else rest for target in TARGETS}
 
 
 def loss_from_sums(sums: Tensor, loss: str, valence_weight: float, mse_weight: float) -> Tensor:
     """Loss of a batch from its moment sums.
 
-    ccc: 1 - weighted mean CCC + mse_weight * weighted MSE; mse: weighted MSE. Valence has
-    valence_weight, the other targets share the rest. Finite even for one utterance or constant
-    predictions.
+    ccc: 1 - weighted mean CCC + mse_weight * weighted MSE; mse: weighted MSE. Finite even for one
+    utterance, constant predictions or a target without a label.
     """
     n, _, _, pp, yy, py = sums
-    rest = (1 - valence_weight) / (len(TARGETS) - 1)
-    weights = [valence_weight if target == "valence" else rest for target in TARGETS]
-    mse = sum(w * value for w, value in zip(weights, (pp - 2 * py + yy) / n))
+    weights = target_weights(valence_weight).values()
+    mse = sum(w * value for w, value in zip(weights, (pp - 2 * py + yy) / n.clamp(min=1)))
     if loss == "mse":
         return mse
     ccc = sum(w * value for w, value in zip(weights, concordance(sums)))
@@ -720,17 +728,19 @@ def metrics(preds: Tensor, labels: Tensor, scale: float = 1.0) -> dict[str, floa
     """CCC, PCC and RMSE per target and the mean CCC of preds and labels (n, 2), in float64.
 
     RMSE is multiplied by `scale` (the width of the label range gives the units of the labels).
-    PCC of a constant is reported as 0. ValueError for an empty set.
+    PCC of a constant is reported as 0. A target without a label has NaN, and no part in the mean.
+    ValueError for an empty set.
     """
     if len(preds) == 0:
         raise ValueError("no utterance to compute a metric from")
     sums = moment_sums(preds.cpu(), labels.cpu())
     _, _, vp, vy, cov = moments(sums)
     n, _, _, pp, yy, py = sums
-    ccc = concordance(sums)
-    pcc = cov / (vp * vy).clamp(min=0).sqrt()
+    ccc = torch.where(n > 0, concordance(sums), torch.nan)
+    pcc = (cov / (vp * vy).clamp(min=0).sqrt()).nan_to_num(0, 0, 0)
+    pcc = torch.where(n > 0, pcc, torch.nan)
     rmse = scale * ((pp - 2 * py + yy) / n).clamp(min=0).sqrt()
     result = {}
-    for name, values in (("ccc", ccc), ("pcc", pcc.nan_to_num(0, 0, 0)), ("rmse", rmse)):
+    for name, values in (("ccc", ccc), ("pcc", pcc), ("rmse", rmse)):
         result |= {f"{name}_{target}": float(v) for target, v in zip(TARGETS, values)}
-    return result | {"ccc_mean": float(ccc.mean())}
+    return result | {"ccc_mean": float(ccc.nanmean())}

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import math
 import re
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
@@ -30,6 +31,7 @@ from model import (
     ModelConfig,
     loss_from_sums,
     moment_sums,
+    target_weights,
     track_dialogues,
 )
 from util import distributed
@@ -220,7 +222,7 @@ class Progress:
 
     step: int = 0  # optimizer updates done
     epoch: int = 0  # epochs done, with their evaluation
-    best_ccc: float = -math.inf  # mean dev CCC of best_epoch
+    best_ccc: float = -math.inf  # selection_score of best_epoch
     best_epoch: int = 0  # from 1
     bad_evals: int = 0  # evaluations since best_epoch
     plateau_evals: int = 0  # evaluations without a better CCC since lr_factor fell
@@ -229,7 +231,10 @@ class Progress:
     stopped: str = ""  # why the run ended before its last epoch
 
     def update(self, ccc: float, patience: int, scheduler: str) -> bool:
-        """Counts an evaluation for --patience and --scheduler plateau; True if it is the best."""
+        """Counts an evaluation for --patience and --scheduler plateau; True if it is the best.
+
+        `ccc`: the selection_score of dev.
+        """
         better = ccc > self.best_ccc
         if better:
             self.best_ccc, self.best_epoch = ccc, self.epoch
@@ -242,6 +247,22 @@ class Progress:
         if patience and self.bad_evals >= patience:
             self.stopped = "patience"
         return better
+
+
+def selection_score(scores: dict[str, float], valence_weight: float) -> float:
+    """The mean CCC of the targets that train, among the metrics of a split.
+
+    UserError if the split has a label of none of them.
+    """
+    trained = [target for target, weight in target_weights(valence_weight).items() if weight]
+    cccs = [scores[f"ccc_{target}"] for target in trained]
+    cccs = [ccc for ccc in cccs if not math.isnan(ccc)]
+    if not cccs:
+        raise UserError(
+            f"--valence_weight {valence_weight:g}: {' and '.join(trained)} alone trains, but dev "
+            "has no label of it, so no epoch is the best: give another weight or other labels"
+        )
+    return statistics.fmean(cccs)
 
 
 @dataclass
@@ -290,7 +311,7 @@ def train_step(
     The loss is computed from moment sums over the global batch; in each micro-step only its own
     share of them carries a gradient. With several micro-batches, a first forward of all of them
     under the same random numbers gives the sums; one micro-batch finds them in its only forward,
-    and MSE needs no more than the number of utterances.
+    and MSE needs no more than the number of labels.
     """
     device = next(ddp_model.parameters()).device
     batches = [to_device(batch, device) for batch in batches]
@@ -312,7 +333,7 @@ def train_step(
                 total += forward(micro_step)
         distributed.sum_over_ranks(total)
     elif args.loss == "mse":
-        total[0] = batches[0]["step_size"]
+        total[0] = torch.tensor(batches[0]["step_size"])
 
     seen = zero_sums(device)
     for micro_step in range(len(batches)):

@@ -188,7 +188,8 @@ def check_overlap(corpus: Corpus, splits: dict[str, np.ndarray], where: str) -> 
 
 
 def describe_splits(corpus: Corpus, splits: dict[str, np.ndarray]) -> str:
-    """One table: split, utterances, hours (known after load_audio), genders, sessions, speakers."""
+    """One table: split, utterances, hours (known after load_audio), genders, sessions, speakers;
+    then the label_notes."""
     table = []
     for split, rows in splits.items():
         chosen = [corpus.utterances[row] for row in rows]
@@ -202,7 +203,24 @@ def describe_splits(corpus: Corpus, splits: dict[str, np.ndarray]) -> str:
             "speakers": shorten({u.speaker for u in chosen}),
         }
         table.append(line)
-    return pd.DataFrame(table).to_string(index=False)
+    notes = [f"note: {note}" for note in label_notes(corpus, splits)]
+    return "\n".join([pd.DataFrame(table).to_string(index=False), *notes])
+
+
+def label_notes(corpus: Corpus, splits: dict[str, np.ndarray]) -> list[str]:
+    """For each split and target, what is wrong if its labels are none, one, or all the same."""
+    notes = []
+    for split, rows in splits.items():
+        for target in LABELS:
+            labels = pd.Series([getattr(corpus.utterances[row], target) for row in rows]).dropna()
+            if labels.nunique() > 1:
+                continue
+            found = f"all {len(labels)} labels of {target} are {labels.max():g}"
+            if len(labels) < 2:
+                found = f"{len(labels) or 'no'} label of {target}"
+            effect = "there is nothing to learn" if split == "train" else "its CCC says nothing"
+            notes.append(f"{split}: {found}: {effect}")
+    return notes
 
 
 def shorten(names: set[str], limit: int = 10) -> str:

@@ -579,7 +579,8 @@ def iemocap_like():
 
 
 def plan(world, batch_size=8, accumulation=1, context=1, rank=0, world_size=1, seed=0):
-    return TrainPlan(*world, batch_size, accumulation, context, rank, world_size, seed)
+    labelled = np.ones((len(world[0]), 2), bool)
+    return TrainPlan(*world, batch_size, accumulation, context, rank, world_size, seed, labelled)
 
 
 def rows_of(spec):
