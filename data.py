@@ -28,8 +28,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import pandas as pd
 import soundfile
 import soxr
 import torch
@@ -129,8 +131,8 @@ class PackedRows:
 
 def announce_cache(directory: Path, num_bytes: int, what: str, fix: str = "") -> None:
     """Logs the size of a cache before it is filled. UserError if it does not fit the disk."""
-    other = "free disk space there, or set another --cache_dir"
-    check_disk_space(directory.parent, num_bytes, what, f"{other}{fix}")
+    fix = f"free disk space there, or set another --cache_dir{fix}"
+    check_disk_space(directory.parent, num_bytes, what, fix)
     log.info(f"{what}: writing {gib(num_bytes)} to {directory}")
 
 
@@ -428,6 +430,7 @@ class BatchSpec:
     step_size: int = 0  # utterances in the global batch that this one is a part of
 
 
+@dataclass(eq=False)
 class Batches(torch.utils.data.Dataset):
     """dataset[BatchSpec] -> batch, so that a DataLoader with batch_size=None takes a plan.
 
@@ -435,26 +438,23 @@ class Batches(torch.utils.data.Dataset):
     many of them are a second. Every draw is a function of (seed, epoch, row).
     """
 
-    def __init__(
-        self,
-        labels: np.ndarray,
-        pack: PackedRows | None,
-        features: FrameFeatures | None,
-        prosody: np.ndarray | None,
-        speaker: np.ndarray | None,
-        max_seconds: float,
-        augment: bool,
-        seed: int,
-    ) -> None:
-        if augment and pack is None:
+    labels: np.ndarray
+    pack: PackedRows | None
+    features: FrameFeatures | None
+    prosody: np.ndarray | None
+    speaker: np.ndarray | None
+    max_seconds: float
+    augment: bool
+    seed: int
+    hidden: PackedRows | None = None  # takes the place of audio while it is set
+
+    def __post_init__(self) -> None:
+        if self.augment and self.pack is None:
             raise UserError("--augment works on waveforms, but this encoder reads --features_dir")
-        self.labels, self.pack, self.features = labels, pack, features
-        self.prosody, self.speaker = prosody, speaker
-        self.max_seconds, self.augment, self.seed = max_seconds, augment, seed
-        self.rate = SAMPLE_RATE if pack is not None else FRAME_RATE
-        source = pack if pack is not None else features
-        self.lengths = np.minimum(source.lengths, int(max_seconds * self.rate))
-        self.hidden: PackedRows | None = None  # takes the place of audio while it is set
+        self.rate = SAMPLE_RATE if self.pack is not None else FRAME_RATE
+        self.longest = int(self.max_seconds * self.rate)
+        source = self.features if self.pack is None else self.pack
+        self.lengths = np.minimum(source.lengths, self.longest)
 
     def __getitem__(self, spec: BatchSpec) -> dict | UserError:
         """The batch, or in a loader process a UserError, which the parent raises.
@@ -501,7 +501,7 @@ class Batches(torch.utils.data.Dataset):
                 batch["hidden"], real = pad(states)
                 batch["frame_mask"] = real
         elif self.features is not None:
-            frames = [self._window(self.features, FRAME_RATE, row, spec.epoch)[0] for row in rows]
+            frames = [self._window(self.features, row, spec.epoch)[0] for row in rows]
             batch["frames"], batch["frame_mask"] = pad(frames)
             real = batch["frame_mask"]
         elif self.pack is not None:
@@ -522,7 +522,7 @@ class Batches(torch.utils.data.Dataset):
         return batch
 
     def _window(
-        self, source: PackedRows | FrameFeatures, rate: int, row: int, epoch: int
+        self, source: PackedRows | FrameFeatures, row: int, epoch: int
     ) -> tuple[np.ndarray, np.random.Generator | None]:
         """At most max_seconds of the row, and the generator that goes on for augmentation.
 
@@ -530,17 +530,15 @@ class Batches(torch.utils.data.Dataset):
         the first.
         """
         rng = None if epoch < 0 else np.random.default_rng((self.seed, epoch, row))
-        limit = int(self.max_seconds * rate)
-        spare = max(0, int(source.lengths[row]) - limit)
+        spare = max(0, int(source.lengths[row]) - self.longest)
         start = 0 if rng is None else int(rng.random() * (spare + 1))
-        return source.read(row, start, start + limit), rng
+        return source.read(row, start, start + self.longest), rng
 
     def _waveform(self, row: int, epoch: int) -> np.ndarray:
-        audio, rng = self._window(self.pack, SAMPLE_RATE, row, epoch)
+        audio, rng = self._window(self.pack, row, epoch)
         if self.augment and rng is not None:
-            audio = augment_waveform(audio, rng)
             # slower speech is longer: keep the cap that memory was planned for
-            audio = audio[: max(MIN_SAMPLES, int(self.max_seconds * SAMPLE_RATE))]
+            audio = augment_waveform(audio, rng)[: max(MIN_SAMPLES, self.longest)]
         return np.pad(audio, (0, max(0, MIN_SAMPLES - len(audio))))
 
 
@@ -570,6 +568,7 @@ def groups_of_like_length(lengths: np.ndarray, cost: float) -> list[tuple[int, i
     return groups[::-1]
 
 
+@dataclass(eq=False)
 class TrainPlan:
     """The batches of an epoch for one rank: gradient_accumulation_steps specs per step.
 
@@ -582,40 +581,37 @@ class TrainPlan:
 
     # Sorting by length saves padding (IEMOCAP, batch 8: 1.05x instead of 2.2x [measured]) but
     # puts an utterance beside the same others every epoch; these two keep the others changing.
-    WINDOW = 100  # global batches sorted together; at most half of the epoch
-    BLUR = 0.03  # lengths are changed at random by up to this share before sorting
+    WINDOW: ClassVar = 100  # global batches sorted together; at most half of the epoch
+    BLUR: ClassVar = 0.03  # lengths are changed at random by up to this share before sorting
 
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        rows: np.ndarray,
-        dialogs: Sequence[str],
-        batch_size: int,
-        gradient_accumulation_steps: int,
-        context: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-    ) -> None:
-        if batch_size % context:
-            raise ValueError(f"batch_size {batch_size} is not divisible by context {context}")
-        self.lengths, self.context, self.seed = lengths, context, seed
-        self.rank, self.world_size = rank, world_size
-        self.accumulation = gradient_accumulation_steps
-        self.micro_batches = gradient_accumulation_steps * world_size  # in a step
-        self.chunks_per_step = batch_size // context * self.micro_batches
+    lengths: np.ndarray
+    rows: np.ndarray
+    dialogs: Sequence[str]
+    batch_size: int
+    gradient_accumulation_steps: int
+    context: int
+    rank: int
+    world_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.context:
+            fault = f"batch_size {self.batch_size} is not divisible by context {self.context}"
+            raise ValueError(fault)
+        self.micro_batches = self.gradient_accumulation_steps * self.world_size  # in a step
+        self.chunks_per_step = self.batch_size // self.context * self.micro_batches
         turns: dict[str, list[int]] = {}  # rows are in time order within a dialogue
-        for row in np.sort(rows).tolist():
-            turns.setdefault(dialogs[row], []).append(row)
+        for row in np.sort(self.rows).tolist():
+            turns.setdefault(self.dialogs[row], []).append(row)
         self.dialogues = list(turns.values())
-        chunks = sum(math.ceil(len(rows) / context) for rows in self.dialogues)
+        chunks = sum(math.ceil(len(rows) / self.context) for rows in self.dialogues)
         self.steps_per_epoch = chunks // self.chunks_per_step
         if not self.steps_per_epoch:
             raise UserError(
-                f"the train split holds {len(rows)} utterances in chunks of up to "
-                f"{context}, fewer than one global batch of {batch_size} x "
-                f"{gradient_accumulation_steps} x {world_size} (batch x accumulation x ranks): "
-                "lower --batch_size or --global_batch_size"
+                f"the train split holds {len(self.rows)} utterances in chunks of up to "
+                f"{self.context}, fewer than one global batch of {self.batch_size} x "
+                f"{self.gradient_accumulation_steps} x {self.world_size} (batch x accumulation x "
+                "ranks): lower --batch_size or --global_batch_size"
             )
         self.set_epoch(0)
 
@@ -624,7 +620,7 @@ class TrainPlan:
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
-        return (self.steps_per_epoch - self.first_step) * self.accumulation
+        return (self.steps_per_epoch - self.first_step) * self.gradient_accumulation_steps
 
     def _chunks(self, rng: np.random.Generator) -> list[tuple[int, ...]]:
         """Every dialogue cut into chunks, at positions drawn anew each epoch.
@@ -818,22 +814,22 @@ def inspect(args: argparse.Namespace) -> None:
 def print_labels(corpus: Corpus) -> None:
     """A histogram of each label and their correlations. UserError if one is constant."""
     lo, hi = corpus.label_range
-    labels = {name: np.array([getattr(u, name) for u in corpus.utterances]) for name in LABELS}
+    labels = pd.DataFrame({name: [getattr(u, name) for u in corpus.utterances] for name in LABELS})
     half_bin = (hi - lo) / 16
     for name, values in labels.items():
         print(
             f"\n{name}, labels in {lo:g}..{hi:g}: mean {values.mean():.2f}, "
-            f"standard deviation {values.std():.2f}"
+            f"standard deviation {values.std(ddof=0):.2f}"
         )
-        if values.std() == 0:
+        if values.nunique() < 2:
             raise UserError(f"{corpus.name}: {name} is {values[0]:g} everywhere, nothing to learn")
         counts, _ = np.histogram(values, bins=9, range=(lo - half_bin, hi + half_bin))
         for centre, count in zip(np.linspace(lo, hi, 9), counts):
             bar = "#" * round(30 * count / counts.max())
             print(f"{centre:6.2f} {count:6d} {bar}".rstrip())
+    correlations = labels.corr()
     for one, two in itertools.combinations(LABELS, 2):
-        correlation = np.corrcoef(labels[one], labels[two])[0, 1]
-        print(f"correlation of {one} and {two} {correlation:+.2f}")
+        print(f"correlation of {one} and {two} {correlations.loc[one, two]:+.2f}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

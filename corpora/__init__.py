@@ -7,13 +7,12 @@ One file per corpus. To add one, write a reader that returns a Corpus and name i
 Nothing here opens an audio file: that is in data.py.
 """
 
-import csv
-import io
 import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from corpora.base import LABELS, Corpus, Skipped, Utterance, known_speaker, turn_order
 from corpora.demo import read_demo
@@ -49,13 +48,12 @@ def read_corpus(
     """
     if label_range is not None and not label_range[0] < label_range[1]:
         raise UserError(f"--label_range {label_range[0]:g} {label_range[1]:g}: LO must be below HI")
+    known = ", ".join(READERS)
     if data in READERS and not data_dir:
         raise UserError(f"--data {data} needs --data_dir, the folder of your licensed copy")
     if data == "demo" and data_dir:
-        known = ", ".join(READERS)
-        raise UserError(
-            f"--data demo is synthesised and reads no --data_dir: give --data, {known} or a .csv"
-        )
+        fault = "--data demo is synthesised and reads no --data_dir"
+        raise UserError(f"{fault}: give --data, {known} or a .csv")
     if data_dir and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir} is not a directory")
     try:
@@ -67,8 +65,7 @@ def read_corpus(
         elif data.endswith(".csv"):
             corpus = read_csv(Path(data), Path(data_dir) if data_dir else None, label_range)
         else:
-            known = ", ".join(("demo", *READERS))
-            raise UserError(f"--data {data}: not one of {known}, or a .csv file")
+            raise UserError(f"--data {data}: not one of demo, {known}, or a .csv file")
     except OSError as error:
         raise UserError(f"{error.filename or data}: cannot be read ({error.strerror})") from None
     if not corpus.utterances:
@@ -133,19 +130,20 @@ def make_splits(corpus: Corpus, fold: int) -> dict[str, np.ndarray]:
 
 def describe_splits(corpus: Corpus, splits: dict[str, np.ndarray]) -> str:
     """One table: split, utterances, hours (known after load_audio), genders, sessions, speakers."""
-    table = [("split", "utterances", "hours", "genders", "sessions", "speakers")]
+    table = []
     for split, rows in splits.items():
         chosen = [corpus.utterances[row] for row in rows]
-        hours = "-" if corpus.seconds is None else f"{corpus.seconds[rows].sum() / 3600:.2f}"
         genders = sorted(Counter(u.gender or "?" for u in chosen).items())
-        genders = " ".join(f"{gender} {count}" for gender, count in genders)
-        speakers = shorten({u.speaker for u in chosen})
-        table.append(
-            (split, str(len(rows)), hours, genders, shorten({u.session for u in chosen}), speakers)
-        )
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths)) for line in table]
-    return "\n".join(line.rstrip() for line in lines)
+        line = {
+            "split": split,
+            "utterances": len(rows),
+            "hours": "-" if corpus.seconds is None else f"{corpus.seconds[rows].sum() / 3600:.2f}",
+            "genders": " ".join(f"{gender} {count}" for gender, count in genders),
+            "sessions": shorten({u.session for u in chosen}),
+            "speakers": shorten({u.speaker for u in chosen}),
+        }
+        table.append(line)
+    return pd.DataFrame(table).to_string(index=False)
 
 
 def shorten(names: set[str], limit: int = 10) -> str:
@@ -181,6 +179,5 @@ def skipped_by_kind(corpus: Corpus) -> dict[str, list[Skipped]]:
 
 def write_skipped(path: Path, corpus: Corpus) -> None:
     """CSV of corpus.skipped: utt_id, file, reason."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([Skipped._fields, *corpus.skipped])
-    replace_text(path, text.getvalue())
+    table = pd.DataFrame(corpus.skipped, columns=Skipped._fields, dtype=object)  # any bytes
+    replace_text(path, table.to_csv(index=False))

@@ -84,24 +84,31 @@ def to_float(text: str) -> float:
     return float(text) if number else math.nan
 
 
-def clip_labels(corpus: Corpus) -> None:
-    """Clip published labels that leave the nominal range, and note each value with its count.
+def keep_usable(corpus: Corpus, candidates: Sequence[tuple[Utterance, str]]) -> None:
+    """Fills `corpus` with the first usable row of each utterance; the others are skipped by name.
 
-    IEMOCAP has 5.5 and 0.5. A label further out than a quarter of the range is a damaged number
-    and no rating: the utterance is skipped.
+    `candidates`: every row of a published corpus, and a reason why it is unusable, or "". A label
+    somewhat outside the nominal range is clipped, and each such value noted with its count: IEMOCAP
+    has 5.5 and 0.5. One further out than a quarter of the range is a damaged number and no rating.
     """
     lo, hi = corpus.label_range
-    margin, outside, kept = (hi - lo) / 4, Counter[float](), []
-    for u in corpus.utterances:
-        labels = [getattr(u, label) for label in LABELS]
-        wrong = [x for x in labels if not lo <= x <= hi]
-        if any(not lo - margin <= x <= hi + margin for x in wrong):
-            corpus.skip(u.utt_id, u.path, f"label far outside {lo:g}..{hi:g} ({wrong[0]:g})")
+    margin, outside, kept = (hi - lo) / 4, Counter[float](), set()
+    for u, reason in candidates:
+        labels = {label: getattr(u, label) for label in LABELS}
+        wrong = [x for x in labels.values() if not lo <= x <= hi]
+        if not all(map(math.isfinite, labels.values())):
+            reason = "label is not a number"
+        elif any(not lo - margin <= x <= hi + margin for x in wrong):
+            reason = f"label far outside {lo:g}..{hi:g} ({wrong[0]:g})"
+        elif not reason and u.utt_id in kept:
+            reason = "listed twice, first one kept"
+        if reason:
+            corpus.skip(u.utt_id, u.path, reason)
             continue
+        kept.add(u.utt_id)
         outside.update(wrong)
-        clipped = dict(zip(LABELS, np.clip(labels, lo, hi).tolist()))
-        kept.append(dataclasses.replace(u, **clipped) if wrong else u)
-    corpus.utterances = kept
+        clipped = {label: min(hi, max(lo, x)) for label, x in labels.items()}
+        corpus.utterances.append(dataclasses.replace(u, **clipped))
     for value, count in sorted(outside.items()):
         corpus.notes.append(f"label {value:g} outside {lo:g}..{hi:g} clipped: {count} utterances")
 
@@ -113,22 +120,20 @@ def read_table(path: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            check_columns(path, reader.fieldnames, required)
-            count = len(reader.fieldnames)
-            for cells in reader:
-                where = f"{path.name} row {reader.line_num}"
-                if None in cells:
-                    fix = "quote cells with a comma"
-                    raise UserError(f"{where}: more cells than columns ({count}); {fix}")
-                if None in cells.values():
-                    raise UserError(f"{where}: fewer cells than columns ({count})")
-                for column, text in cells.items():
+            lines = csv.reader(file, skipinitialspace=True, strict=True)
+            columns = [name.strip() for name in next(lines, [])]
+            check_columns(path, columns, required)
+            for cells in filter(None, lines):
+                where = f"{path.name} row {lines.line_num}"
+                if len(cells) != len(columns):
+                    more = "fewer" if len(cells) < len(columns) else "more"
+                    fault = f"{more} cells than columns ({len(columns)})"
+                    raise UserError(f"{where}: {fault}; quote cells with a comma")
+                for column, text in zip(columns, cells):
                     if re.search(r"[\x00-\x1f\x7f]", text):
                         fault = "holds a line break or control character (a stray quote?)"
                         raise UserError(f"{where}: column {column} {fault}")
-                yield reader.line_num, {column: text.strip() for column, text in cells.items()}
+                yield lines.line_num, dict(zip(columns, map(str.strip, cells)))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:

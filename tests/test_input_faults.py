@@ -168,23 +168,16 @@ NAMES = (
 STEREO = np.c_[tone(), tone()]
 RATE, BYTES_PER_SECOND, CHANNELS, CODEC, ALIGN, BITS, DATA = 24, 28, 22, 20, 32, 34, 40  # offsets
 
+SUBTYPES = ("PCM_U8", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ALAW", "ULAW", "IMA_ADPCM")
+CONTAINERS = ("w64", "rf64", "aiff", "au")  # which say how long they are
+RATES = (4_000, 8_000, 11_025, 44_100, 96_000, 192_000)
+
 AUDIO = [
     # valid, if rare: read as they are
-    ("8-bit wav", sound(subtype="PCM_U8"), KEPT, ""),
-    ("24-bit wav", sound(subtype="PCM_24"), KEPT, ""),
-    ("32-bit wav", sound(subtype="PCM_32"), KEPT, ""),
-    ("float wav", sound(subtype="FLOAT"), KEPT, ""),
-    ("64-bit float wav", sound(subtype="DOUBLE"), KEPT, ""),
-    ("A-law", sound(subtype="ALAW"), KEPT, ""),
-    ("mu-law", sound(subtype="ULAW"), KEPT, ""),
-    ("IMA ADPCM", sound(subtype="IMA_ADPCM"), KEPT, ""),
+    *((x, sound(subtype=x), KEPT, "") for x in SUBTYPES),
+    *((x, sound(f"x.{x}"), KEPT, "") for x in ("flac", "ogg", "mp3", *CONTAINERS, "caf")),
     ("wav extensible", sound(format="WAVEX"), KEPT, ""),
     ("big-endian wav", sound(endian="BIG"), KEPT, ""),
-    ("rf64", sound("x.rf64"), KEPT, ""),
-    ("w64", sound("x.w64"), KEPT, ""),
-    ("aiff", sound("x.aiff"), KEPT, ""),
-    ("au", sound("x.au"), KEPT, ""),
-    ("caf", sound("x.caf"), KEPT, ""),
     ("opus", sound("x.ogg", format="OGG", subtype="OPUS"), KEPT, ""),
     ("flac named wav", sound("x.wav", format="FLAC"), KEPT, ""),
     ("wav named mp3", sound("x.mp3", format="WAV"), KEPT, ""),
@@ -201,16 +194,10 @@ AUDIO = [
     ("6 channels", sound(samples=np.c_[STEREO, STEREO, STEREO]), FIXED, "mixed to mono from 6"),
     ("a silent channel", sound(samples=STEREO * [1, 0]), FIXED, "mixed to mono from 2 channels"),
     ("opposite phases", sound(samples=STEREO * [1, -1]), FIXED, "the first one taken"),
-    ("4 kHz", sound(rate=4_000), FIXED, "resampled from 4000 Hz"),
-    ("8 kHz", sound(rate=8_000), FIXED, "resampled from 8000 Hz"),
-    ("11.025 kHz", sound(rate=11_025), FIXED, "resampled from 11025 Hz"),
-    ("44.1 kHz", sound(rate=44_100), FIXED, "resampled from 44100 Hz"),
-    ("96 kHz", sound(rate=96_000), FIXED, "resampled from 96000 Hz"),
-    ("192 kHz", sound(rate=192_000), FIXED, "resampled from 192000 Hz"),
+    *((f"{x} Hz", sound(rate=x), FIXED, f"resampled from {x} Hz") for x in RATES),
     ("float of 1.5", sound(samples=tone() * 5, subtype="FLOAT"), FIXED, "above full scale"),
     ("overdriven", sound(samples=(tone() * 9).clip(-1, 1)), FIXED, "clipped when it was recorded"),
-    ("100 samples", sound(samples=tone()[:100]), FIXED, "padded to 400 samples"),
-    ("399 samples", sound(samples=tone()[:399]), FIXED, "padded to 400 samples"),
+    *((f"{n} samples", sound(samples=tone()[:n]), FIXED, "padded to 400") for n in (100, 399)),
     ("wav without its last 5 %", cut("x.wav", 0.95), FIXED, "a little shorter than"),
     ("mp3 without its last 5 %", cut("x.mp3", 0.95), FIXED, "a little shorter than"),
     ("end a little behind the file", times("0", "1.05"), FIXED, "a little shorter than"),
@@ -221,13 +208,8 @@ AUDIO = [
     # skipped and named
     ("half a wav", cut("x.wav", 0.5), SKIPPED, "samples missing (50 %)"),
     ("half a float wav", cut("x.wav", 0.5, subtype="FLOAT"), SKIPPED, "samples missing (50 %)"),
-    ("half a w64", cut("x.w64", 0.5), SKIPPED, "samples missing (50 %)"),
-    ("half an rf64", cut("x.rf64", 0.5), SKIPPED, "samples missing (50 %)"),
-    ("half an aiff", cut("x.aiff", 0.5), SKIPPED, "samples missing (50 %)"),
-    ("half an au", cut("x.au", 0.5), SKIPPED, "samples missing (50 %)"),
-    ("half a caf", cut("x.caf", 0.5), SKIPPED, "cannot be decoded"),
-    ("half a flac", cut("x.flac", 0.5), SKIPPED, "cannot be decoded"),
-    ("half an ogg", cut("x.ogg", 0.5), SKIPPED, "cannot be decoded"),
+    *((f"half a {x}", cut(f"x.{x}", 0.5), SKIPPED, "missing (50 %)") for x in CONTAINERS),
+    *((f"half a {x}", cut(f"x.{x}", 0.5), SKIPPED, "be decoded") for x in ("caf", "flac", "ogg")),
     ("ogg without its last page", cut("x.ogg", 0.95), SKIPPED, "no samples"),
     ("half an opus", cut("x.opus", 0.5, format="OGG", subtype="OPUS"), SKIPPED, "cannot be"),
     ("half an mp3", cut("x.mp3", 0.5), SKIPPED, "samples missing"),
@@ -395,16 +377,16 @@ IEMOCAP = [
     ("label of 5.5", annotation("[2.5000,", "[5.5000,"), FIXED, "label 5.5 outside 1..5 clipped:"),
     ("label of 0.5", annotation("3.5000", "0.5000"), FIXED, "label 0.5 outside 1..5 clipped: 1"),
     ("point lost in a label", annotation("[2.5000", "[25000"), SKIPPED, "far outside 1..5 (25000)"),
-    ("label NaN", annotation("[2.5000", "[nan"), SKIPPED, "label or time is not a number"),
-    ("label with a letter", annotation("3.5000", "3.5O00"), SKIPPED, "label or time is not"),
-    ("four labels", annotation("[2.5000", "[2.5, 2.5"), SKIPPED, "label or time is not a number"),
+    ("label NaN", annotation("[2.5000", "[nan"), SKIPPED, "label is not a number"),
+    ("label with a letter", annotation("3.5000", "3.5O00"), SKIPPED, "label is not a number"),
+    ("four labels", annotation("[2.5000", "[2.5, 2.5"), SKIPPED, "label is not a number"),
     ("two labels", annotation(", 2.5000]", "]"), SKIPPED, "annotation not understood"),
     ("time with two points", annotation("0.5 -", "0.5.5 -"), SKIPPED, "time is not a number"),
     ("opening bracket lost", annotation("[0.5", "0.5"), SKIPPED, "annotation not understood"),
     ("closing bracket lost", annotation("2.5000]", "2.5000"), SKIPPED, "annotation not understood"),
     ("spaces for tabs", annotation("\t", "    "), SKIPPED, "annotation not understood"),
     ("no speaker in the turn", annotation(FIRST, "turn"), SKIPPED, "annotation not understood"),
-    ("turn annotated twice", annotation(SECOND, FIRST), SKIPPED, "annotated twice, first one kept"),
+    ("turn annotated twice", annotation(SECOND, FIRST), SKIPPED, "listed twice, first one kept"),
     ("turn renamed", annotation(FIRST, "Ses01F_impro01_F099"), SKIPPED, "audio file missing"),
     ("line lost", annotation(TURN.format(0), ""), SKIPPED, "no annotation"),
     ("cut off in a line", annotation(TURNS[-60:], ""), SKIPPED, "annotation not understood"),
@@ -421,7 +403,7 @@ MSP = [
     ("label of 70", podcast("2,6", "2,70"), SKIPPED, "label far outside 1..7 (70)"),
     ("label empty", podcast("2,6", "2,"), SKIPPED, "label is not a number"),
     ("label NaN", podcast("2,6", "nan,6"), SKIPPED, "label is not a number"),
-    ("clip in the table twice", podcast("0000", "0001"), SKIPPED, "in the table twice, first one"),
+    ("clip in the table twice", podcast("0000", "0001"), SKIPPED, "listed twice, first one kept"),
     ("no name", podcast("MSP-PODCAST_0001_0000.wav", ""), SKIPPED, "audio file missing"),
     ("name with ..", podcast("MSP-PODCAST_0001_0000", "../x"), SKIPPED, "audio file missing"),
     ("unknown split", podcast("Train", "Trian"), REFUSED, "row 2: Split_Set 'Trian' is none of"),
@@ -502,7 +484,7 @@ NPY = [
         REFUSED,
         "not a plain",
     ),
-    ("missing", lambda path: None, REFUSED, "1 of 4 missing (u003.npy)"),
+    ("missing", lambda path: None, REFUSED, "1 of 4 missing (u003.npy); faces.py makes"),
     ("folder", Path.mkdir, REFUSED, "1 of 4 missing (u003.npy)"),
     ("pipe", os.mkfifo, REFUSED, "1 of 4 missing (u003.npy)"),
 ]
@@ -682,7 +664,7 @@ def test_skipped_csv_survives_any_name(tmp_path):
     assert list(corpora.skipped_by_kind(corpus)) == ["samples missing", "not a file"]
 
 
-def test_too_many_skipped_utterances_are_an_error_wherever_they_were_lost(tmp_path):
+def test_too_many_skipped_utterances_are_an_error_wherever_they_were_lost(tmp_path, capfd):
     """Annotation lines count like audio files, and the way to see all of them is named."""
     (tmp_path / "tree").mkdir()
     folder = annotation("[2.5000", "[nan")(tmp_path / "tree")
@@ -691,12 +673,11 @@ def test_too_many_skipped_utterances_are_an_error_wherever_they_were_lost(tmp_pa
     with pytest.raises(UserError, match=fault):
         data.load_audio(corpus, tmp_path / "cache")
     (folder / f"{SECOND}.wav").write_bytes(b"")
-    command = [sys.executable, str(REPO / "data.py"), "--data", "iemocap"]
-    command += ["--data_dir", str(tmp_path / "tree"), "--cache_dir", str(tmp_path / "cache")]
-    command += ["--skipped", str(tmp_path / "skipped.csv")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "2 of 3" in done.stderr and "--skipped" in done.stderr
+    flags = ["--data", "iemocap", "--data_dir", str(tmp_path / "tree"), "--cache_dir"]
+    flags += [str(tmp_path / "cache"), "--skipped", str(tmp_path / "skipped.csv")]
+    assert files.run_script("data.py", lambda: data.inspect(data.parse_args(flags))) == 2
+    (fault,) = capfd.readouterr().err.splitlines()
+    assert "2 of 3" in fault and "--skipped" in fault
     rows = (tmp_path / "skipped.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["utt_id", FIRST, SECOND]
 
@@ -776,7 +757,7 @@ def cells_of(line):
 def fuzz_csv(root, seed, _):
     """Each line is read as a strict parser reads it, or the file is refused."""
     for i in range(4):
-        sound(f"u{i:02}.wav", samples=tone(seconds=0.1))(root)
+        (root / f"u{i:02}.wav").touch()
     content = mutated(FUZZ_CSV.encode(), seed)
     (root / "m.csv").write_bytes(content)
     try:
@@ -808,7 +789,7 @@ def fuzz_iemocap(root, seed, _):
     table.parent.mkdir(parents=True)
     text = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
     for i, turn in enumerate(turns):
-        sound(f"{turn}.wav", samples=tone(seconds=0.05))(folder)
+        (folder / f"{turn}.wav").touch()
         text += f"[{i}.5000 - {i}.9000]\t{turn}\tneu\t[2.{i + 10}00, 3.{i + 10}00, 2.5000]\n"
         text += "C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
     table.write_bytes(mutated(text.encode(), seed))
@@ -880,10 +861,10 @@ def test_random_mutations_never_crash_hang_or_give_a_wrong_label(tmp_path, kind,
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Path of a CSV of 12 clips of 0.4 s."""
+    """Path of a CSV of 6 clips of 0.4 s."""
     root = tmp_path_factory.mktemp("clips")
     rows = [("utt_id", "path", "valence", "arousal", "session")]
-    for i in range(12):
+    for i in range(6):
         samples = tone(seconds=0.4) * (i + 1) / 12
         sound(f"u{i:02}.wav", samples=samples)(root)
         rows.append((f"u{i:02}", f"u{i:02}.wav", i / 12, 1 - i / 12, f"s{i % 3}"))
@@ -926,7 +907,7 @@ def test_processes_that_fill_one_cache_at_once_all_read_what_one_alone_writes(
     pytest.importorskip("opensmile")
     alone = all_caches(clips, tmp_path / "alone")
     fork = multiprocessing.get_context("fork")
-    for attempt in range(3):
+    for attempt in range(2):
         cache, start = tmp_path / f"cache{attempt}", fork.Barrier(3)
         outs = [tmp_path / f"{attempt}-{i}.npz" for i in range(3)]
         children = [
@@ -978,23 +959,18 @@ def test_a_cache_that_was_damaged_afterwards_is_refused_whichever_file_and_damag
             shutil.rmtree(tmp_path / "copy")
 
 
-def test_one_flipped_bit_in_a_file_of_100_mb_is_found_and_an_intact_cache_is_hashed_once(tmp_path):
-    def fill(aside):
-        (aside / "values.bin").write_bytes(bytes(10**8))
-
+def test_an_intact_cache_is_hashed_once_and_again_when_its_size_or_time_has_changed(tmp_path):
     cache = tmp_path / "cache" / "x"
-    files.build_cache(cache, fill)
-    began = time.perf_counter()
-    files.build_cache(cache, fill)
-    assert time.perf_counter() - began < 0.02  # sizes and times alone
-    with open(cache / "values.bin", "r+b") as file:
-        file.seek(8 * 10**7)
-        file.write(b"\1")
+    files.build_cache(cache, lambda aside: (aside / "values.bin").write_bytes(bytes(1000)))
+    values, fill = cache / "values.bin", None
+    times = values.stat().st_atime_ns, values.stat().st_mtime_ns
+    flip(values, 0)
+    os.utime(values, ns=times)
+    assert files.build_cache(cache, fill) == cache  # sizes and times alone
+    os.utime(values)
     with pytest.raises(UserError, match="x is damaged: delete it"):
         files.build_cache(cache, fill)
-    with open(cache / "values.bin", "r+b") as file:
-        file.seek(8 * 10**7)
-        file.write(b"\0")
+    flip(values, 0)
     assert files.build_cache(cache, fill) == cache  # another time, the same bytes
 
 
@@ -1007,70 +983,34 @@ def test_a_cache_that_does_not_fit_the_disk_is_refused_before_anything_is_comput
         data.hidden_states("key", tmp_path / "new", compute, num_bytes=2**50)
 
 
-CHILD = """
-import sys, test_input_faults as t
-from pathlib import Path
-try:
-    t.all_caches(Path(sys.argv[1]), sys.argv[2])
-except t.UserError as error:
-    sys.exit(f"error: {error}")
-"""
+def fill_on_a_full_disk(path, cache, size):
+    """In a process of its own, whose files end at `size` bytes: the write beyond fails."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    sys.exit(files.run_script("data.py", lambda: all_caches(path, cache) and 0))
 
 
-def full_disk(command, cache, size):
-    """Runs the command where files end at `size` bytes; the write that would exceed it fails."""
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=REPO / "tests",
-        env=os.environ | {"PYTHONPATH": str(REPO)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )
-
-
-@pytest.mark.parametrize("size", [3_000, 20_000])
+@pytest.mark.parametrize("size", [1_500, 20_000])
 def test_a_write_that_fails_in_a_cache_is_one_line_and_leaves_nothing_half_written(
-    clips, tmp_path, size
+    clips, tmp_path, size, capfd
 ):
     cache = tmp_path / "cache"
-    if size == 3_000:  # the pack is there; eGeMAPS, 4,352 bytes, does not fit
+    if size == 1_500:  # the pack is there; eGeMAPS, 2,240 bytes, does not fit
         pytest.importorskip("opensmile")
         data.load_audio(corpora.read_corpus(str(clips), None, None), cache)
     there = sorted(cache.iterdir()) if cache.exists() else []
-    done = full_disk([sys.executable, "-c", CHILD, str(clips), str(cache)], cache, size)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: --cache_dir {cache}: ") and "free disk space there" in last
+    target = (clips, cache, size)
+    child = multiprocessing.get_context("fork").Process(target=fill_on_a_full_disk, args=target)
+    child.start()
+    child.join(60)
+    fault = capfd.readouterr().err
+    assert child.exitcode == 2 and "Traceback" not in fault
+    last = fault.splitlines()[-1]
+    assert last.startswith(f"data.py: error: --cache_dir {cache}: ") and "free disk space" in last
     assert "cannot be written (File too large)" in last
     assert [p for p in sorted(cache.iterdir()) if not p.name.endswith(".lock")] == [
         p for p in there if not p.name.endswith(".lock")
     ]
-    assert len(all_caches(clips, cache)["audio"]) == 12  # with room it goes on
-
-
-def can_mount():
-    return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
-
-
-@pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="needs user namespaces")
-def test_a_full_disk_is_one_line_that_names_cache_dir(tmp_path):
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    command = [sys.executable, str(REPO / "data.py"), "--data", "demo", "--cache_dir", str(cache)]
-    mount = 'mount -t tmpfs -o size=1m none "$0" && "$@"; code=$?; ls -A "$0" >&2; exit $code'
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", mount, str(cache), *command],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.splitlines()
-    assert lines[0].startswith(f"data.py: error: --cache_dir {cache}: ")
-    assert "No space left on device" in lines[0]
-    assert all(name.startswith(".") and name.endswith(".lock") for name in lines[1:])
+    assert len(all_caches(clips, cache)["audio"]) == 6  # with room it goes on
 
 
 # ---------------------------------------------------------------- processes of a loader, pipes
