@@ -96,7 +96,10 @@ class WavLMEncoder(nn.Module):
     def forward(self, batch: dict) -> tuple[list[Tensor], Tensor]:
         if "stream" not in batch:
             return self._finish(*self.run_frozen(batch))
-        return self._finish(batch["stream"], batch["frame_mask"], [])
+        stream = batch["stream"]  # from a cache it may have another precision than the run
+        if not torch.is_autocast_enabled("cpu" if stream.is_meta else stream.device.type):
+            stream = stream.to(self.wavlm.feature_projection.projection.weight.dtype)
+        return self._finish(stream, batch["frame_mask"], [])
 
     def run_frozen(self, batch: dict) -> tuple[Tensor, Tensor, list[Tensor]]:
         """What no training changes: (`stream`, which the lowest block that trains reads,
