@@ -53,12 +53,13 @@ from model import TARGETS
 from util.audio import MIN_SAMPLES, SAMPLE_RATE, VERSION, decode, decoded_bytes
 from util.files import (
     UserError,
+    array_digest,
     build_cache,
     cached_array,
     check_disk_space,
     digest,
     gib,
-    progress,
+    progress_bar,
     run_script,
     weights_digest,
 )
@@ -162,22 +163,24 @@ def load_audio(
     directory = Path(cache_dir) / f"audio-{digest(versions, files)}"
 
     def fill(aside: Path) -> None:
-        bad, changes = {}, Counter[str]()
+        bad, changes, digests = {}, Counter[str](), []
 
         def rows() -> Iterator[tuple[int, np.ndarray]]:
-            for first in progress(range(0, len(clips), 64), len(clips) // 64, "audio"):
+            for first in progress_bar(range(0, len(clips), 64), len(clips) // 64, "audio"):
                 block = zip(*clips[first : first + 64])  # bounds what waits in memory
                 for row, (samples, reason, changed) in enumerate(pool.map(decode, *block), first):
                     if reason:
                         bad[row] = reason
                     changes.update(changed)
+                    digests.append(array_digest(samples))
                     yield row, samples
 
         with ThreadPoolExecutor(CORES) as pool:
             num_bytes = sum(pool.map(decoded_bytes, *zip(*clips)))
             announce_cache(directory, num_bytes, "decoded audio")
             PackedRows.write(aside, rows())
-        (aside / "decoding.json").write_text(json.dumps({"bad": bad, "changes": changes}))
+        decoding = {"bad": bad, "changes": changes, "digests": digests}
+        (aside / "decoding.json").write_text(json.dumps(decoding))
 
     build_cache(directory, fill)
     decoding = json.loads((directory / "decoding.json").read_text())
@@ -191,6 +194,7 @@ def load_audio(
         skipped=list(corpus.skipped),
         notes=corpus.notes + notes,
         seconds=pack.lengths / SAMPLE_RATE,
+        audio=[decoding["digests"][row] for row in good],
     )
     for row, reason in bad.items():
         corpus.skip(utterances[row].utt_id, utterances[row].path, reason)
@@ -228,7 +232,7 @@ def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarr
         parts = [pack.part(range(i, min(i + 16, count))) for i in range(0, count, 16)]
         spawn = multiprocessing.get_context("spawn")  # fork is not safe once torch has threads
         with ProcessPoolExecutor(CORES, spawn, torch.set_num_threads, (1,)) as pool:
-            done = progress(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
+            done = progress_bar(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
             return np.concatenate(list(done))
 
     key = digest(pack.key, opensmile.__version__, "eGeMAPSv02")
@@ -245,7 +249,7 @@ def speaker_embeddings(
     folder = Path(kind)
     if kind not in ("ecapa", "xvector") and not folder.is_dir():
         raise UserError(f"--speaker {kind}: not ecapa, xvector, none or a directory")
-    if folder.is_dir() and not (folder / "config.json").exists():
+    if holds_vectors(kind):
         paths = npy_files(corpus, folder, "--speaker")
         size = open_npy(paths[0], 1, None).shape[0]
         vectors = np.stack([open_npy(path, 1, size) for path in paths]).astype(np.float32)
@@ -253,7 +257,7 @@ def speaker_embeddings(
         embed, key = ecapa(cache_dir, device) if kind == "ecapa" else xvector(kind, device)
 
         def build() -> np.ndarray:
-            rows = progress(range(len(pack.lengths)), len(pack.lengths), "speakers")
+            rows = progress_bar(range(len(pack.lengths)), len(pack.lengths), "speakers")
             clips = (pack.read(row) for row in rows)
             # below a second, statistics over frames are noise or undefined: repeat the clip
             clips = (np.tile(clip, math.ceil(SAMPLE_RATE / len(clip))) for clip in clips)
@@ -268,6 +272,11 @@ def speaker_embeddings(
         utt_id = corpus.utterances[broken[0]].utt_id
         raise UserError(f"--speaker {kind}: {fault}, the first is that of {utt_id}")
     return vectors / norms
+
+
+def holds_vectors(kind: str) -> bool:
+    """Is --speaker a directory of vectors, and not one of a model?"""
+    return Path(kind).is_dir() and not (Path(kind) / "config.json").exists()
 
 
 def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
@@ -286,7 +295,7 @@ def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor
         inputs = extractor(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         return model(inputs.input_values.to(device)).embeddings[0]
 
-    return embed, weights_digest(model) + extractor.to_json_string()
+    return embed, weights_digest(model.state_dict()) + extractor.to_json_string()
 
 
 def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
@@ -305,7 +314,7 @@ def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], to
     def embed(clip: np.ndarray) -> torch.Tensor:
         return model.encode_batch(torch.from_numpy(clip).to(device)[None])[0, 0]
 
-    return embed, weights_digest(model)
+    return embed, weights_digest(model.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -351,8 +360,12 @@ class FrameFeatures:
         self.directory = Path(features_dir)
         self.names = np.array([path.name.encode() for path in paths])  # no objects for workers
         self.dim = open_npy(paths[0], 2, None).shape[1]
-        lengths = [len(open_npy(path, 2, self.dim)) for path in paths]
-        self.lengths = np.array(lengths, dtype=np.int64)
+        lengths, digests = [], []
+        for path in paths:
+            array = open_npy(path, 2, self.dim)
+            lengths.append(len(array))
+            digests.append(array_digest(array))
+        self.lengths, self.digests = np.array(lengths, dtype=np.int64), np.array(digests, "S16")
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """(T, D) float32. UserError if a value is not finite (found only here: needs all bytes)."""
@@ -419,7 +432,7 @@ def frozen_states(
         size = sum(int(num_bytes[rows].sum()) for _, rows in missing)
         fix = ", or give --feature_cache off"
         announce_cache(directory, size, "hidden states of the frozen part of WavLM", fix)
-    for target, rows in progress(missing, len(missing), "hidden states"):
+    for target, rows in progress_bar(missing, len(missing), "hidden states"):
         build_cache(target, lambda aside, rows=rows: write_states(aside, compute(rows)), wait=False)
     for target, rows in parts:
         build_cache(target, lambda aside, rows=rows: write_states(aside, compute(rows)))
@@ -753,6 +766,7 @@ class Fold:
     dialogs: list[str]  # of every row
     labels: torch.Tensor  # (N, 2) in [0, 1]
     shape: InputShape
+    digests: dict[str, list[str]]  # of the content of every row: audio, features, speaker vector
 
     def in_label_scale(self, preds: torch.Tensor) -> torch.Tensor:
         """Predictions (n, 2) in [0, 1] in the units of the labels."""
@@ -785,13 +799,18 @@ def load_fold(args: argparse.Namespace) -> Fold:
     label_range = tuple(args.label_range) if args.label_range else None
     corpus = read_corpus(args.data, args.data_dir, label_range, Path(args.cache_dir))
     corpus, pack = load_audio(corpus, args.cache_dir)
+    digests = {"audio": corpus.audio}
     features = prosody = speaker = None
     if args.features_dir:
         features = FrameFeatures(corpus, args.features_dir)
+        digests["features"] = features.digests.astype(str).tolist()
     if args.prosody == "egemaps":
         prosody = egemaps(corpus, pack, args.cache_dir)
     if args.speaker != "none" and not args.no_film:
         speaker = speaker_embeddings(corpus, pack, args.speaker, args.cache_dir)
+        if holds_vectors(args.speaker):
+            paths = npy_files(corpus, args.speaker, "--speaker")
+            digests["speaker vector"] = [array_digest(open_npy(path, 1, None)) for path in paths]
     dataset = Batches(
         labels=corpus.labels(TARGETS),
         pack=None if features else pack,
@@ -814,6 +833,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
             length=int(dataset.lengths.max()),
             rate=dataset.rate,
         ),
+        digests=digests,
     )
 
 

@@ -18,9 +18,9 @@ import torch
 
 from model import ENCODERS
 from step import parse_unfreeze, reads_cache, stages
-from util.distributed import GPU_GIB, uses_cuda
+from util.distributed import uses_cuda
 from util.files import UserError
-from util.runs import MODEL_FLAGS, load_model
+from util.runs import MODEL_FLAGS, read_flags
 from wavlm import ATTENTIONS, SIZES
 
 STANDARD = {"batch_size": 8, "d_prosody": 64, "d_hidden": 256}
@@ -49,6 +49,7 @@ FREE_ON_RESUME = {
 # A run with --init_from takes the model flags of its start, except for these.
 FREE_WITH_INIT_FROM = {"max_seconds", "context", "wavlm", "wavlm_revision", "speaker"}
 
+GPU_GIB = 24.0  # assumed size of a GPU that is not in this machine
 AUTO_STEPS = 20  # --batch_size auto leaves at least so many steps in an epoch
 
 
@@ -252,15 +253,14 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
         if given.preset == "large_batch" and given.encoder.endswith("transformer"):
             flags["batch_size"] = 128
         parser.set_defaults(**flags)
-    start = None
+    known, start = vars(given).keys() & MODEL_FLAGS, {}
     if given.init_from:
-        _, start = load_model(given.init_from, "--init_from")
-        known = vars(given).keys() & MODEL_FLAGS
-        parser.set_defaults(**{k: v for k, v in start["args"].items() if k in known})
+        start = read_flags(given.init_from, "--init_from")
+        parser.set_defaults(**{k: v for k, v in start.items() if k in known})
     args = parser.parse_args(argv)
     if start:
         for flag in sorted(known - FREE_WITH_INIT_FROM):
-            old, new = start["args"].get(flag), getattr(args, flag)
+            old, new = start.get(flag), getattr(args, flag)
             if new != old:
                 raise UserError(f"--{flag} {new}: the model of --init_from has {old}: leave it out")
         if args.data.endswith(".csv"):
@@ -333,7 +333,7 @@ def check(args: argparse.Namespace) -> None:
         ),
         (
             cached and args.augment,
-            f"--feature_cache {args.feature_cache} stores what WavLM makes of the recording itself, "
+            f"--feature_cache {args.feature_cache} keeps what WavLM makes of the recording itself, "
             "--augment changes it every epoch: remove one of the two",
         ),
         (

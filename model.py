@@ -1,8 +1,5 @@
 """EmotionModel: valence and arousal of an utterance, with the dialogue before it as context.
 
-    python model.py --encoder wavlm --wavlm large     # parameters per module, no weights needed
-    python model.py --encoder convnext
-
 An encoder (WavLM, a CNN on log-mel, a Transformer on frame features) gives frame states. They are
 pooled to one vector, scaled and shifted by the speaker (FiLM), joined with prosody, tracked over
 the dialogue (Mamba updater, EMA state) and read by one gated head per target. The losses and the
@@ -16,12 +13,11 @@ References: WavLM arXiv:2110.13900; FiLM arXiv:1709.07871; Mamba arXiv:2312.0075
 ConvNeXt arXiv:2201.03545; CCC: Lin, Biometrics 45 (1989), with 1/n moments.
 """
 
-import argparse
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.files import UserError
-from wavlm import SIZES, WavLM, WavLMConfig, autocast_off
+from wavlm import WavLM, WavLMConfig, autocast_off
 
 try:  # optional, for CUDA
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -130,9 +126,8 @@ class LogMel(nn.Module):
     """Log-mel frames (B, T, 80) and frame_mask (B, T) of a 16 kHz waveform: 25 ms every 10 ms.
 
     Not centred: a frame is real if all its samples are, so padding changes no real frame. Each
-    utterance has zero mean and unit variance over its real frames and all bands. That removes the
-    level of the recording, which means nothing on a new microphone, and keeps the shape of the
-    spectrum.
+    utterance has zero mean and unit variance over its real frames and all bands, which removes the
+    level of the recording and keeps the shape of the spectrum.
     """
 
     n_fft, hop, n_mels = 400, 160, 80
@@ -171,11 +166,10 @@ class LogMel(nn.Module):
 class UtteranceNorm(nn.Module):
     """x (B, C, T, M) with zero mean and unit variance per utterance, over its real frames.
 
-    Over channels, frames and bands together, then a scale and shift per channel. Nothing is shared
-    between utterances, so neither padding nor the split of a batch changes a result (with BatchNorm
-    both do), and channels and frames keep their relative levels, which LayerNorm over channels
-    alone loses. Together with LogMel's normalisation it took the baseline's arousal CCC on five
-    unseen speakers from 0.67 to 0.73; convnext's did not move [measured, Berlin clips, one seed].
+    Over channels, frames and bands together, then a scale and shift per channel. Unlike with
+    BatchNorm, neither padding nor the split of a batch changes a result; unlike with LayerNorm over
+    channels, frames keep their relative levels. Together with LogMel's normalisation it took the
+    baseline's arousal CCC from 0.67 to 0.73 [measured, Berlin clips, unseen speakers, one seed].
     """
 
     def __init__(self, channels: int) -> None:
@@ -235,8 +229,8 @@ class ConvEncoder(nn.Module):
     """A CNN on log-mel: `convnext` or `baseline`.
 
     Each of the first four blocks divides time and mel by 2 (convnext's first by 4), and channels
-    double up to the fourth. Padding is set to zero before every convolution over time, so that a
-    real frame has the neighbours that it would have if the utterance were alone.
+    double up to the fourth. Padding is set to zero before every convolution, so that a real frame
+    has the neighbours that it would have if the utterance were alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -277,8 +271,7 @@ class ConvEncoder(nn.Module):
 class FeatureTransformer(nn.Module):
     """A pre-norm Transformer over feature files.
 
-    The lightweight one averages pairs of frames and has a quarter of the width and half the
-    feed-forward: about 1/30 of the cost.
+    The lightweight one averages pairs of frames and has a quarter of the width: 1/30 of the cost.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -333,10 +326,9 @@ def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
 class Pooling(nn.Module):
     """pooled (B, D) from hidden states [(B, T, D)]: softmax mix of the layers, masked over time.
 
-    Each layer is normalised before it is mixed: the residual stream of a pre-norm WavLM grows
-    with depth, so the mix weights would otherwise compare scales. Mean pooling is linear, so it
-    comes first and the mix costs (B, D), not (B, T, D). `prepare` does what needs no weights; its
-    result is small, fits float16, and is what the cache of a frozen encoder holds.
+    Each layer is normalised before it is mixed, since the residual stream of a pre-norm WavLM grows
+    with depth. Mean pooling is linear, so it comes first and the mix costs (B, D), not (B, T, D).
+    `prepare` does what needs no weights; the cache of a frozen encoder holds its result in float16.
     """
 
     def __init__(self, kind: str, num_states: int, width: int) -> None:
@@ -637,6 +629,22 @@ class EmotionModel(nn.Module):
             ]
         return batch | {key: cat_padded([part[key] for part in parts]) for key in parts[0]}
 
+    def frozen_shapes(self, samples: Any) -> dict[str, tuple]:
+        """Shapes of what encode_frozen makes of an utterance of `samples`."""
+        if self.config.encoder != "wavlm" or not self.encoder.wavlm.frozen_blocks:
+            return {}
+        wavlm, width = self.encoder.wavlm, self.encoder.width
+        frames, shapes = wavlm.frame_lengths(samples), {}
+        below = sum(layer + 2 <= wavlm.frozen_blocks for layer in self.encoder.layers)
+        if below < self.encoder.num_states:
+            only_cnn = wavlm.frozen_blocks == 1
+            shapes["stream"] = (frames, wavlm.config.conv_dim[-1] if only_cnn else width)
+        if below:
+            shapes["hidden"] = (below, width)
+            if self.config.pooling == "attention":
+                shapes["hidden"] = (frames, below, width)
+        return shapes
+
     def encode_speech(self, batch: dict) -> Tensor:
         """Pooled vectors (B, D) of waveforms, feature frames, or what encode_frozen gives."""
         prepared, frame_mask = [], batch.get("frame_mask")
@@ -813,38 +821,3 @@ def metrics(preds: Tensor, labels: Tensor, scale: float = 1.0) -> dict[str, floa
     for name, values in (("ccc", ccc), ("pcc", pcc.nan_to_num(0, 0, 0)), ("rmse", rmse)):
         result |= {f"{name}_{target}": float(v) for target, v in zip(TARGETS, values)}
     return result | {"ccc_mean": float(ccc.mean())}
-
-
-# ---------------------------------------------------------------------------------------------
-# `python model.py`
-
-
-def parameter_table(model: EmotionModel) -> str:
-    """One line per module with its parameters in millions, totals last."""
-    counts = defaultdict(int)
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        depth = 2 if parts[0] in ("film", "heads") else 1
-        counts[".".join(parts[:depth])] += parameter.numel()
-    total = sum(counts.values())
-    counts |= {"total": total, "total without encoder": total - counts["encoder"]}
-    return "\n".join(f"{name:<28}{count / 1e6:>10.4f} M" for name, count in counts.items())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--encoder", choices=ENCODERS, default="wavlm", help="encoder to count")
-    parser.add_argument("--wavlm", choices=sorted(SIZES), default="large", help="built-in size")
-    parser.add_argument("--speaker_dim", type=int, default=192, help="speaker embedding width")
-    parser.add_argument("--frame_dim", type=int, default=768, help="feature files' width")
-    args = parser.parse_args()
-    config = ModelConfig(
-        encoder=args.encoder, speaker_dim=args.speaker_dim, frame_dim=args.frame_dim
-    )
-    with torch.device("meta"):
-        wavlm = WavLM(SIZES[args.wavlm]) if args.encoder == "wavlm" else None
-        print(parameter_table(EmotionModel(config, wavlm)))
-
-
-if __name__ == "__main__":
-    main()

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,6 @@ from model import (
 )
 from util import distributed
 from util.files import UserError, digest, weights_digest
-from util.files import progress as progress_bar
 from wavlm import WavLM, WavLMError, load_wavlm, read_config
 
 log = logging.getLogger("vatune")
@@ -156,16 +156,11 @@ def build_model(
 
 def set_checkpointing(model: EmotionModel, on: bool) -> None:
     """Sets --gradient_checkpointing; UserError if the encoder has none."""
-    if can_checkpoint(model):
-        encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
+    encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
+    if hasattr(encoder, "gradient_checkpointing"):
         encoder.gradient_checkpointing = on
     elif on:
         raise UserError(f"--encoder {model.config.encoder} has no --gradient_checkpointing")
-
-
-def can_checkpoint(model: EmotionModel) -> bool:
-    encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
-    return hasattr(encoder, "gradient_checkpointing")
 
 
 def compile_layers(model: EmotionModel) -> None:
@@ -191,26 +186,25 @@ def param_groups(model: EmotionModel, args: argparse.Namespace) -> list[dict]:
     WavLM trains at encoder_lr, the rest at lr; weight decay is on tensors of two dimensions or
     more. AdamW leaves alone what has no gradient, so the groups serve all stages.
     """
+    scale = args.global_batch_size / args.lr_reference_batch if args.lr_reference_batch else 1.0
+    rates = {"wavlm": args.encoder_lr * scale, "rest": args.lr * scale}
+    decays = {"decayed": args.weight_decay, "not decayed": 0.0}
+    groups = {
+        (part, kind): {
+            "name": f"{part}, {kind}", "params": [], "peak_lr": lr, "lr": lr, "weight_decay": decay
+        }
+        for part, lr in rates.items()
+        for kind, decay in decays.items()
+    }  # fmt: skip
     ever_trained = {}
     for stage in stages(args.unfreeze):
         set_trainable(model, stage, args.train_only)
         ever_trained |= {name: p for name, p in model.named_parameters() if p.requires_grad}
-    scale = args.global_batch_size / args.lr_reference_batch if args.lr_reference_batch else 1.0
-    rates = {"wavlm": args.encoder_lr * scale, "rest": args.lr * scale}
-    groups: dict[tuple[str, bool], dict] = {}
     for name, parameter in ever_trained.items():
         part = "wavlm" if name.startswith("encoder.wavlm.") else "rest"
-        decayed = parameter.ndim >= 2
-        if (part, decayed) not in groups:
-            groups[part, decayed] = {
-                "name": f"{part}, {'decayed' if decayed else 'not decayed'}",
-                "params": [],
-                "peak_lr": rates[part],
-                "lr": rates[part],
-                "weight_decay": args.weight_decay if decayed else 0.0,
-            }
-        groups[part, decayed]["params"].append(parameter)
-    return list(groups.values())
+        kind = "decayed" if parameter.ndim >= 2 else "not decayed"
+        groups[part, kind]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
 def build_optimizer(model: EmotionModel, args: argparse.Namespace) -> torch.optim.AdamW:
@@ -483,23 +477,21 @@ def frozen_states(
     if not reads_cache(args, stage):
         return None
     wavlm, lengths = model.encoder.wavlm, dataset.lengths
-    exact, framewise = args.feature_cache == "exact", model.config.pooling == "attention"
-    below = sum(layer + 2 <= wavlm.frozen_blocks for layer in model.encoder.layers)
+    framewise = model.config.pooling == "attention"
     key = digest(
-        data.FROZEN_VERSION, dataset.pack.key, len(lengths), args.max_seconds, args.amp, exact,
+        data.FROZEN_VERSION, dataset.pack.key, len(lengths), args.max_seconds, args.amp,
+        args.feature_cache == "exact",
         weights_digest({k: p for k, p in wavlm.named_parameters() if not p.requires_grad}),
         wavlm.frozen_blocks, wavlm.config.to_dict(), list(model.encoder.layers), framewise,
     )  # fmt: skip
-    frames = wavlm.frame_lengths(np.maximum(lengths, data.MIN_SAMPLES))
-    vectors = frames * (below < model.encoder.num_states) + (frames if framewise else 1) * below
-    num_bytes = vectors * wavlm.config.hidden_size * (4 if exact and args.amp == "off" else 2)
+    num_bytes = cached_bytes(model, args, np.maximum(lengths, data.MIN_SAMPLES))
 
     def encode(batch: dict) -> list[dict[str, np.ndarray]]:
         with autocast(device, args.amp):
             batch = model.encode_frozen(batch)
         counts = batch["frame_mask"].sum(1).tolist()
         states = {name: batch[name] for name in ("stream", "hidden") if name in batch}
-        states = {name: to_numpy(values, exact) for name, values in states.items()}
+        states = {name: to_numpy(values, name, args) for name, values in states.items()}
         return [
             {
                 name: values[i, :count] if name == "stream" or framewise else values[i]
@@ -520,15 +512,27 @@ def frozen_states(
     return data.frozen_states(key, args.cache_dir, lengths, num_bytes, compute)
 
 
-def to_numpy(states: Tensor, exact: bool) -> np.ndarray:
-    """States in their own precision, or float32 ones in half unless `exact`; bfloat16 as uint16."""
-    if states.dtype == torch.bfloat16:
-        return states.cpu().view(torch.uint16).numpy()
-    if states.dtype == torch.float32 and not exact:
-        states = states.half()
-        if not states.isfinite().all():
-            raise UserError(
-                "--feature_cache: WavLM's hidden states are beyond float16: give --feature_cache "
-                "exact"
-            )
-    return states.cpu().numpy()
+def cached_bytes(model: EmotionModel, args: argparse.Namespace, samples: Any) -> Any:
+    """Bytes in the cache of an utterance of `samples` (a number, or an array of them)."""
+    shapes = model.frozen_shapes(samples)
+    return sum(math.prod(s) * stored_dtype(name, args).itemsize for name, s in shapes.items())
+
+
+def stored_dtype(name: str, args: argparse.Namespace) -> torch.dtype:
+    """Precision in which the cache keeps `stream` or `hidden`: that of --amp is exact for the
+    stream; float32 becomes half unless --feature_cache exact."""
+    if name == "stream" and args.amp != "off":
+        return AUTOCAST[args.amp]
+    return torch.float32 if args.feature_cache == "exact" else torch.float16
+
+
+def to_numpy(states: Tensor, name: str, args: argparse.Namespace) -> np.ndarray:
+    """`stream` or `hidden` as the cache keeps them; bfloat16 as uint16."""
+    stored = states.to(stored_dtype(name, args))
+    if not stored.isfinite().all() and states.isfinite().all():
+        raise UserError(
+            "--feature_cache: WavLM's hidden states are beyond float16: give --feature_cache exact"
+        )
+    if stored.dtype == torch.bfloat16:
+        stored = stored.view(torch.uint16)
+    return stored.cpu().numpy()

@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
     ranks = distributed.find_ranks(args.device)
     logs.start_logging(None, console=ranks.rank == 0)
     fold = load_fold(args, ranks)
-    files = runs.open_run(args, writes=ranks.rank == 0 and not args.dry_run)
+    files = runs.open_run(args, fold, writes=ranks.rank == 0 and not args.dry_run)
     if files.writes:
         logs.start_logging(files.directory / "train.log", console=True)
     distributed.configure_device(ranks.device, args.tf32 == "on", args.memory_fraction)
@@ -304,7 +304,7 @@ def load_interrupted(args: argparse.Namespace, given: dict, files: RunFiles) -> 
     last = runs.load_last(files.directory, files.writes) if args.resume else None
     if last:
         decisive = {k: v for k, v in given.items() if k not in flags.FREE_ON_RESUME}
-        runs.check_resumable(decisive, last, files.directory, step.stays_frozen(args, epoch=0))
+        runs.check_resumable(decisive, last, files, step.stays_frozen(args, epoch=0))
     return last
 
 
@@ -322,7 +322,8 @@ def begin(run: Run, last: dict | None) -> None:
         content = {"model": runs.wavlm_weights(run.model), "args": run.given}
         run.files.save("frozen.pt", content)
     run.files.start(records, run.progress.step)
-    run.files.write_json("args.json", vars(run.args))
+    label_range = list(run.fold.corpus.label_range)
+    run.files.write_json("args.json", vars(run.args) | {"label_range": label_range})
     run.files.write_splits(run.fold.corpus, run.fold.splits)
     run.files.write_status(run.progress.step)
 
@@ -369,7 +370,7 @@ def log_steps(run: Run) -> None:
     record["total_steps"] = run.total_steps
     log.info(logs.step_line(record, progress.step, run.scaler))
     run.files.record("train", progress.step, record)
-    logs.give_hints(run.args, run.files, cached=run.fold.dataset.frozen is not None)
+    logs.give_hints(run.args, run.files)
 
 
 def evaluate(run: Run, split: str) -> tuple[dict[str, float], step.Evaluation]:
@@ -436,6 +437,7 @@ def save(run: Run, epoch: int) -> None:
         "progress": asdict(run.progress),
         "meter": run.meter.state(),
         "args": run.given,
+        "data": run.files.data_digest,
         "world_size": run.ranks.world_size,
         "batch_size": run.args.batch_size,
         "global_batch_size": run.args.global_batch_size,
@@ -450,7 +452,7 @@ def save(run: Run, epoch: int) -> None:
 # Exit codes
 
 
-def run(argv: list[str] | None = None) -> int:
+def cli(argv: list[str] | None = None) -> int:
     """main with exit codes: 0 done, 75 resume me, 2 wrong flags or data, 1 anything else.
 
     Every rank prints its own reason, if it has one. Mistakes of the user and faults of the machine
@@ -486,4 +488,4 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(cli())

@@ -58,6 +58,7 @@ class Corpus:
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was changed or ignored, with counts
     seconds: np.ndarray | None = None  # (N,) durations, known after load_audio
+    audio: list[str] = field(default_factory=list)  # digests of the samples, known after it, too
 
     def labels(self, targets: Sequence[str]) -> np.ndarray:
         """(N, len(targets)) float32 in [0, 1], columns in the order of `targets`."""

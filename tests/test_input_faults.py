@@ -1038,7 +1038,7 @@ def test_nan_that_a_loader_process_finds_is_one_line_with_the_name_of_the_file(
     flags += ["--features_dir", str(tmp_path / "npy"), "--d_model", "256", "--num_layers", "1"]
     flags += ["--batch_size", "1", "--num_workers", num_workers, "--device", "cpu"]
     flags += ["--cache_dir", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
-    assert train.run(flags) == 2
+    assert train.cli(flags) == 2
     said = capfd.readouterr()
     assert said.err == f"train.py: error: {bad}: holds NaN or infinite values\n"
     assert f"decoded audio: writing 0.00 GiB to {tmp_path}/cache/audio-" in said.out

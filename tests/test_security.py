@@ -6,6 +6,7 @@ tracked files are searched for calls that could run what they read.
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -155,6 +156,8 @@ def test_a_hostile_checkpoint_is_refused_by_whatever_loads_one(
     directory.mkdir(parents=True)
     (directory / "args.json").write_text("{}")
     make(directory / "last.pt")
+    flags = vars(train.parse_args([str(flag) for flag in train_flags]))
+    (tmp_path / "args.json").write_text(json.dumps(flags))  # beside best.pt
     audio = corpus.parent / "s1d0t0.wav"
     for named, script, *argv in (
         ("--checkpoint", "predict.py", "--checkpoint", tmp_path, audio, "--out", "out.csv"),

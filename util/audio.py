@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 import soxr
 
-VERSION = 3  # raise it with every change of decode: it is part of the cache key
+VERSION = 5  # raise it with every change of decode: it is part of the cache key
 SAMPLE_RATE = 16_000
 MIN_SAMPLES = 400  # WavLM's CNN needs this many; shorter clips are zero-padded to it
 MAX_CLIP_SECONDS = 600  # a longer clip is taken for a forgotten start/end [guess]

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,14 +44,11 @@ START_SECONDS = 1800  # time-out up to the first step: compiling, cold disks [gu
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DISK_BROKEN = {errno.EIO, errno.EROFS, errno.EACCES}
 GIB = 2**30
-GPU_GIB = 24.0  # assumed size of a GPU that is not in this machine
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts
 
 stop_signals: list[int] = []  # received so far; ranks agree on them after a step
 raised_signals: list[int] = []  # those that raised Stopped, which a library may have replaced
-Averaged = torch.futures.Future[torch.Tensor]
-Result = TypeVar("Result")
 
 
 class Stopped(BaseException):
@@ -204,14 +201,6 @@ def any_rank(flag: bool) -> bool:
     return all_reduce(torch.tensor(float(flag))).item() > 0
 
 
-def smallest(number: int) -> int:
-    """The smallest of the ranks' numbers (all ranks participate)."""
-    tensor = torch.tensor(number)
-    if collectives.on:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
-    return int(tensor)
-
-
 def gather(value: object) -> list:
     """The values of all ranks, in their order (all ranks participate)."""
     values = [value] * world_size()
@@ -263,7 +252,7 @@ def sum_over_ranks(sums: Tensor) -> None:
     collectives.sums = True
 
 
-def average_bucket(state: None, bucket: dist.GradBucket) -> Averaged:
+def average_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's own average of a bucket of gradients, recorded."""
     collectives.buckets += 1
     return allreduce_hook(state, bucket)
@@ -281,9 +270,7 @@ def agree_on_step(fault: str = "") -> bool:
     return bool(stops)
 
 
-def guard_memory(
-    update: Callable[[], Result], ddp_model: torch.nn.Module, zero_sums: Tensor
-) -> Result:
+def guard_memory(update: Callable[[], Any], ddp_model: torch.nn.Module, zero_sums: Tensor) -> Any:
     """update(), a training step; StepTooLarge on all ranks if one of them runs out of memory.
 
     `zero_sums`: zeros like the sums that the step exchanges.
@@ -407,17 +394,6 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     return f"{model[1] if model else platform.machine()} x {torch.get_num_threads()} threads"
-
-
-def capacity_gib(device: str, gpu_gib: float | None, memory_fraction: float) -> float:
-    """Memory there is to fill: --gpu_gib, or else the GPU here, or the free RAM of a CPU."""
-    if not uses_cuda(device):
-        free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(free[1]) * 1024 / GIB
-    gib = gpu_gib or GPU_GIB
-    if torch.cuda.is_available() and not gpu_gib:
-        gib = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[1] / GIB
-    return gib * (memory_fraction or 1.0)
 
 
 # ---------------------------------------------------------------------------------------------

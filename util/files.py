@@ -211,6 +211,14 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+def array_digest(array: np.ndarray) -> str:
+    """16 hex digits over type, shape and content; of a large array, over eight of its rows."""
+    if array.nbytes > 1 << 16 and array.ndim > 1:
+        array = array[np.linspace(0, len(array) - 1, 8).astype(int)]
+    head = f"{array.dtype.str}{array.shape}".encode()
+    return hashlib.sha256(head + array.tobytes()).hexdigest()[:16]
+
+
 def weights_digest(weights: dict[str, torch.Tensor]) -> str:
     """Hash of every weight: a cache made with other weights is another cache."""
     sha = hashlib.sha256()
@@ -219,5 +227,5 @@ def weights_digest(weights: dict[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def progress(iterable: object, total: int, what: str) -> tqdm:
+def progress_bar(iterable: object, total: int, what: str) -> tqdm:
     return tqdm(iterable, total=total, desc=what, disable=None, leave=False)  # None: terminal only
