@@ -484,7 +484,9 @@ def frozen_states(
         weights_digest({k: p for k, p in wavlm.named_parameters() if not p.requires_grad}),
         wavlm.frozen_blocks, wavlm.config.to_dict(), list(model.encoder.layers), framewise,
     )  # fmt: skip
-    num_bytes = cached_bytes(model, args, np.maximum(lengths, data.MIN_SAMPLES))
+    num_bytes = np.full(
+        len(lengths), cached_bytes(model, args, np.maximum(lengths, data.MIN_SAMPLES))
+    )
 
     def encode(batch: dict) -> list[dict[str, np.ndarray]]:
         with autocast(device, args.amp):
