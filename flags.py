@@ -18,7 +18,7 @@ import torch
 
 from corpora import is_table
 from model import ENCODERS
-from step import is_frozen, parse_unfreeze, stages
+from step import parse_unfreeze, reads_cache, stages
 from util.distributed import uses_cuda
 from util.files import UserError
 from util.runs import MODEL_FLAGS, read_flags
@@ -110,10 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="turns per dialogue chunk; 1 = single utterances")
     add("--num_workers", type=at_least(0), default=2, help="loader workers per rank")
     add("--cache_dir", default="cache", help="decoded audio, eGeMAPS, speaker embeddings")
-    add("--feature_cache", choices=("auto", "on", "off"), default="auto",
-        help="while WavLM is frozen, run it once per utterance and keep its hidden states in "
-        "--cache_dir (float16; means over time, or all frames for --pooling attention); auto: on "
-        "unless --augment")
+    add("--feature_cache", choices=("auto", "on", "off", "exact"), default="auto",
+        help="run the frozen part of WavLM (unfreeze none or top:K) once per utterance and keep "
+        "what the rest reads in --cache_dir, in half precision, or in that of the run (exact); "
+        "utterances above --max_seconds: their beginning; auto: on unless --augment")
     add("--augment", action="store_true", help="gain, noise, speed and time masks in training")
 
     add = p.add_argument_group("model").add_argument
@@ -283,7 +283,7 @@ def check(args: argparse.Namespace) -> None:
     low, high = args.label_range or (0, 1)
     schedule = parse_unfreeze(args.unfreeze)
     reads_features = args.encoder.endswith("transformer")
-    cached = args.feature_cache == "on"
+    cached = args.feature_cache in ("on", "exact")
     for flag in ("separation_every", "plot_every"):
         if getattr(args, flag) % args.eval_every:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be a multiple of --eval_every")
@@ -337,16 +337,16 @@ def check(args: argparse.Namespace) -> None:
         ),
         (
             cached and args.augment,
-            "--feature_cache on stores WavLM's output for the recording itself, --augment changes "
-            "it every epoch: remove one of the two",
+            f"--feature_cache {args.feature_cache} keeps what WavLM makes of the recording itself, "
+            "--augment changes it every epoch: remove one of the two",
         ),
         (
             cached and args.encoder != "wavlm",
-            f"--feature_cache on is for a frozen WavLM, not for --encoder {args.encoder}",
+            f"--feature_cache {args.feature_cache} is for WavLM, not for --encoder {args.encoder}",
         ),
         (
-            cached and not any(is_frozen(args, stage) for stage in stages(args.unfreeze)),
-            f"--feature_cache on: --unfreeze {args.unfreeze} never freezes WavLM",
+            cached and not any(reads_cache(args, stage) for stage in stages(args.unfreeze)),
+            f"--feature_cache {args.feature_cache}: --unfreeze {args.unfreeze} freezes no layers",
         ),
     ):
         if wrong:

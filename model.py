@@ -13,9 +13,11 @@ References: WavLM arXiv:2110.13900; FiLM arXiv:1709.07871; Mamba arXiv:2312.0075
 ConvNeXt arXiv:2201.03545; CCC: Lin, Biometrics 45 (1989), with 1/n moments.
 """
 
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,8 @@ class WavLMEncoder(nn.Module):
         for layer in self.layers:
             if not 0 <= layer <= depth:
                 raise UserError(f"--layers {layer}: this WavLM has layers 0 to {depth}")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise UserError(f"--layers {' '.join(map(str, self.layers))}: each once, and rising")
         self.wavlm.truncate(max(self.layers))  # layers above the last one used cost memory only
         self.wavlm.attention = config.attention
         self.width = self.wavlm.config.hidden_size
@@ -87,18 +91,36 @@ class WavLMEncoder(nn.Module):
         self.takes_mask = self.wavlm.config.feat_extract_norm == "layer"
 
     def forward(self, batch: dict) -> tuple[list[Tensor], Tensor]:
+        if "stream" not in batch:
+            return self._finish(*self.run_frozen(batch))
+        stream = batch["stream"]  # from a cache it may have another precision than the run
+        if not torch.is_autocast_enabled("cpu" if stream.is_meta else stream.device.type):
+            stream = stream.to(self.wavlm.feature_projection.projection.weight.dtype)
+        return self._finish(stream, batch["frame_mask"], [])
+
+    def run_frozen(self, batch: dict) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """What no training changes: (`stream`, which the lowest block that trains reads,
+        frame_mask (B, T), the hidden states to mix that lie below it)."""
         waveform, mask = batch["input_values"], batch["attention_mask"]  # (B, L), (B, L)
         lengths = mask.sum(1)
         count = lengths.unsqueeze(1)
         mean = (waveform * mask).sum(1, keepdim=True) / count
         centred = (waveform - mean) * mask
         waveform = centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / count + 1e-7)
-        states, frame_mask = self.wavlm(waveform, mask if self.takes_mask else None, self.layers)
-        if frame_mask is None:
-            frames = self.wavlm.frame_lengths(lengths).unsqueeze(1)
-            num_frames = states[self.layers[-1]].shape[1]
-            frame_mask = torch.arange(num_frames, device=frames.device) < frames  # (B, T)
-        return [states[layer] for layer in self.layers], frame_mask
+        stream, _, states = self.wavlm.run_frozen(
+            waveform, mask if self.takes_mask else None, self.layers
+        )
+        frames = self.wavlm.frame_lengths(lengths).unsqueeze(1)
+        num_frames = self.wavlm.frame_lengths(waveform.shape[1])
+        frame_mask = torch.arange(num_frames, device=frames.device) < frames  # (B, T)
+        return stream, frame_mask, list(states.values())
+
+    def _finish(
+        self, stream: Tensor, frame_mask: Tensor, below: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        mask = frame_mask if self.takes_mask else None
+        above = self.wavlm.run_trained(stream, mask, self.layers)
+        return [*below, *above.values()], frame_mask
 
 
 class LogMel(nn.Module):
@@ -569,20 +591,70 @@ class EmotionModel(nn.Module):
 
     def encode(self, batch: dict) -> Tensor:
         """Utterance vectors (B, U) in float32; none depends on another utterance."""
-        if "hidden" in batch:  # the cached states of a frozen encoder
-            utterance = self.pooling(batch["hidden"].float(), batch.get("frame_mask"))
-        else:
-            utterance = torch.cat([self.encode_speech(part) for part in split_by_length(batch)])
+        batch = self.encode_frozen(batch)
+        utterance = torch.cat([self.encode_speech(part) for part in split_by_length(batch)])
         if self.film is not None:
             utterance = self.film(utterance, batch.get("speaker"))
         if self.prosody is not None:
             utterance = torch.cat((utterance, self.prosody(batch["prosody"])), dim=1)
         return utterance.float()
 
+    @torch.no_grad()
+    def encode_frozen(self, batch: dict) -> dict:
+        """The batch with what the frozen part of WavLM makes of the audio in the audio's place.
+
+        hidden (B, n, D), or (B, T, n, D) for attention: the prepared states of the n layers to mix
+        that lie in it; stream (B, T, D): what the lowest block that trains reads; frame_mask
+        (B, T). Each is left out if there is none. A batch without audio, or of a model without a
+        frozen part, comes back as it is.
+        """
+        frozen = self.config.encoder == "wavlm" and self.encoder.wavlm.frozen_blocks > 0
+        if not frozen or "input_values" not in batch:
+            return batch
+        parts = []
+        for part in split_by_length(batch):
+            stream, frame_mask, states = self.encoder.run_frozen(part)
+            found = {"frame_mask": frame_mask}
+            if len(states) < self.encoder.num_states:
+                found["stream"] = stream
+            if states:
+                found["hidden"] = self.pooling.prepare(states, frame_mask)
+            parts.append(found)
+        replaced = ("input_values", "attention_mask", "groups")
+        batch = {key: value for key, value in batch.items() if key not in replaced}
+        if len(parts) > 1 and "stream" in parts[0]:
+            stops = itertools.accumulate(len(part["stream"]) for part in parts)
+            batch["groups"] = [
+                (stop - len(part["stream"]), stop, part["stream"].shape[1])
+                for stop, part in zip(stops, parts)
+            ]
+        return batch | {key: cat_padded([part[key] for part in parts]) for key in parts[0]}
+
+    def frozen_shapes(self, samples: Any) -> dict[str, tuple]:
+        """Shapes of what encode_frozen makes of an utterance of `samples`."""
+        if self.config.encoder != "wavlm" or not self.encoder.wavlm.frozen_blocks:
+            return {}
+        wavlm, width = self.encoder.wavlm, self.encoder.width
+        frames, shapes = wavlm.frame_lengths(samples), {}
+        below = sum(layer + 2 <= wavlm.frozen_blocks for layer in self.encoder.layers)
+        if below < self.encoder.num_states:
+            only_cnn = wavlm.frozen_blocks == 1
+            shapes["stream"] = (frames, wavlm.config.conv_dim[-1] if only_cnn else width)
+        if below:
+            shapes["hidden"] = (below, width)
+            if self.config.pooling == "attention":
+                shapes["hidden"] = (frames, below, width)
+        return shapes
+
     def encode_speech(self, batch: dict) -> Tensor:
-        """Pooled vectors (B, D) of waveforms or feature frames."""
-        states, frame_mask = self.encoder(batch)
-        return self.pooling(self.pooling.prepare(states, frame_mask), frame_mask)
+        """Pooled vectors (B, D) of waveforms, feature frames, or what encode_frozen gives."""
+        prepared, frame_mask = [], batch.get("frame_mask")
+        if "hidden" in batch:
+            prepared.append(batch["hidden"].float())
+        if "stream" in batch or "hidden" not in batch:
+            states, frame_mask = self.encoder(batch)
+            prepared.append(self.pooling.prepare(states, frame_mask))
+        return self.pooling(torch.cat(prepared, dim=-2), frame_mask)
 
     def track(
         self,
@@ -649,11 +721,27 @@ def split_by_length(batch: dict) -> list[dict]:
     parts = []
     for start, stop, longest in batch.get("groups") or ():
         part = dict(batch)
-        for name in ("input_values", "attention_mask", "frames", "frame_mask"):
+        for name in ("input_values", "attention_mask", "frames", "frame_mask", "stream"):
             if name in batch:
                 part[name] = batch[name][start:stop, :longest]
+        if "hidden" in batch:
+            hidden = batch["hidden"][start:stop]
+            part["hidden"] = hidden if hidden.ndim == 3 else hidden[:, :longest]
         parts.append(part)
     return parts or [batch]
+
+
+def cat_padded(parts: list[Tensor]) -> Tensor:
+    """[(B_i, T_i, ...)] -> (sum of B_i, longest T, ...), padded with zeros (False)."""
+    if len({part.shape[1] for part in parts}) == 1:
+        return torch.cat(parts)
+    longest = max(part.shape[1] for part in parts)
+    padded = parts[0].new_zeros(sum(map(len, parts)), longest, *parts[0].shape[2:])
+    start = 0
+    for part in parts:
+        padded[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return padded
 
 
 @torch.no_grad()

@@ -375,7 +375,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
             raise UserError(f"--state {args.state}: {fault}: remove it")
         print(f"note: {fault}", file=sys.stderr)
     if args.state:
-        key = digest(weights_digest(model), dataclasses.asdict(model.config))
+        key = digest(weights_digest(model.state_dict()), dataclasses.asdict(model.config))
         state = read_state(Path(args.state), key, device)
     model.to(device)
     writer = csv.writer(sys.stdout, lineterminator="\n")

@@ -211,8 +211,8 @@ def finish(run: Run) -> None:
     distributed.wait_for_ranks()  # best.pt is written
     best = runs.read_checkpoint(files.directory / "best.pt")
     runs.load_weights(run.model, best["model"], files.directory)
-    if not step.stays_frozen(args, epoch=args.epochs):
-        fold.dataset.hidden = None  # the best epoch's encoder may be another one
+    if not step.same_frozen_part(args):
+        fold.dataset.frozen = None  # that of the best epoch may have been another one
     scores = {}
     for split in ("dev", "test"):
         scores[split], evaluation = evaluate(run, split)
@@ -356,8 +356,8 @@ def begin_stage(run: Run, stage: str) -> None:
     run.optimizer.zero_grad(set_to_none=True)  # what is frozen now must not be updated
     step.set_trainable(run.model, stage, run.args.train_only)
     dataset = run.fold.dataset
-    dataset.hidden = None
-    dataset.hidden = step.frozen_states(run.model, dataset, run.args, stage, run.ranks.device)
+    dataset.frozen = None
+    dataset.frozen = step.frozen_states(run.model, dataset, run.args, stage, run.ranks.device)
     distributed.handle_signals(at_once=False)  # now all ranks stop at the same step, and save it
     log.info(f"epoch {run.progress.epoch + 1} | {logs.trainable_line(run.optimizer, stage)}")
 

@@ -21,7 +21,7 @@ import soxr
 
 from util.files import UserError, optional_module, version_of
 
-VERSION = 4  # raise it with every change of decode: it is part of the cache key
+VERSION = 5  # raise it with every change of decode: it is part of the cache key
 SAMPLE_RATE = 16_000
 MIN_SAMPLES = 400  # WavLM's CNN needs this many; shorter clips are zero-padded to it
 MAX_CLIP_SECONDS = 600  # a longer clip is taken for a forgotten start/end [guess]
