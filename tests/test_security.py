@@ -23,6 +23,7 @@ import predict
 import report
 import train
 from util import runs
+from util.checkpoints import read_checkpoint
 from util.files import UserError, run_script
 
 REPO = Path(__file__).resolve().parents[1]
@@ -150,7 +151,7 @@ def test_a_hostile_checkpoint_is_refused_by_whatever_loads_one(
         with pytest.raises(UserError, match=r"--checkpoint .*best.pt.* not "):
             runs.load_model(tmp_path, "--checkpoint")
         with pytest.raises(UserError, match=r"best.pt"):
-            runs.read_checkpoint(best)
+            read_checkpoint(best)
         best.write_bytes(best.read_bytes() + hashlib.sha256(best.read_bytes()).digest())
     directory = tmp_path / "runs/x/fold1"
     directory.mkdir(parents=True)

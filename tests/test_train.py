@@ -23,8 +23,9 @@ import step
 from data import BatchSpec
 from model import EmotionModel, metrics
 from train import cli, main, parse_args
+from util.checkpoints import read_checkpoint, save_checkpoint
 from util.files import UserError
-from util.runs import load_weights, read_checkpoint, run_dir, save_checkpoint
+from util.runs import load_weights, run_dir
 from wavlm import WavLM, load_wavlm, save_wavlm
 
 NO_DROPOUT = ("--dropout", "0", "--wavlm_dropout", "0")
