@@ -917,7 +917,7 @@ def fuzz_csv(root, seed, _):
         assert re.search(r"m\.csv|no usable utterance", str(error)), error
         return "refused"
     lines = [line for line in re.split("\r\n|\r|\n", content.decode("utf-8-sig")) if line]
-    columns = [column.lower() for column in cells_of(lines[0])]
+    columns = [re.sub(r"[\W_]", "", column).lower() for column in cells_of(lines[0])]
     expected, unlabelled = {}, 0
     for line in lines[1:]:
         row = dict(zip(columns, cells_of(line), strict=True))
@@ -928,7 +928,7 @@ def fuzz_csv(root, seed, _):
         if np.isnan(labels).all():
             unlabelled += 1
         else:
-            expected[row["utt_id"]] = (str((root / row["path"]).resolve()), *labels)
+            expected[row["uttid"]] = (str((root / row["path"]).resolve()), *labels)
     assert len(expected) + unlabelled == len(lines) - 1  # no line was lost
     found = {u.utt_id: (str(u.path), u.valence, u.arousal) for u in corpus.utterances}
     np.testing.assert_equal(found, expected)
