@@ -97,9 +97,11 @@ def read_corpus(
 def check_spelling(corpus: Corpus) -> None:
     """UserError if two speakers or two sessions are one, spelled in two ways."""
     for attribute in ("speaker", "session"):
-        spelled: dict[object, Utterance] = {}
+        named: dict[str, Utterance] = {}
         for u in corpus.utterances:
-            name = getattr(u, attribute)
+            named.setdefault(getattr(u, attribute), u)
+        spelled: dict[object, Utterance] = {}
+        for name, u in named.items():
             key: object = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
             if not math.isnan(to_float(name)):
                 key = to_float(name)  # 7, 07 and 7.0

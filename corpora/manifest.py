@@ -85,7 +85,7 @@ def read_csv(
     for row, texts in table.rows:
         cells = {column: texts[i] for column, i in columns.items()}
         try:
-            u = dataclasses.replace(read_row(cells, root, targets), row=row)
+            u = read_row(row, cells, root, targets)
             if labelled and all(math.isnan(getattr(u, target)) for target in targets):
                 unlabelled.append(u)
                 continue
@@ -198,7 +198,7 @@ def to_seconds(text: str) -> float:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def read_row(cells: dict[str, str], root: Path, targets: Sequence[str]) -> Utterance:
+def read_row(row: int, cells: dict[str, str], root: Path, targets: Sequence[str]) -> Utterance:
     """The utterance of one line; UserError without the file's name and the row."""
     labels = dict.fromkeys(LABELS, math.nan)
     for target in targets:
@@ -239,7 +239,7 @@ def read_row(cells: dict[str, str], root: Path, targets: Sequence[str]) -> Utter
     return Utterance(
         utt_id, audio_file(cells["path"], root), **labels, start=start,
         end=None if math.isnan(end) else end, onset=times["start"], split=SPLITS.get(split, ""),
-        ratings=(rating,) if rating else (), **names,
+        row=row, ratings=(rating,) if rating else (), **names,
     )  # fmt: skip
 
 

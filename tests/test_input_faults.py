@@ -12,6 +12,7 @@ import ast
 import contextlib
 import csv
 import faulthandler
+import functools
 import math
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ import soundfile
 
 import corpora
 import data
+import predict
 import train
 from data import SAMPLE_RATE
 from util import audio, files
@@ -1200,6 +1202,34 @@ def test_nan_that_a_loader_process_finds_is_one_line_with_the_name_of_the_file(
     said = capfd.readouterr()
     assert said.err == f"train.py: error: {bad}: holds NaN or infinite values\n"
     assert f"decoded audio: writing 0.00 GiB to {tmp_path}/cache/audio-" in said.out
+
+
+def test_features_at_another_rate_than_those_of_the_run_are_refused_by_predict(tmp_path, capfd):
+    path = write_training_corpus(tmp_path, frames=30)  # in 0.3 s
+    flags = ["--data", path, "--encoder", "lightweight_transformer", "--prosody", "none"]
+    flags += ["--features_dir", str(tmp_path / "npy"), "--d_model", "256", "--num_layers", "1"]
+    flags += ["--max_seconds", "0.2", "--max_steps", "1", "--num_workers", "0", "--device", "cpu"]
+    flags += ["--cache_dir", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
+    flags += ["--name", "x"]
+    assert train.run(flags) == 0
+    said = capfd.readouterr().out
+    assert "note: features: 100 frames per second\n" in said
+    assert "24 utterances are longer than --max_seconds 0.2: training takes a random window" in said
+    (tmp_path / "half").mkdir()
+    for file in (tmp_path / "npy").iterdir():
+        np.save(tmp_path / "half" / file.name, np.load(file)[::2])
+    out = tmp_path / "p.csv"
+    flags = ["--checkpoint", str(tmp_path / "runs/x/fold1"), "--data", path, "--device", "cpu"]
+    args = predict.parse_args([*flags, "--features_dir", "", "--out", str(out)])
+    for folder, code in (("npy", 0), ("half", 2)):
+        args.features_dir = str(tmp_path / folder)
+        assert files.run_script("predict.py", functools.partial(predict.main, args)) == code
+    assert "half: 50 frames per second, but the run was trained on 100" in capfd.readouterr().err
+    with open(out, newline="") as file:
+        preds = {row["utt_id"]: row["pred_valence"] for row in csv.DictReader(file)}
+    with open(tmp_path / "runs/x/fold1/predictions_test.csv", newline="") as file:
+        tested = {row["utt_id"]: row["pred_valence"] for row in csv.DictReader(file)}
+    assert tested.items() <= preds.items()  # from the same first 20 frames
 
 
 def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
