@@ -22,7 +22,7 @@ LABELS = ("valence", "arousal")  # fields of Utterance that hold ratings, column
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING = {  # what tables write where they do not know, without punctuation: n/a, <unk>, -, ?
     "", "nan", "na", "none", "null", "nil", "missing", "undefined", "unk", "unknown",
-    "unknownspeaker",
+    "unknownspeaker", "unspecified", "unidentified", "anonymous", "notavailable",
 }  # fmt: skip
 
 
