@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -558,6 +559,41 @@ def test_a_dead_or_stalled_worker_is_one_line_that_names_it(flags, tmp_path, fau
     assert re.search(r"DataLoader.*worker \d+ is .*--resume", said), said
     assert "Traceback" not in victim.console() and len(said.strip().splitlines()) == 1
     assert victim.status()["exit_code"] == 1
+    gone(tmp_path, 2)
+
+
+def stall_and_stop(which, training):
+    """In rank `which`, SIGSTOP to the workers once they have read some batches, and SIGTERM to the
+    rank when it waits for more."""
+    data.EVAL_SECONDS, forwards = 1, []
+
+    def end():
+        print("signal", time.time(), flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stall(module, inputs):
+        if type(module).__name__ == "WavLMEncoder" and module.training == training:
+            forwards.append(1)
+            if len(forwards) == 5:
+                for worker in multiprocessing.active_children():
+                    os.kill(worker.pid, signal.SIGSTOP)
+                threading.Timer(3, end).start()
+
+    if os.environ.get("RANK", "0") == which:
+        register_module_forward_pre_hook(stall)
+
+
+@pytest.mark.parametrize(("ranks", "training"), [(1, True), (2, True), (2, False)])
+def test_a_signal_while_the_loader_stalls_ends_all_ranks_with_a_checkpoint_within_10_seconds(
+    flags, tmp_path, ranks, training
+):
+    flags = [*flags, "--batch_size", "4", "--num_workers", "1", *LONG, "--eval_every", "2"]
+    victim = Run(flags, tmp_path)
+    fault = (stall_and_stop, str(ranks - 1), training)
+    assert run_ranks(victim.flags, victim.log, ranks, fault) == [75] * ranks, victim.console()
+    [begin] = re.findall(r"signal ([\d.]+)", victim.console())
+    assert time.time() - float(begin) < 10
+    assert progress_of(victim)["step"] == victim.status()["step"] == victim.records()[-1]["step"]
     gone(tmp_path, 2)
 
 
