@@ -50,7 +50,15 @@ from corpora import (
     write_skipped,
 )
 from model import TARGETS
-from util.audio import MIN_SAMPLES, SAMPLE_RATE, VERSION, decode, decoded_bytes
+from util.audio import (
+    MIN_SAMPLES,
+    NO_DECODER,
+    SAMPLE_RATE,
+    VERSION,
+    decode,
+    decoded_bytes,
+    foreign_decoder,
+)
 from util.files import (
     UserError,
     array_digest,
@@ -66,7 +74,7 @@ from util.files import (
 
 log = logging.getLogger("vatune")
 
-FRAME_RATE = 50  # frames per second of frozen features, where seconds are derived from them
+FRAME_RATE = 50  # frames per second of feature files that are planned for without their audio
 GROUP_SECONDS = 2.0  # of audio, which one more pass of an encoder costs in itself [guess]
 EVAL_SECONDS = 64  # padded seconds per evaluation batch; fixed, so that results do not move
 PREFETCH = 4  # micro-batches that a loader process holds ready [guess]
@@ -81,12 +89,12 @@ class PackedRows:
     """Arrays of different length, one after the other in a memory map that all processes share.
 
     Row i is (lengths[i], *shape) of `dtype`: int16 audio (L,), which is read as float32 in [-1, 1],
-    or float16 hidden states. `key` names the content.
+    or hidden states. `key` names the content. A directory may hold several, by `name`.
     """
 
-    def __init__(self, directory: Path) -> None:
-        index = json.loads((directory / "index.json").read_text())
-        self.directory, self.key = directory, directory.name
+    def __init__(self, directory: Path, name: str = "values") -> None:
+        index = json.loads((directory / f"{name}.json").read_text())
+        self.file, self.key = directory / f"{name}.bin", directory.name
         self.dtype, self.shape = np.dtype(index["dtype"]), tuple(index["shape"])
         written = np.array(index["lengths"], dtype=np.int64)  # in the order of writing
         by_row = np.argsort(index["order"])
@@ -95,10 +103,12 @@ class PackedRows:
         self._values: np.ndarray | None = None  # opened in the process that reads
 
     @staticmethod
-    def write(directory: Path, rows: Iterable[tuple[int, np.ndarray]]) -> None:
+    def write(
+        directory: Path, rows: Iterable[tuple[int, np.ndarray]], name: str = "values"
+    ) -> None:
         """Files of `directory` from (row, array) pairs, each row once, in any order."""
         order, lengths, values = [], [], np.zeros(0)
-        with open(directory / "values.bin", "wb") as file:
+        with open(directory / f"{name}.bin", "wb") as file:
             for row, values in rows:
                 file.write(values.tobytes())
                 order.append(row)
@@ -106,7 +116,7 @@ class PackedRows:
         assert sorted(order) == list(range(len(order)))
         index = {"dtype": values.dtype.str, "shape": values.shape[1:]}
         index |= {"order": order, "lengths": lengths}
-        (directory / "index.json").write_text(json.dumps(index))
+        (directory / f"{name}.json").write_text(json.dumps(index))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_values": None}  # a pickled memory map would carry its content
@@ -120,7 +130,7 @@ class PackedRows:
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A copy of start..stop of the row."""
         if self._values is None:
-            flat = np.memmap(self.directory / "values.bin", dtype=self.dtype, mode="r")
+            flat = np.memmap(self.file, dtype=self.dtype, mode="r")
             self._values = flat.reshape(-1, *self.shape)
         length, offset = int(self.lengths[row]), int(self.offsets[row])
         stop = length if stop is None else min(stop, length)
@@ -180,8 +190,11 @@ def load_audio(
         decoding = {"bad": bad, "changes": changes, "digests": digests}
         (aside / "decoding.json").write_text(json.dumps(decoding))
 
-    build_cache(directory, fill)
-    decoding = json.loads((directory / "decoding.json").read_text())
+    decoding = json.loads((build_cache(directory, fill) / "decoding.json").read_text())
+    lacking = any(reason.startswith(NO_DECODER) for reason in decoding["bad"].values())
+    if lacking and foreign_decoder():  # it was installed after that cache was built
+        directory = Path(cache_dir) / f"audio-{digest(versions, files, foreign_decoder())}"
+        decoding = json.loads((build_cache(directory, fill) / "decoding.json").read_text())
     bad = {int(row): reason for row, reason in decoding["bad"].items()}
     good = [row for row in range(len(utterances)) if row not in bad]
     pack = PackedRows(directory).part(good)
@@ -293,7 +306,7 @@ def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor
         inputs = extractor(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         return model(inputs.input_values.to(device)).embeddings[0]
 
-    return embed, weights_digest(model) + extractor.to_json_string()
+    return embed, weights_digest(model.state_dict()) + extractor.to_json_string()
 
 
 def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
@@ -312,7 +325,7 @@ def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], to
     def embed(clip: np.ndarray) -> torch.Tensor:
         return model.encode_batch(torch.from_numpy(clip).to(device)[None])[0, 0]
 
-    return embed, weights_digest(model)
+    return embed, weights_digest(model.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -348,9 +361,12 @@ def open_npy(path: Path, ndim: int, width: int | None) -> np.ndarray:
 
 
 class FrameFeatures:
-    """Frozen features, one <utt_id>.npy (T, D) per utterance. `dim` = D, `lengths` (N,) frames."""
+    """Frozen features, one <utt_id>.npy (T, D) per utterance. `dim` = D, `lengths` (N,) frames.
 
-    def __init__(self, corpus: Corpus, features_dir: str | Path) -> None:
+    `rate`: frames per second, by default the median over the corpus of frames / seconds of audio.
+    """
+
+    def __init__(self, corpus: Corpus, features_dir: str | Path, rate: float | None = None) -> None:
         try:
             paths = npy_files(corpus, features_dir, "--features_dir")
         except UserError as error:
@@ -364,6 +380,17 @@ class FrameFeatures:
             lengths.append(len(array))
             digests.append(array_digest(array))
         self.lengths, self.digests = np.array(lengths, dtype=np.int64), np.array(digests, "S16")
+        self.rates = self.lengths / corpus.seconds
+        self.rate = rate or float(f"{np.median(self.rates):.3g}")
+
+    def describe(self) -> str:
+        """Their rate, and whether it is that of each utterance, for the log."""
+        low, high = np.percentile(self.rates, [5, 95])
+        text = f"features: {self.rate:g} frames per second"
+        slack = 0.1 * self.rate + 2 * self.rates / self.lengths  # two frames more or less
+        if np.mean(np.abs(self.rates - self.rate) > slack) > 0.05:
+            text += f", but {low:.3g} to {high:.3g} of most files: do they belong to this audio?"
+        return text
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """(T, D) float32. UserError if a value is not finite (found only here: needs all bytes)."""
@@ -376,31 +403,70 @@ class FrameFeatures:
 
 
 # ---------------------------------------------------------------------------------------------
-# Hidden states of a frozen encoder
+# What the frozen part of WavLM makes of every utterance
 
-HIDDEN_VERSION = 2  # raise it with every change of what the model prepares: part of the cache key
+FROZEN_VERSION = 3  # raise it with every change of what the model prepares: part of the cache key
+PART_SECONDS = 600  # audio in one part of the cache, the most that a kill loses [guess]
 
 
-def hidden_states(
+class FrozenStates:
+    """Results of EmotionModel.encode_frozen for every row of the corpus, on disk in parts.
+
+    read(row): {"stream": (T, D), "hidden": (n, D) or (T, n, D)}, each if there is one, in the
+    dtype of the cache; uint16 holds the bits of bfloat16.
+    """
+
+    def __init__(self, parts: list[tuple[Path, np.ndarray]]) -> None:
+        self.parts = []
+        count = sum(len(rows) for _, rows in parts)
+        self.place = np.zeros((count, 2), dtype=np.int64)  # (N, 2): part, row in it
+        for i, (directory, rows) in enumerate(parts):
+            names = sorted(path.stem for path in directory.glob("*.bin"))
+            self.parts.append({name: PackedRows(directory, name) for name in names})
+            self.place[rows, 0], self.place[rows, 1] = i, np.arange(len(rows))
+        self.has_frames = "stream" in self.parts[0] or len(self.parts[0]["hidden"].shape) == 2
+
+    def read(self, row: int) -> dict[str, np.ndarray]:
+        part, place = self.place[row].tolist()
+        return {name: pack.read(place) for name, pack in self.parts[part].items()}
+
+
+def frozen_states(
     key: str,
     cache_dir: str | Path,
-    compute: Callable[[], Iterator[tuple[int, np.ndarray]]],
-    num_bytes: int,
-) -> PackedRows:
-    """What a frozen encoder makes of every utterance, float16, from the cache if it is there.
+    lengths: np.ndarray,
+    num_bytes: np.ndarray,
+    compute: Callable[[np.ndarray], dict[str, list[np.ndarray]]],
+) -> FrozenStates:
+    """The states of all rows from the cache; parts that are missing are computed first.
 
-    `compute` yields (row of the corpus, states) once per utterance in any order: frames (T, N, D),
-    or (N, D) if they are pooled. The size, `num_bytes`, is logged before the cache is filled;
-    UserError if it does not fit the disk.
+    All processes that need the cache, ranks and folds, fill it together: each takes the next part
+    that no other is filling. A part is kept if the run is stopped. lengths (N,): samples; num_bytes
+    (N,): size of a row's states; `compute`: {name: states of these rows, in their order}.
+    The missing size is logged; UserError if the disk has no room for it.
     """
     directory = Path(cache_dir) / f"hidden-{key}"
-
-    def fill(aside: Path) -> None:
+    order = np.argsort(-lengths, kind="stable")
+    place = np.cumsum(lengths[order]) // (PART_SECONDS * SAMPLE_RATE)
+    parts = [
+        (directory / f"part-{i:04d}", order[place == number])
+        for i, number in enumerate(np.unique(place))
+    ]
+    missing = [(target, rows) for target, rows in parts if not target.exists()]
+    if missing:
+        size = sum(int(num_bytes[rows].sum()) for _, rows in missing)
         fix = ", or give --feature_cache off"
-        announce_cache(directory, num_bytes, "hidden states of the frozen encoder", fix)
-        PackedRows.write(aside, ((row, states.astype(np.float16)) for row, states in compute()))
+        announce_cache(directory, size, "hidden states of the frozen part of WavLM", fix)
+    for target, rows in progress_bar(missing, len(missing), "hidden states"):
+        build_cache(target, lambda aside, rows=rows: write_states(aside, compute(rows)), wait=False)
+    for target, rows in parts:
+        build_cache(target, lambda aside, rows=rows: write_states(aside, compute(rows)))
+    return FrozenStates(parts)
 
-    return PackedRows(build_cache(directory, fill))
+
+def write_states(directory: Path, states: dict[str, list[np.ndarray]]) -> None:
+    for name, rows in states.items():
+        PackedRows.write(directory, enumerate(rows), name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -440,7 +506,7 @@ class BatchSpec:
 
     chunks: tuple[tuple[int, ...], ...]  # rows of the corpus
     epoch: int = -1  # -1 = evaluation: no augmentation, no random window
-    step_size: int = 0  # utterances in the global batch that this one is a part of
+    step_size: tuple[int, ...] = (0,)  # labels per target in the global batch that this is part of
 
 
 @dataclass(eq=False)
@@ -459,15 +525,16 @@ class Batches(torch.utils.data.Dataset):
     max_seconds: float
     augment: bool
     seed: int
-    hidden: PackedRows | None = None  # takes the place of audio while it is set
+    frozen: FrozenStates | None = None  # take the place of audio while they are set
 
     def __post_init__(self) -> None:
         if self.augment and self.pack is None:
             raise UserError("--augment works on waveforms, but this encoder reads --features_dir")
-        self.rate = SAMPLE_RATE if self.pack is not None else FRAME_RATE
-        self.longest = int(self.max_seconds * self.rate)
         source = self.features if self.pack is None else self.pack
+        self.rate = SAMPLE_RATE if self.pack is not None else self.features.rate
+        self.longest = max(1, int(self.max_seconds * self.rate))
         self.lengths = np.minimum(source.lengths, self.longest)
+        self.num_cut = int((source.lengths > self.longest + 0.1 * self.rate).sum())
 
     def __getitem__(self, spec: BatchSpec) -> dict | UserError:
         """The batch, or in a loader process a UserError, which the parent raises.
@@ -485,7 +552,8 @@ class Batches(torch.utils.data.Dataset):
         """All torch CPU tensors but the last four; turns of chunks are ordered by length:
         chunk_index (C, K) positions in the batch (-1 = padding),
         labels (B, 2), input_values (B, L) and attention_mask (B, L) True = sample,
-        frames (B, T, D) and frame_mask (B, T), hidden (B, N, D) or (B, T, N, D) float16,
+        frames (B, T, D) and frame_mask (B, T), stream and hidden as from EmotionModel.encode_frozen
+        in the dtype of the cache,
         prosody (B, 88) raw with NaN, speaker (B, S),
         rows (list, of the corpus), audio_seconds and padded_share (floats), and, if the turns of
         chunks mix lengths, groups [(start, stop, L)] of similar length, to be encoded apart.
@@ -506,13 +574,18 @@ class Batches(torch.utils.data.Dataset):
         }
         batch["audio_seconds"] = float(self.lengths[rows].sum()) / self.rate
         batch["padded_share"], real = 0.0, None
-        if self.hidden is not None:
-            states = [self.hidden.read(row) for row in rows]
-            if states[0].ndim == 2:
-                batch["hidden"] = torch.from_numpy(np.stack(states))
-            else:
-                batch["hidden"], real = pad(states)
-                batch["frame_mask"] = real
+        rate = self.rate
+        if self.frozen is not None:
+            states = [self.frozen.read(row) for row in rows]
+            for name, first in states[0].items():
+                values = [state[name] for state in states]
+                if name == "stream" or first.ndim == 3:
+                    batch[name], real = pad(values)
+                    batch["frame_mask"], rate = real, FRAME_RATE
+                else:
+                    batch[name] = torch.from_numpy(np.stack(values))
+                if first.dtype == np.uint16:
+                    batch[name] = batch[name].view(torch.bfloat16)
         elif self.features is not None:
             frames = [self._window(self.features, row, spec.epoch)[0] for row in rows]
             batch["frames"], batch["frame_mask"] = pad(frames)
@@ -528,8 +601,8 @@ class Batches(torch.utils.data.Dataset):
             batch["speaker"] = torch.from_numpy(self.speaker[rows])
         if real is not None:
             lengths, padded = real.sum(1).numpy(), real.numel()
-            if width > 1 and self.hidden is None:
-                batch["groups"] = groups_of_like_length(lengths, GROUP_SECONDS * self.rate)
+            if width > 1 and ("stream" in batch or self.frozen is None):
+                batch["groups"] = groups_of_like_length(lengths, GROUP_SECONDS * rate)
                 padded = sum((stop - start) * longest for start, stop, longest in batch["groups"])
             batch["padded_share"] = 1.0 - float(lengths.sum()) / padded
         return batch
@@ -606,6 +679,7 @@ class TrainPlan:
     rank: int
     world_size: int
     seed: int
+    labelled: np.ndarray  # (N, 2) True = this label is known
 
     def __post_init__(self) -> None:
         if self.batch_size % self.context:
@@ -662,7 +736,8 @@ class TrainPlan:
         steps = steps[rng.permutation(self.steps_per_epoch)]
         for step in steps[self.first_step :]:
             step = step[np.argsort(longest[step], kind="stable")]
-            step_size = sum(len(chunks[i]) for i in step)
+            rows = [row for i in step for row in chunks[i]]
+            step_size = tuple(self.labelled[rows].sum(0).tolist())
             micro_batches = step.reshape(self.micro_batches, -1)
             for micro_batch in micro_batches[self.rank :: self.world_size]:
                 yield BatchSpec(tuple(chunks[i] for i in micro_batch), self.epoch, step_size)
@@ -738,6 +813,7 @@ class Fold:
             rank=rank,
             world_size=world_size,
             seed=args.seed,
+            labelled=~np.isnan(self.dataset.labels),
         )
 
     def speakers(self, split: str) -> list[str]:
@@ -755,7 +831,8 @@ def load_fold(args: argparse.Namespace) -> Fold:
     digests = {"audio": corpus.audio}
     features = prosody = speaker = None
     if args.features_dir:
-        features = FrameFeatures(corpus, args.features_dir)
+        features = FrameFeatures(corpus, args.features_dir, args.feature_rate)
+        corpus.notes.append(features.describe())
         digests["features"] = features.digests.astype(str).tolist()
     if args.prosody == "egemaps":
         prosody = egemaps(corpus, pack, args.cache_dir)
@@ -774,6 +851,10 @@ def load_fold(args: argparse.Namespace) -> Fold:
         augment=args.augment,
         seed=args.seed,
     )
+    if dataset.num_cut:
+        what = "training takes a random window of them, evaluation the beginning"
+        longer = f"{dataset.num_cut} utterances are longer than --max_seconds {args.max_seconds:g}"
+        corpus.notes.append(f"{longer}: {what}")
     return Fold(
         corpus=corpus,
         splits=make_splits(corpus, args.fold),
@@ -827,6 +908,7 @@ def inspect(args: argparse.Namespace) -> None:
         features = FrameFeatures(corpus, args.features_dir)
         frames = sum(len(features.read(row)) for row in range(len(utterances)))  # finds NaN
         print(f"\nfeatures    {frames} frames, {features.dim} wide, all finite")
+        print(f"            {features.describe()}")
     for fold in [args.fold] if args.fold is not None else range(1, num_folds(corpus) + 1):
         print(f"\nfold {fold}\n{describe_splits(corpus, make_splits(corpus, fold))}")
 
@@ -842,8 +924,9 @@ def print_labels(corpus: Corpus) -> None:
             f"standard deviation {values.std(ddof=0):.2f}"
         )
         if values.nunique() < 2:
-            raise UserError(f"{corpus.name}: {name} is {values[0]:g} everywhere, nothing to learn")
-        counts, _ = np.histogram(values, bins=9, range=(lo - half_bin, hi + half_bin))
+            fault = f"{name} is {values.mean():g} everywhere, nothing to learn"
+            raise UserError(f"{corpus.name}: {fault}")
+        counts, _ = np.histogram(values.dropna(), bins=9, range=(lo - half_bin, hi + half_bin))
         for centre, count in zip(np.linspace(lo, hi, 9), counts):
             bar = "#" * round(30 * count / counts.max())
             print(f"{centre:6.2f} {count:6d} {bar}".rstrip())
@@ -855,7 +938,7 @@ def print_labels(corpus: Corpus) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="inspect a corpus before training")
     add = parser.add_argument
-    add("--data", required=True, help="demo, iemocap, msp_podcast, or a .csv")
+    add("--data", required=True, help="demo, iemocap, msp_podcast, or a .csv or .tsv")
     add("--data_dir", help="root of the corpus, or of the relative paths in a CSV")
     add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
     add("--cache_dir", default="cache", help="directory of caches")

@@ -90,7 +90,7 @@ def extract(args: argparse.Namespace) -> None:
     processor, model = load_vision_model(args)
     out = Path(args.features_dir)
     out.mkdir(parents=True, exist_ok=True)
-    made_by = json.dumps([weights_digest(model), processor.to_json_string()])
+    made_by = json.dumps([weights_digest(model.state_dict()), processor.to_json_string()])
     stamp = out / "extract.json"
     if stamp.exists() and stamp.read_text() != made_by:
         raise UserError(f"{out} holds features of another model: choose another --features_224_dir")

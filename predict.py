@@ -211,7 +211,12 @@ def build_inputs(
         named = dataclasses.replace(corpus, utterances=stems)
     features = prosody = speaker = None
     if reads_features:
+        trained = model.config.frame_rate or None  # None: a run of older code
         features = data.FrameFeatures(named, args.features_dir)
+        if trained and not flags["feature_rate"] and not 0.9 < features.rate / trained < 1.1:
+            fault = f"{features.rate:g} frames per second, but the run was trained on {trained:g}"
+            raise UserError(f"--features_dir {args.features_dir}: {fault}")
+        features.rate = trained or features.rate
     if model.config.prosody_dim:
         prosody = data.egemaps(corpus, pack, cache_dir)
     if reads_speaker:
@@ -285,11 +290,10 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
                 raise UserError(f"--checkpoint: the runs differ in label range: {ranges}")
             flags = checkpoint["args"]
             dataset = build_inputs(corpus, pack, cache_dir, args, model, flags)
-            longer = int((corpus.seconds > dataset.max_seconds + 0.1).sum())
-            if longer:
-                used = f"{longer} longer than {dataset.max_seconds:g} s: the beginning is used"
-                curve = "as in training; --window 8 gives a curve over all"
-                print(f"note: {used}, {curve}", file=sys.stderr)
+            if dataset.num_cut:
+                used = f"{dataset.num_cut} longer than {dataset.max_seconds:g} s: their beginning"
+                curve = "is used, as in training; --window 8 gives a curve over all"
+                print(f"note: {used} {curve}", file=sys.stderr)
             order = list(range(len(corpus.utterances)))
             dialogs = order  # each utterance is one
             if flags["context"] > 1 and args.data and not args.window:
@@ -371,7 +375,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
             raise UserError(f"--state {args.state}: {fault}: remove it")
         print(f"note: {fault}", file=sys.stderr)
     if args.state:
-        key = digest(weights_digest(model), dataclasses.asdict(model.config))
+        key = digest(weights_digest(model.state_dict()), dataclasses.asdict(model.config))
         state = read_state(Path(args.state), key, device)
     model.to(device)
     writer = csv.writer(sys.stdout, lineterminator="\n")

@@ -125,9 +125,9 @@ def read_experiment(
     )
     if not missing:
         table = pd.DataFrame(list(experiment.folds.values()))
-        experiment.mean = table.mean().to_dict()
+        experiment.mean = table.mean(skipna=False).to_dict()
         if len(table) > 1:
-            experiment.std = table.std().to_dict()
+            experiment.std = table.std(skipna=False).to_dict()
         rows = pd.concat(experiment.parts.values(), ignore_index=True)
         preds, labels = tensors(rows)
         ids, experiment.clusters = cluster_ids(rows)
@@ -160,7 +160,10 @@ def read_fold(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
         result |= {f"{s}/{key}": result[s][key] for s in ("dev", "test") for key in result[s]}
         result |= {"hours": result["seconds"] / 3600, "peak_gib": result["peak_gib_measured"]}
         figures = {key: result[key] for key in FIGURES}
-        wrong = [key for key in FIGURES if not math.isfinite(figures[key])]
+        unlabelled = [key for key in FIGURES if "/" in key and figures[key] is None]
+        numbers = [key for key in FIGURES if key not in unlabelled]
+        wrong = [key for key in numbers if not math.isfinite(figures[key])]
+        figures |= dict.fromkeys(unlabelled, math.nan)
     except KeyError as error:
         raise UserError(f"{path}: has no {error}") from error
     except (OSError, TypeError, ValueError) as error:
@@ -201,17 +204,17 @@ def resampled_cccs(preds: Tensor, labels: Tensor, ids: np.ndarray) -> np.ndarray
     sums = torch.zeros(6, size, rows.shape[2], dtype=torch.float64)
     sums.index_add_(1, torch.from_numpy(ids), rows)
     rng = np.random.default_rng(SEED)
-    cccs = []
+    cccs, without = [], torch.where(labels.isnan().all(0), torch.nan, 0.0)  # columns without label
     for _ in range(0, RESAMPLES, 100):  # 100 at a time: bounded memory for 100 000 clusters
         times = rng.multinomial(size, np.full(size, 1 / size), size=100)  # (100, clusters)
         drawn = torch.einsum("rc,fct->frt", torch.from_numpy(times).double(), sums)
-        cccs.append(concordance(drawn))  # (100, C)
+        cccs.append(concordance(drawn) + without)  # (100, C)
     return torch.cat(cccs).numpy()
 
 
 def intervals(cccs: np.ndarray) -> dict[str, tuple[float, float]]:
     """95 % percentile interval per target and of their mean, from (RESAMPLES, 2)."""
-    cccs = np.column_stack((cccs, cccs.mean(1)))
+    cccs = np.column_stack((cccs, np.nanmean(cccs, 1)))
     low, high = np.quantile(cccs, (0.025, 0.975), axis=0).tolist()
     return dict(zip(CCCS, zip(low, high)))
 
@@ -235,7 +238,7 @@ def paired_difference(one: Experiment, two: Experiment) -> dict | str:
         return "no test utterance in common"
     preds_one, labels = tensors(rows_one.loc[shared])
     preds_two, others = tensors(rows_two.loc[shared])
-    if not torch.allclose(labels, others):
+    if not torch.allclose(labels, others, equal_nan=True):
         return "their labels of the same utterances differ"
     ids, clusters = cluster_ids(rows_one.loc[shared])
     score_one, score_two = metrics(preds_one, labels), metrics(preds_two, labels)
@@ -290,7 +293,9 @@ def against_frozen(run: Path) -> str:
 
 
 def signed(difference: tuple[float, float, float]) -> str:
-    """+0.012 [-0.003, +0.027]"""
+    """+0.012 [-0.003, +0.027], or - without one."""
+    if math.isnan(difference[0]):
+        return "-"
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
 
 
@@ -317,11 +322,12 @@ def separation(
     labels, speakers = np.asarray(labels)[keep], pd.Series(speakers, dtype=object)[keep]
     result = {}
     for i, target in enumerate(TARGETS):
-        high = labels[:, i] > np.median(labels[:, i])
+        known = ~np.isnan(labels[:, i])
+        high = labels[known, i] > np.median(labels[known, i])
         if min(high.sum(), (~high).sum()) < 5:
             continue
-        positions = probe(vectors, high, "decision_function")
-        result[f"silhouette_{target}"] = float(silhouette_score(vectors, high))
+        positions = probe(vectors[known], high, "decision_function")
+        result[f"silhouette_{target}"] = float(silhouette_score(vectors[known], high))
         result[f"ks_{target}"] = float(ks_2samp(positions[high], positions[~high]).statistic)
     frequent = speakers.map(speakers.value_counts()) >= 5
     known = (frequent & speakers.map(known_speaker)).to_numpy()
@@ -393,6 +399,8 @@ def fold_sections(e: Experiment) -> list[Section]:
     for key, name in zip(CCCS, (*TARGETS, "mean")):
         low, high = e.interval[key]
         row = {"pooled": name, "CCC": e.pooled[key], "95 % interval": f"[{low:.3f}, {high:.3f}]"}
+        if math.isnan(low):
+            row["95 % interval"] = None
         for metric in ("pcc", "rmse"):
             row[metric.upper()] = e.pooled.get(f"{metric}_{name}")
         rows.append(row)
@@ -413,10 +421,11 @@ def breakdown(rows: pd.DataFrame, column: str) -> list[Section]:
     shown = []
     for name in sorted(groups.size().nlargest(MAX_GROUPS).index):
         preds, labels = tensors(groups.get_group(name))
-        scores, bias = metrics(preds, labels), (preds - labels).mean(0).tolist()
+        scores, bias = metrics(preds, labels), (preds - labels).nanmean(0).tolist()
         row = {column: name, "n": len(labels)}
         for i, target in enumerate(TARGETS):  # a CCC against two label values says little
-            enough = len(labels) >= MIN_UTTERANCES and len(labels[:, i].unique()) > 2
+            known = labels[:, i][~labels[:, i].isnan()]
+            enough = len(known) >= MIN_UTTERANCES and len(known.unique()) > 2
             row[f"CCC {target}"] = scores[f"ccc_{target}"] if enough else None
             row[f"RMSE {target}"] = scores[f"rmse_{target}"]
             row[f"bias {target}"] = f"{bias[i]:+.3f}"
@@ -638,7 +647,7 @@ def plot_scatter(rows: pd.DataFrame) -> "Figure":
         limits = [min(true.min(), pred.min()), max(true.max(), pred.max())]
         axis.plot(limits, limits, color="black", lw=1, zorder=3)
         plot_dots(axis, true, pred, colour)
-        title = f"CCC {scores[f'ccc_{target}']:.3f}, {len(true)} utterances"
+        title = f"CCC {scores[f'ccc_{target}']:.3f}, {true.count()} utterances"
         axis.set(xlabel=f"true {target}", ylabel=f"predicted {target}", aspect="equal", title=title)
     return figure
 
@@ -737,6 +746,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"written: {out / 'report.html'}", file=sys.stderr)
     if args.json:
         figures = [{k: v for k, v in vars(e).items() if k != "parts"} for e in experiments]
+        figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # null for NaN
         print(json.dumps(figures))
     else:
         print(as_text(sections))

@@ -41,7 +41,7 @@ import report
 import step
 from corpora import num_folds
 from flags import parse_args
-from model import EmotionModel, metrics
+from model import EmotionModel, metrics, target_weights
 from step import Progress
 from util import distributed, runs
 from util import log as logs
@@ -125,6 +125,7 @@ def main(args: argparse.Namespace) -> int:
     )
     log.info(logs.startup_block(args, fold, run.plan, run.total_steps, ranks, run.git_commit))
     log.info(planned.line() + batch_note)
+    log.info(selection_note(args, fold))
     if args.dry_run:
         return 0
     begin(run, last)
@@ -216,8 +217,8 @@ def finish(run: Run) -> None:
     distributed.wait_for_ranks()  # best.pt is written
     best = runs.read_checkpoint(files.directory / "best.pt")
     runs.load_weights(run.model, best["model"], files.directory)
-    if not step.stays_frozen(args, epoch=args.epochs):
-        fold.dataset.hidden = None  # the best epoch's encoder may be another one
+    if not step.same_frozen_part(args):
+        fold.dataset.frozen = None  # that of the best epoch may have been another one
     scores = {}
     for split in ("dev", "test"):
         scores[split], evaluation = evaluate(run, split)
@@ -277,11 +278,24 @@ def load_fold(args: argparse.Namespace, ranks: Ranks) -> data.Fold:
         if not (args.resume or args.overwrite or args.dry_run):
             runs.refuse_existing(runs.run_dir(args))
         fold = data.load_fold(args)
+        selection_note(args, fold)
     except UserError as error:
         fault = error
     distributed.start_ranks(ranks, max(distributed.START_SECONDS, args.timeout))
     distributed.raise_together(fault)
     return fold
+
+
+def selection_note(args: argparse.Namespace, fold: data.Fold) -> str:
+    """What the best epoch is chosen by, for the log; UserError if dev has no label of it."""
+    weights = target_weights(args.valence_weight)
+    trained = " and ".join(target for target, weight in weights.items() if weight)
+    labels = fold.labels[fold.splits["dev"]]
+    perfect = step.selection_score(metrics(labels, labels), args.valence_weight)
+    note = f"the best epoch is that of the highest dev CCC of {trained}"
+    if perfect < 0.5:
+        note += ", which is always 0, since those labels are constant: epoch 1 counts as the best"
+    return note
 
 
 def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
@@ -348,8 +362,8 @@ def begin_stage(run: Run, stage: str) -> None:
     run.optimizer.zero_grad(set_to_none=True)  # what is frozen now must not be updated
     step.set_trainable(run.model, stage, run.args.train_only)
     dataset = run.fold.dataset
-    dataset.hidden = None
-    dataset.hidden = step.frozen_states(run.model, dataset, run.args, stage, run.ranks.device)
+    dataset.frozen = None
+    dataset.frozen = step.frozen_states(run.model, dataset, run.args, stage, run.ranks.device)
     distributed.handle_signals(at_once=False)  # now all ranks stop at the same step, and save it
     log.info(f"epoch {run.progress.epoch + 1} | {logs.trainable_line(run.optimizer, stage)}")
 
@@ -401,7 +415,8 @@ def finish_epoch(run: Run, epoch: int) -> None:
     progress.epoch = epoch + 1
     if not due:
         return
-    better = progress.update(scores["ccc_mean"], args.patience, args.scheduler)
+    score = step.selection_score(scores, args.valence_weight)
+    better = progress.update(score, args.patience, args.scheduler)
     log.info(logs.score_line(f"epoch {epoch + 1:>3} | dev", scores) + (" | best" if better else ""))
     record = {"epoch": epoch + 1} | {f"dev/{name}": value for name, value in scores.items()}
     files.record("dev", progress.step, record)

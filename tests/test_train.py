@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import data
 import step
 from data import BatchSpec
-from model import EmotionModel
+from model import EmotionModel, metrics
 from train import cli, main, parse_args
 from util.files import UserError
 from util.runs import load_weights, read_checkpoint, run_dir, save_checkpoint
@@ -71,21 +71,55 @@ def prepared(flags, *more):
 def split_batch(fold, count, parts):
     """Micro-batches of the first `count` utterances of the train split."""
     rows = fold.splits["train"][:count].tolist()
-    specs = [BatchSpec(tuple((row,) for row in rows[i::parts]), 0, count) for i in range(parts)]
+    labels = (~np.isnan(fold.dataset.labels[rows])).sum(0).tolist()
+    specs = [BatchSpec(tuple((row,) for row in rows[i::parts]), 0, labels) for i in range(parts)]
     return [fold.dataset[spec] for spec in specs]
 
 
 # --- contract 1: the same global batch gives the same update
 
 
+@pytest.mark.parametrize("missing", [0, 5, 16])
 @pytest.mark.parametrize("loss", ["ccc", "mse"])
-def test_four_micro_batches_give_the_update_of_one_batch(flags, loss):
+def test_four_micro_batches_give_the_update_of_one_batch(flags, loss, missing):
+    """Also if the first labels of valence are missing, so that some micro-batches have none."""
     args, fold, model = prepared(flags, "--loss", loss, *NO_DROPOUT)
+    fold.dataset.labels[fold.splits["train"][:missing], 0] = np.nan
     one, four = (step_on(args, model, split_batch(fold, 16, n), steps=5) for n in (1, 4))
     assert_same(one, four, rtol=1e-3, atol=2e-5)
     start = model.state_dict()
     moved = max((one[k].double() - start[k].double()).abs().max() for k in one)
     assert moved > 1e-3  # five steps did go somewhere
+
+
+@pytest.mark.parametrize("loss", ["ccc", "mse"])
+def test_a_missing_label_is_as_if_its_utterance_were_not_there_for_this_target(flags, loss):
+    """The gradient is that of the formulas, over 10 labels of valence and 16 of arousal."""
+    args, fold, model = prepared(flags, "--loss", loss, *NO_DROPOUT, "--max_grad_norm", "0")
+    fold.dataset.labels[fold.splits["train"][:6], 0] = np.nan
+    (batch,) = split_batch(fold, 16, 1)
+
+    def ccc(p, y):
+        covariance = ((p - p.mean()) * (y - y.mean())).mean()
+        spread = p.var(unbiased=False) + y.var(unbiased=False) + (p.mean() - y.mean()) ** 2
+        return 2 * covariance / spread
+
+    expected = 0
+    for preds, labels in zip(model.train()(batch).T, batch["labels"].T):
+        p, y = preds[~labels.isnan()].double(), labels[~labels.isnan()].double()
+        mse = (p - y).square().mean()
+        expected += 0.5 * (mse if loss == "mse" else 1 - ccc(p, y) + args.mse_weight * mse)
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    optimizer.zero_grad()
+    result = step.train_step(model, [batch], optimizer, scaler, args, step.Progress())
+    assert step.batch_loss(result.sums, args).item() == pytest.approx(expected.item(), abs=1e-6)
+    for name, p in model.named_parameters():
+        moved = before[name] - p.detach()
+        torch.testing.assert_close(moved, gradients[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_under_autocast_the_split_matters_no_more_than_its_rounding(flags):
@@ -338,7 +372,7 @@ def test_a_damaged_cache_is_refused_and_a_full_disk_named(flags, tmp_path, monke
     args = parse_args(flags)
     assert main(args) == 0
     (cache,) = caches(args)
-    (values,) = cache.glob("values.*")
+    (values,) = cache.glob("part-*/hidden.bin")
     with open(values, "ab") as file:
         file.write(b"xx")
     with pytest.raises(UserError, match="is damaged: delete it"):
@@ -348,9 +382,9 @@ def test_a_damaged_cache_is_refused_and_a_full_disk_named(flags, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "rename", full)
-    with pytest.raises(UserError, match=r"--cache_dir .*: hidden-.*No space left on device"):
+    with pytest.raises(UserError, match=r"--cache_dir .*: part-0000.*No space left on device"):
         main(parse_args([*flags, "--overwrite", "--layers", "1"]))
-    assert caches(args) == [cache]
+    assert [len(list(path.glob("part-*"))) for path in caches(args)] in ([0, 1], [1, 0])
 
 
 # --- contract 4: evaluation
@@ -380,6 +414,80 @@ def test_evaluation_with_context_tracks_whole_dialogues(flags):
         tracked = model.track(torch.cat(turns).unsqueeze(0))[0][0]
     assert len(first) == 4
     torch.testing.assert_close(preds[first], tracked, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_count_the_labels_of_each_target():
+    rng = np.random.default_rng(0)
+    preds, labels = torch.tensor(rng.uniform(size=(2, 20, 2)))
+    known = torch.tensor(rng.uniform(size=20) < 0.6)
+    whole = metrics(preds, labels)
+    part = metrics(preds[known], labels[known])
+    labels[~known, 0] = torch.nan
+    found = metrics(preds, labels)
+    for name in ("ccc", "pcc", "rmse"):
+        assert found[f"{name}_valence"] == pytest.approx(part[f"{name}_valence"])
+        assert found[f"{name}_arousal"] == pytest.approx(whole[f"{name}_arousal"])
+    labels[:, 0] = torch.nan
+    found = metrics(preds, labels)
+    assert np.isnan(found["ccc_valence"]) and found["ccc_mean"] == found["ccc_arousal"]
+
+
+# --- which epoch is the best
+
+
+def test_the_best_epoch_is_that_of_the_targets_that_train(flags):
+    args = parse_args([*flags, "--valence_weight", "1", "--epochs", "3", "--lr", "0.01"])
+    assert main(args) == 0
+    cccs = [record["dev/ccc_valence"] for record in records(args, "dev")]
+    result = json.loads((run_dir(args) / "result.json").read_text())
+    assert result["best_epoch"] == 1 + int(np.argmax(cccs))
+    scores = {"ccc_valence": 0.1, "ccc_arousal": 0.9}
+    for weight, score in (("1", 0.1), ("0", 0.9), ("0.5", 0.5), ("0.01", 0.5)):
+        assert step.selection_score(scores, float(weight)) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "said"),
+    [
+        (("dev", "valence", [0.5]), [], ["dev: all 24 labels of valence are 0.5: its CCC says"]),
+        (
+            ("dev", "valence", [0.5]),
+            ["--valence_weight", "1"],
+            ["dev CCC of valence, which is always 0", "epoch 1 counts as the best"],
+        ),
+        (
+            ("dev", "valence", [0.5]),
+            ["--valence_weight", "0"],
+            ["highest dev CCC of arousal\n"],
+        ),
+        (("test", "arousal", [1]), [], ["test: all 24 labels of arousal are 1: its CCC says"]),
+        (
+            ("train", "arousal", [0]),
+            [],
+            ["train: all 24 labels of arousal are 0: there"],
+        ),
+        (("dev", "row", 1), [], ["dev: 1 label of valence", "dev: 1 label of arousal", "always 0"]),
+        (("dev", "row", 2), [], ["the highest dev CCC of valence and arousal\n"]),
+    ],
+)
+def test_labels_that_give_no_score_are_told_at_the_start(
+    corpus, flags, tmp_path, capsys, change, words, said
+):
+    table = pd.read_csv(corpus)
+    table["split"] = table["session"].map({1: "test", 2: "dev", 3: "train"})
+    split, what, values = change
+    rows = table["split"] == split
+    if what == "row":
+        table = table[~rows | (rows.cumsum() <= values)]
+    else:
+        table.loc[rows, what] = np.resize(values, rows.sum())
+    table.to_csv(tmp_path / "corpus.csv", index=False)
+    more = ["--data", str(tmp_path / "corpus.csv"), "--data_dir", str(corpus.parent), "--dry_run"]
+    assert cli([*flags, *more, *words]) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in said), out
+    if words == ["--valence_weight", "0"]:
+        assert "always 0" not in out
 
 
 # --- the run directory
@@ -554,8 +662,11 @@ def test_batch_sizes_are_derived_from_each_other(monkeypatch):
         (["--label_range", "5", "1"], "LO must be below HI"),
         (["--feature_cache", "on", "--augment"], "remove one of the two"),
         (["--init_from", "/nowhere"], "--init_from /nowhere"),
-        (["--feature_cache", "on", "--encoder", "convnext"], "not for --encoder convnext"),
-        (["--feature_cache", "on", "--unfreeze", "all"], "--unfreeze all never freezes WavLM"),
+        (
+            ["--feature_cache", "on", "--encoder", "convnext"],
+            "is for WavLM, not for --encoder conv",
+        ),
+        (["--feature_cache", "on", "--unfreeze", "all"], "--unfreeze all freezes no layers"),
         (["--unfreeze", ""], "--unfreeze : none, all"),
         (["--unfreeze", "top:0"], "--unfreeze top:0"),
         (["--unfreeze", "2:all"], "epochs must start at 1 and rise"),

@@ -7,7 +7,10 @@ Not here: what a run writes (runs.py).
 
 import contextlib
 import fcntl
+import functools
 import hashlib
+import importlib
+import importlib.metadata
 import io
 import json
 import os
@@ -16,6 +19,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO, TextIO
 
 import numpy as np
@@ -28,6 +32,28 @@ class UserError(ValueError):
 
     Scripts print it in one line and exit with code 2.
     """
+
+
+def optional_module(name: str, package: str, needed_by: str, otherwise: str = "") -> ModuleType:
+    """A module of a package that not every command needs. UserError if it is absent, or broken."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # built for another torch, numpy or CUDA, it raises anything
+        version, fault = version_of(package, name), "is not installed"
+        if version:
+            text = str(error).partition("\n")[0][:160]
+            fault = f"does not work ({package} {version}: {type(error).__name__}: {text})"
+        fix = f"pip install --upgrade {package}{otherwise}"
+        raise UserError(f"{needed_by} needs {package}, which {fault}: {fix}") from None
+
+
+@functools.cache
+def version_of(package: str, module: str) -> str:
+    """Version of the installed package, or of another one that brings the module; "" of none."""
+    names = importlib.metadata.packages_distributions().get(module.partition(".")[0], [package])
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(names[0])
+    return ""
 
 
 @contextlib.contextmanager
@@ -137,8 +163,10 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
-def build_dir(target: Path, fill: Callable[[Path], object]) -> Path:
+def build_dir(target: Path, fill: Callable[[Path], object], wait: bool = True) -> Path | None:
     """`target`, filled by `fill(directory)` if it did not exist; never visible half-written.
+
+    None, without `wait`, if another process is filling it now.
 
     The lock only avoids double work (flock does nothing on some network disks); the rename is what
     keeps the cache complete. If two processes build, the first rename wins. UserError if the disk
@@ -150,8 +178,12 @@ def build_dir(target: Path, fill: Callable[[Path], object]) -> Path:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target.with_name(f".{target.name}.lock"), "w") as lock:
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            except OSError:
+                pass  # this disk knows no locks
             if target.exists():
                 return target
             aside.mkdir()
@@ -170,7 +202,7 @@ def build_dir(target: Path, fill: Callable[[Path], object]) -> Path:
     return target
 
 
-def build_cache(target: Path, fill: Callable[[Path], object]) -> Path:
+def build_cache(target: Path, fill: Callable[[Path], object], wait: bool = True) -> Path | None:
     """build_dir, with a check of every file against its size and SHA-256 in seals.json.
 
     All bytes are read and hashed when the cache is opened for the first time, and again whenever
@@ -184,7 +216,8 @@ def build_cache(target: Path, fill: Callable[[Path], object]) -> Path:
         seals = {path.name: seal(path) for path in aside.iterdir()}
         (aside / "seals.json").write_text(json.dumps(seals))
 
-    build_dir(target, fill_and_seal)
+    if build_dir(target, fill_and_seal, wait) is None:
+        return None
     stamp = target.with_name(f".{target.name}.checked")
     try:
         seals = json.loads((target / "seals.json").read_text())
@@ -234,10 +267,10 @@ def array_digest(array: np.ndarray) -> str:
     return hashlib.sha256(head + array.tobytes()).hexdigest()[:16]
 
 
-def weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(weights: dict[str, torch.Tensor]) -> str:
     """Hash of every weight: a cache made with other weights is another cache."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         sha.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
 

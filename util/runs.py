@@ -435,9 +435,10 @@ class RunFiles:
         self.board = SummaryWriter(self.directory / "tb", purge_step=step + 1)
 
     def record(self, event: str, step: int, values: dict[str, float]) -> None:
-        """Appends to metrics.jsonl, and to TensorBoard."""
+        """Appends to metrics.jsonl, and to TensorBoard, what is not NaN."""
         if not self.writes:
             return
+        values = {key: value for key, value in values.items() if not math.isnan(value)}
         self.history.append({"event": event, "step": step, **values})
         path = self.directory / "metrics.jsonl"
         try:
@@ -460,7 +461,9 @@ class RunFiles:
             save_checkpoint(self.directory / name, content)
 
     def write_json(self, name: str, content: dict) -> None:
+        """The content, with null for NaN, which is a target's score without a label."""
         if self.writes:
+            content = json.loads(json.dumps(content), parse_constant=lambda _: None)
             replace_text(self.directory / name, json.dumps(content, indent=1) + "\n")
 
     def write_status(self, step: int) -> None:
@@ -493,6 +496,7 @@ class RunFiles:
         for row, pred in zip(fold.splits[split].tolist(), scaled.tolist()):
             utt = corpus.utterances[row]
             labels = [getattr(utt, target) for target in TARGETS]
+            labels = ["" if math.isnan(label) else label for label in labels]
             cells = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
             cells += [f"{corpus.seconds[row]:.3f}", *labels, *(f"{value:.6f}" for value in pred)]
             writer.writerow(cells)
@@ -541,7 +545,8 @@ def read_records(directory: Path) -> list[dict]:
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    """At least one row of a predictions CSV: TEXTS as strings, NUMBERS as finite float64.
+    """At least one row of a predictions CSV: TEXTS as strings, NUMBERS as finite float64, or NaN
+    for a label whose cell is empty.
 
     UserError names the file and, of a wrong number, its row and column.
     """
@@ -556,7 +561,8 @@ def read_predictions(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: no rows")
     rows = rows[[*TEXTS, *NUMBERS]]
     numbers = rows[list(NUMBERS)].map(to_number)
-    wrong = np.argwhere(~np.isfinite(numbers.to_numpy()))
+    missing = (rows[list(NUMBERS)] == "") & [name in TARGETS for name in NUMBERS]
+    wrong = np.argwhere(~(np.isfinite(numbers) | missing).to_numpy())
     if len(wrong):
         row, column = wrong[0]
         fault = f"{NUMBERS[column]} {rows[NUMBERS[column]][row]!r} is not a finite number"
