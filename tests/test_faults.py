@@ -402,6 +402,51 @@ def test_a_signal_among_the_imports_is_75(flags):
 
 # --- ranks and workers
 
+MASTER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2', but RANK is not set"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', must be a whole number"),
+        ({"RANK": ""}, "RANK is '', must be a whole number"),
+        ({"RANK": "first"}, "RANK is 'first', must be a whole number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1', must be a whole number"),
+        ({"RANK": "1"}, "RANK is '1', but LOCAL_RANK is not set"),
+        ({"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+        (
+            {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **MASTER},
+            "RANK is '2', LOCAL_RANK is '0', WORLD_SIZE is '2', needs LOCAL_RANK <= RANK < WORLD",
+        ),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "SLURM_NTASKS is 2, so srun has started"),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, "SLURM_STEP_NUM_TASKS is 4, so srun"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, so mpirun has started"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "PMI_SIZE is 2, so mpiexec has started"),
+        # one process
+        ({"WORLD_SIZE": "1", "RANK": "0"}, None),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_ARRAY_TASK_ID": "3"}, None),
+        ({"SLURM_NTASKS": "4"}, None),  # the shell of salloc
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}, None),
+    ],
+)
+def test_variables_of_other_launchers_are_one_line_that_names_them_and_torchrun(
+    monkeypatch, capsys, variables, said
+):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if said is None:
+        assert parse_args([]).global_batch_size == 8
+        return
+    with pytest.raises(SystemExit, match="2"):
+        parse_args([])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "error: environment: " in line and said in line and "torchrun" in line
+
 
 def ranks_of(agent):
     """{rank: pid} of torchrun's ranks that train."""
@@ -618,20 +663,27 @@ def look_elsewhere(folder):
         ("0", "not a number", r"s3d\dt\d\.npy"),  # in a batch
         ("2", "not a number", r"s3d\dt\d\.npy"),  # in a batch that a worker reads
         ("0", "missing", "s1d0t0"),  # at the start
+        ("0", "unreadable clip", r"differs from that of rank 0: 1 rows are gone \(as s3d1t2\)"),
     ],
 )
-def test_a_rank_whose_data_is_bad_says_so_and_all_ranks_end(flags, tmp_path, workers, fault, said):
+def test_a_rank_whose_data_is_bad_says_so_and_all_ranks_end(
+    flags, corpus, tmp_path, workers, fault, said
+):
     for folder in ("good", "bad"):
-        (tmp_path / folder / "frames").mkdir(parents=True)
+        shutil.copytree(corpus.parent, tmp_path / folder, ignore=shutil.ignore_patterns("cache"))
+        (tmp_path / folder / "frames").mkdir()
         for i in range(72):
             name = f"s{i // 24 + 1}d{i // 4 % 6}t{i % 4}.npy"
-            frames = np.full((5, 10), i / 72, np.float32)
+            frames = np.full((200, 96), i / 72, np.float32)
             if folder == "bad" and fault == "not a number" and name[:2] == "s3":  # train
-                frames[2, 2] = np.nan
+                frames[2, 2] = np.nan  # in none of the rows that ranks compare at the start
             np.save(tmp_path / folder / "frames" / name, frames)
     if fault == "missing":
         (tmp_path / "bad" / "frames" / "s1d0t0.npy").unlink()
-    more = ["--encoder", "transformer", "--features_dir", "frames", "--d_model", "64"]
+    if fault == "unreadable clip":
+        (tmp_path / "bad" / "s3d1t2.wav").write_text("no audio")
+    more = ["--data", "corpus.csv", "--encoder", "transformer", "--features_dir", "frames"]
+    more += ["--d_model", "64"]
     more += ["--num_layers", "1", "--batch_size", "4", "--unfreeze", "none"]
     more += ["--num_workers", workers]
     victim = Run([*flags, *more], tmp_path / "run")

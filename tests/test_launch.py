@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 FLAGS = """
 import argparse, os, sys, time
 
-def parse_args(argv=None):
+def parse_args(argv=None, world_size=None):
     p = argparse.ArgumentParser(allow_abbrev=False)
     p.add_argument("--out", default="runs")
     p.add_argument("--name", default="stub")

@@ -119,11 +119,55 @@ def uses_cuda(device: str) -> bool:
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
+def read_ranks() -> tuple[int, int, int]:
+    """(rank, local rank, world size) by torchrun's variables, (0, 0, 1) without them.
+
+    UserError if they are left over from something else, or if another launcher than torchrun has
+    started several processes, each of which would train alone.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given:
+        refuse_other_launchers()
+        return 0, 0, 1
+    told = ", ".join(f"{name} is {text!r}" for name, text in given.items())
+    fix = f"start several ranks with torchrun, or unset {' '.join(given)} for one process"
+    if not all(re.fullmatch("[0-9]{1,9}", text) for text in given.values()):
+        raise UserError(f"environment: {told}, must be a whole number: {fix}")
+    numbers = {name: int(text) for name, text in given.items()}
+    rank, local_rank = numbers.get("RANK", 0), numbers.get("LOCAL_RANK", 0)
+    world_size = numbers.get("WORLD_SIZE", 1)
+    if (rank, local_rank, world_size) != (0, 0, 1):
+        missing = [n for n in (*names, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
+        if missing:
+            raise UserError(f"environment: {told}, but {missing[0]} is not set: {fix}")
+        if not local_rank <= rank < world_size:
+            raise UserError(f"environment: {told}, needs LOCAL_RANK <= RANK < WORLD_SIZE: {fix}")
+    return rank, local_rank, world_size
+
+
+def refuse_other_launchers() -> None:
+    """UserError if one of them has started several processes."""
+    environment = os.environ
+    counts = {"mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
+    counts["srun"] = "SLURM_STEP_NUM_TASKS"
+    in_step = "SLURM_PROCID" in environment and environment.get("ENVIRONMENT") != "BATCH"
+    if in_step and "SLURM_STEP_NUM_TASKS" not in environment:
+        counts["srun"] = "SLURM_NTASKS"
+    for launcher, name in counts.items():
+        text = environment.get(name, "1")
+        if text.isdigit() and int(text) > 1:
+            raise UserError(
+                f"environment: {name} is {text}, so {launcher} has started this {text} times, and "
+                f"each would train alone: start ranks with torchrun, or one task with {launcher} "
+                "-n 1"
+            )
+
+
 def find_ranks(device: str) -> Ranks:
     """Rank and device of this process; UserError if its GPU is not there. CUDA starts here, since
     the first look at its memory needs it."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank, world_size = read_ranks()
     if not uses_cuda(device):
         return Ranks(rank, local_rank, world_size, torch.device("cpu"))
     if not torch.cuda.is_available():
