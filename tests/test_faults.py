@@ -284,6 +284,37 @@ def test_a_run_goes_on_when_its_output_is_closed_or_full_and_an_error_keeps_its_
     assert victim.console() == ""
 
 
+@pytest.mark.parametrize(
+    ("use", "error"),
+    [
+        ("import", RuntimeError),
+        ("__init__", OSError),
+        ("add_scalar", AttributeError),
+        ("close", RuntimeError),
+    ],
+)
+def test_a_broken_tensorboard_is_one_line_and_the_run_goes_on(
+    flags, tmp_path, capsys, monkeypatch, error, use
+):
+    def broken(*_, **__):
+        raise error("built for another numpy")
+
+    class Finder:
+        def find_spec(self, name, *_):
+            return broken() if name == "torch.utils.tensorboard" else None
+
+    if use == "import":
+        monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+        monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    else:
+        monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{use}", broken)
+    victim = Run([*flags, "--max_steps", "1"], tmp_path)
+    assert cli(victim.flags) == 0
+    said = capsys.readouterr()
+    assert said.out.count("no TensorBoard (") == 1 and "built for another numpy" in said.out
+    assert not said.err and victim.records()[0]["event"] == "train"
+
+
 # --- signals
 
 
