@@ -632,7 +632,9 @@ def test_a_dead_or_stalled_worker_is_one_line_that_names_it(flags, tmp_path, fau
     )
     assert run_ranks(victim.flags, victim.log, 1, fault, seconds=60) == [1]
     said = victim.console().split("train.py: error: ")[1]
-    assert re.search(r"DataLoader.*worker \d+ is .*--resume", said), said
+    assert re.search(r"DataLoader.*worker \d+ is .*--resume.*--num_workers 0.*--shm-size", said), (
+        said
+    )
     assert "Traceback" not in victim.console() and len(said.strip().splitlines()) == 1
     assert victim.status()["exit_code"] == 1
     gone(tmp_path, 2)
@@ -671,6 +673,44 @@ def test_a_signal_while_the_loader_stalls_ends_all_ranks_with_a_checkpoint_withi
     assert time.time() - float(begin) < 10
     assert progress_of(victim)["step"] == victim.status()["step"] == victim.records()[-1]["step"]
     gone(tmp_path, 2)
+
+
+def test_shared_memory_that_is_too_small_is_told_before_workers_start(flags, capsys, monkeypatch):
+    usage = shutil.disk_usage
+
+    def small(path):
+        found = usage(path)
+        return found._replace(free=1 << 20) if str(path) == "/dev/shm" else found
+
+    monkeypatch.setattr(shutil, "disk_usage", small)
+    assert cli([*flags, "--num_workers", "2"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"--num_workers 2: .* need up to \d+ MiB of /dev/shm \(1 MiB free\)", said), (
+        said
+    )
+    assert "give --num_workers 0" in said and "docker run --shm-size" in said
+    assert cli([*flags, "--num_workers", "0", "--overwrite", "--max_steps", "1"]) == 0
+
+
+def end_shared_memory():
+    """No more of it from the fourth batch of a worker on, as torch says it."""
+    share, shared = torch.Tensor.share_memory_, []
+
+    def failing(tensor):
+        shared.append(1)
+        if len(shared) > 20:
+            raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
+        return share(tensor)
+
+    torch.Tensor.share_memory_ = failing
+
+
+def test_shared_memory_that_ends_on_the_way_is_told_at_once(flags, tmp_path):
+    victim = Run([*flags, "--num_workers", "1", *LONG], tmp_path)
+    assert run_ranks(victim.flags, victim.log, 1, (end_shared_memory,), seconds=60) == [2]
+    said = victim.console().split("train.py: error: ")[1]
+    assert "No space left on device: give --num_workers 0, or more shared memory" in said
+    assert len(said.strip().splitlines()) == 1 and "docker run --shm-size" in said
 
 
 @pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])

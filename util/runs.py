@@ -527,15 +527,18 @@ class RunFiles:
 
 def open_board(directory: Path, step: int) -> "SummaryWriter | None":
     """TensorBoard's writer, which forgets the points after `step`; None if it does not work."""
-    try:  # takes a second to import
-        module = optional_module("torch.utils.tensorboard", "tensorboard", f"{directory}")
-        return module.SummaryWriter(directory, purge_step=step + 1)
+    try:
+        optional_module("tensorboard", "tensorboard", directory.name)
+        from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+        return SummaryWriter(directory, purge_step=step + 1)
     except BROKEN as error:
         return warn_of_board(error)
 
 
 def warn_of_board(error: Exception) -> None:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    reason = f"{name}{error}".splitlines()[0]
     log.warning(f"no TensorBoard ({reason}); metrics.jsonl has the same figures")
 
 
