@@ -107,6 +107,7 @@ def main(args: argparse.Namespace) -> int:
         log.info(f"{files.directory} is complete: nothing to resume")
         return 0
     batch_note = memory.choose_batch(args, fold, model, ranks, last)
+    distributed.check_shared_memory(step.bytes_on_their_way(fold.dataset, args), args.num_workers)
     planned = memory.plan(args, fold.shape, ranks.world_size)
     run = Run(
         args=args,
@@ -193,6 +194,11 @@ def train(run: Run) -> bool:
             micro_batches = batches = update = loader = ddp_model = None  # makes room
             use_smaller_batch(run, fault)
             continue
+        except distributed.NoBatch:
+            distributed.leave_step(ddp_model, step.zero_sums(device))
+            stop = True
+        except Stopped:  # another rank got a signal and no batch: no rank has made this step
+            stop = True
 
         meter.check(scaler, optimizer, run.fold.corpus)
         best = {}

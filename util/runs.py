@@ -21,7 +21,7 @@ import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import pandas as pd
@@ -35,7 +35,10 @@ from data import Fold
 from model import TARGETS, EmotionModel, ModelConfig
 from util import distributed
 from util.checkpoints import Writer, read_checkpoint
-from util.files import UserError, digest, replace_text, replacing
+from util.files import UserError, digest, optional_module, replace_text, replacing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("vatune")
 
@@ -43,6 +46,8 @@ log = logging.getLogger("vatune")
 MODEL_FLAGS = {f.name for f in dataclasses.fields(ModelConfig)} | {
     "prosody", "speaker", "no_film", "wavlm_revision", "wavlm_dropout", "max_seconds", "context",
 }  # fmt: skip
+# What a TensorBoard raises that is installed but does not work
+BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
 WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
 
 # Columns of predictions_<split>.csv
@@ -393,14 +398,12 @@ class RunFiles:
         `step`: a resumed run writes the later ones again."""
         if not self.writes:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
         path = self.directory / "metrics.jsonl"
         self.history = read_records(self.directory)[:records]
         replace_text(path, "".join(json.dumps(record) + "\n" for record in self.history))
         if len(self.history) < records:
             log.warning(f"{path} lacks records from before step {step}")
-        self.board = SummaryWriter(self.directory / "tb", purge_step=step + 1)
+        self.board = open_board(self.directory / "tb", step)
 
     def record(self, event: str, step: int, values: dict[str, float]) -> None:
         """Appends to metrics.jsonl, and to TensorBoard, what is not NaN."""
@@ -414,8 +417,12 @@ class RunFiles:
                 file.write(json.dumps(self.history[-1]) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
-        for key, value in values.items():
-            self.board.add_scalar(key if "/" in key else f"{event}/{key}", value, step)
+        scalars = {key if "/" in key else f"{event}/{key}": value for key, value in values.items()}
+        try:
+            for key, value in scalars.items() if self.board else ():
+                self.board.add_scalar(key, value, step)
+        except BROKEN as error:
+            self.board = warn_of_board(error)
 
     def median_speed(self) -> float | None:
         """Median of the log lines' audio seconds per second; None if no line has it."""
@@ -484,8 +491,28 @@ class RunFiles:
                 file.write(content.getvalue())
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        try:
+            if self.board:
+                self.board.close()
+        except BROKEN as error:
+            warn_of_board(error)
+
+
+def open_board(directory: Path, step: int) -> "SummaryWriter | None":
+    """TensorBoard's writer, which forgets the points after `step`; None if it does not work."""
+    try:
+        optional_module("tensorboard", "tensorboard", directory.name)
+        from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+        return SummaryWriter(directory, purge_step=step + 1)
+    except BROKEN as error:
+        return warn_of_board(error)
+
+
+def warn_of_board(error: Exception) -> None:
+    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    reason = f"{name}{error}".splitlines()[0]
+    log.warning(f"no TensorBoard ({reason}); metrics.jsonl has the same figures")
 
 
 # ---------------------------------------------------------------------------------------------
