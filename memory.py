@@ -17,6 +17,7 @@ Tags: [measured] by us, [P] published, [guess].
 import argparse
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -34,11 +35,11 @@ from torch import Tensor
 import data
 import flags
 import step
-from corpora import make_splits, num_folds, read_corpus
-from model import TARGETS, EmotionModel
+from corpora import Corpus, make_splits, num_folds, read_corpus
+from model import AUTOCAST, TARGETS, EmotionModel
 from step import Progress
 from util import distributed, runs, tracing
-from util.distributed import GIB, capacity_gib, uses_cuda
+from util.distributed import GIB, uses_cuda
 from util.files import UserError, replace_text
 from util.tracing import KINDS, Trace
 from wavlm import read_config
@@ -104,7 +105,7 @@ def make_batch(
     model: EmotionModel, args: argparse.Namespace, shape: data.InputShape, size: int, cached: bool
 ) -> dict[str, Tensor]:
     """A micro-batch of `size` utterances of shape.length, as data.Batches makes them, with random
-    values on the model's device; if `cached`, of hidden states in place of audio."""
+    values on the model's device; if `cached`, with what its frozen part makes of the audio."""
     turns = args.context if size % args.context == 0 else 1
     with next(model.parameters()).device:
         batch = {
@@ -112,11 +113,11 @@ def make_batch(
             "chunk_index": torch.arange(size).reshape(-1, turns),
         }
         if cached:
-            states, frames = (model.encoder.num_states, model.encoder.width), ()
-            if args.pooling == "attention":
-                frames = (model.encoder.wavlm.frame_lengths(shape.length),)
-                batch["frame_mask"] = torch.ones(size, *frames, dtype=torch.bool)
-            batch["hidden"] = torch.rand(size, *frames, *states, dtype=torch.float16)
+            samples = max(data.MIN_SAMPLES, shape.length)
+            frames = model.encoder.wavlm.frame_lengths(samples)
+            batch["frame_mask"] = torch.ones(size, frames, dtype=torch.bool)
+            for name, state in model.frozen_shapes(samples).items():
+                batch[name] = torch.rand(size, *state, dtype=step.stored_dtype(name, args))
         elif shape.frame_dim:
             batch["frames"] = torch.rand(size, shape.length, shape.frame_dim)
             batch["frame_mask"] = torch.ones(size, shape.length, dtype=torch.bool)
@@ -136,11 +137,15 @@ def evaluation_size(shape: data.InputShape) -> int:
     return max(1, int(data.EVAL_SECONDS * shape.rate / shape.length))
 
 
-def encode(model: EmotionModel, args: argparse.Namespace, shape: data.InputShape) -> None:
-    """Runs one of evaluation's batches, of random values."""
+def encode(
+    model: EmotionModel, args: argparse.Namespace, shape: data.InputShape, part: str = "evaluation"
+) -> None:
+    """Runs one of evaluation's batches, of random values, or only what is "frozen" of it."""
     batch = make_batch(model, args, shape, evaluation_size(shape), cached=False)
     with step.inference(model), step.autocast(batch["labels"].device, args.amp):
-        model.encode(batch)
+        batch = model.encode_frozen(batch)
+        if part == "evaluation":
+            model.encode(batch)
 
 
 def with_flags(args: argparse.Namespace, **changes: object) -> argparse.Namespace:
@@ -159,6 +164,17 @@ def with_batch(args: argparse.Namespace, size: int, world_size: int) -> argparse
     return copy
 
 
+def capacity_gib(args: argparse.Namespace) -> float:
+    """Memory there is to fill: --gpu_gib, or else the GPU here, or the free RAM of a CPU."""
+    if not uses_cuda(args.device):
+        free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(free[1]) * 1024 / GIB
+    gib = args.gpu_gib or flags.GPU_GIB
+    if torch.cuda.is_available() and not args.gpu_gib:
+        gib = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[1] / GIB
+    return gib * (args.memory_fraction or 1.0)
+
+
 class Planner:
     """Plans of a run, and of the same run with other batch sizes or stages; each trace is made
     once. `args` of a method are the run's flags, with another batch size perhaps."""
@@ -168,7 +184,7 @@ class Planner:
     ) -> None:
         self.args, self.shape, self.world_size = args, shape, world_size
         self.on_gpu = uses_cuda(args.device)
-        self.capacity_gib = capacity_gib(args.device, args.gpu_gib, args.memory_fraction)
+        self.capacity_gib = capacity_gib(args)
         self.workspaces = 0  # bytes that cuBLAS holds
         if self.on_gpu:
             hopper = getattr(args, "gpu", None) in HOPPER
@@ -182,14 +198,15 @@ class Planner:
         with torch.device("meta"), tracing.Tracker(False):  # which makes it fast
             self.model = step.build_model(args, shape, load=False)
 
-    def trace(self, args: argparse.Namespace, stage: str, evaluate: bool = False) -> Trace:
-        """A later step of `stage` (optimizer states exist), or a batch of evaluation in it.
+    def trace(self, args: argparse.Namespace, stage: str, what: str = "step") -> Trace:
+        """A later step of `stage` (optimizer states exist), a batch of "evaluation" in it, or the
+        "frozen" part of that.
 
         Of several micro-steps the last one runs, which finds gradients in place and the inputs of
         all of them.
         """
-        accumulation = 1 if evaluate else args.gradient_accumulation_steps
-        key = (stage, evaluate or (args.batch_size, accumulation))
+        accumulation = args.gradient_accumulation_steps if what == "step" else 1
+        key = (stage, what, (args.batch_size, accumulation) if what == "step" else ())
         if key in self.traces:
             return self.traces[key]
         if stage not in self.optimizers:
@@ -198,15 +215,15 @@ class Planner:
         step.set_trainable(self.model, stage, args.train_only)
         self.model.train()
         inputs, batch = [], {}
-        if not evaluate:
+        if what == "step":
             cached = step.reads_cache(args, stage)
             batch = make_batch(self.model, args, self.shape, args.batch_size, cached)
-            others = (accumulation - 1) * sum(tensor.nbytes for tensor in batch.values())
+            others = (accumulation - 1) * self.held_bytes(batch, args)
             inputs = [*batch.values(), torch.empty(others, dtype=torch.uint8, device="meta")]
 
         def run(optimizer: tracing.InPlace) -> None:
-            if evaluate:
-                encode(self.model, args, self.shape)
+            if what != "step":
+                encode(self.model, args, self.shape, what)
                 return
             scaler = torch.amp.GradScaler("cpu", enabled=False)
             batches = [batch | {"step_size": (args.batch_size,)}]
@@ -219,11 +236,26 @@ class Planner:
         )  # fmt: skip
         return self.traces[key]
 
+    def held_bytes(self, batch: dict[str, Tensor], args: argparse.Namespace) -> int:
+        """Bytes that a micro-batch holds while the others run: exact CCC has put what the frozen
+        part makes of the audio in its place."""
+        held = sum(tensor.nbytes for tensor in batch.values())
+        if "input_values" not in batch or args.exact_ccc == "off" or args.loss == "mse":
+            return held
+        size, samples = batch["input_values"].shape
+        shapes = self.model.frozen_shapes(samples)
+        if shapes and self.on_gpu:
+            held -= batch["input_values"].nbytes + batch["attention_mask"].nbytes
+        for name, shape in shapes.items():
+            itemsize = 4 if name == "hidden" else AUTOCAST[args.amp].itemsize
+            held += size * math.prod(shape) * itemsize
+        return held
+
     def peaks(self, args: argparse.Namespace, unfreeze: str) -> dict[str, np.ndarray]:
         """{phase: bytes (KINDS,) at its highest moment}; of a schedule, of its heaviest stage."""
         peaks: dict[str, np.ndarray] = {}
         for stage in step.stages(unfreeze):
-            evaluation = self.trace(args, stage, evaluate=True).peaks()["forward"]
+            evaluation = self.trace(args, stage, "evaluation").peaks()["forward"]
             found = self.trace(args, stage).peaks() | {"evaluation": evaluation}
             for phase, kinds in found.items():
                 if phase not in peaks or kinds.sum() > peaks[phase].sum():
@@ -380,7 +412,7 @@ def auto_batch(
         size = largest_batch(args, shape, world_size, largest).batch_size
     except UserError as error:
         size, fault = 0, str(error)
-    size = proposed = distributed.smallest(size)
+    size = proposed = min(distributed.gather(size))
     while size:
         trial = with_batch(args, size, world_size)
         trial.gradient_accumulation_steps = min(2, trial.gradient_accumulation_steps)
@@ -518,25 +550,36 @@ class Clips:
     """Seconds of audio in a fold's splits, and where they are from."""
 
     seconds: dict[str, float]  # train, dev, test
+    count: int  # utterances
     folds: int
     source: str
+
+
+def decoded_corpus(args: argparse.Namespace) -> Corpus:
+    """That of --data, with seconds."""
+    label_range = tuple(args.label_range) if args.label_range else None
+    corpus = read_corpus(args.data, args.data_dir, label_range, args.cache_dir)
+    return data.load_audio(corpus, args.cache_dir)[0]
 
 
 def clips(args: argparse.Namespace, from_data: bool) -> Clips:
     """Those of the corpus if --data was given, else as many as in IEMOCAP's fold 1."""
     if from_data:
-        label_range = tuple(args.label_range) if args.label_range else None
-        corpus = read_corpus(args.data, args.data_dir, label_range, args.cache_dir)
-        corpus, _ = data.load_audio(corpus, args.cache_dir)
+        corpus = decoded_corpus(args)
         lengths = np.minimum(corpus.seconds, args.max_seconds)
         splits = make_splits(corpus, args.fold)
         seconds = {name: float(lengths[rows].sum()) for name, rows in splits.items()}
-        return Clips(seconds, num_folds(corpus), args.data)
+        return Clips(seconds, len(lengths), num_folds(corpus), args.data)
     counts = {"train": 6409, "dev": 1811, "test": 1819}  # log-normal, mean 4.46 s [measured]
     lengths = np.exp(np.random.default_rng(0).normal(1.26, 0.66, 10_000)).clip(0.585, 34.14)
     mean = float(np.minimum(lengths, args.max_seconds).mean())
     seconds = {name: count * mean for name, count in counts.items()}
-    return Clips(seconds, 5, "IEMOCAP's number and lengths of utterances (--data: yours)")
+    return Clips(
+        seconds,
+        sum(counts.values()),
+        5,
+        "IEMOCAP's number and lengths of utterances (--data: yours)",
+    )
 
 
 def fold_flops(planner: Planner, unfreeze: str, clips: Clips) -> np.ndarray:
@@ -549,18 +592,28 @@ def fold_flops(planner: Planner, unfreeze: str, clips: Clips) -> np.ndarray:
     total = np.zeros(2)
     counts = Counter(step.stage_at(unfreeze, epoch) for epoch in range(args.epochs))
     for stage, epochs in counts.items():
-        flops = planner.trace(args, stage).flops
-        encode = planner.trace(args, stage, evaluate=True).flops.sum(0) / evaluated
-        per_second = flops.sum(0) / trained
-        exact = args.exact_ccc == "on" and args.loss == "ccc"
-        if exact and args.gradient_accumulation_steps > 1:
-            per_second = per_second + flops[0] / trained  # one more forward
-        total += epochs * per_second * clips.seconds["train"]
+        encode = planner.trace(args, stage, "evaluation").flops.sum(0) / evaluated
+        frozen = planner.trace(args, stage, "frozen").flops.sum(0) / evaluated
+        per_second = planner.trace(args, stage).flops.sum(0) / trained
+        if args.exact_ccc == "on" and args.loss == "ccc":  # all micro-steps but one run twice
+            per_second = per_second + (1 - 1 / args.gradient_accumulation_steps) * (encode - frozen)
         if step.reads_cache(args, stage):
-            total += encode * sum(clips.seconds.values())
-        else:
-            total += epochs / args.eval_every * encode * clips.seconds["dev"]
+            total += frozen * sum(clips.seconds.values())
+            encode = encode - frozen
+        total += epochs * per_second * clips.seconds["train"]
+        total += epochs / args.eval_every * encode * clips.seconds["dev"]
     return PADDED * total / planner.world_size
+
+
+def disk_gib(planner: Planner, unfreeze: str, clips: Clips) -> float:
+    """Size of the caches of frozen parts, which all folds share."""
+    total = 0.0
+    for stage in step.stages(unfreeze):
+        if step.reads_cache(planner.args, stage):
+            step.set_trainable(planner.model, stage, planner.args.train_only)
+            samples = int(data.SAMPLE_RATE * sum(clips.seconds.values()) / clips.count)
+            total += clips.count * step.cached_bytes(planner.model, planner.args, samples)
+    return total / GIB
 
 
 def hours(planner: Planner, own: argparse.Namespace, unfreezes: list[str]) -> list[dict]:
@@ -576,6 +629,7 @@ def hours(planner: Planner, own: argparse.Namespace, unfreezes: list[str]) -> li
         found.append(
             {
                 "fold": of_fold.tolist(), "all_folds": (rounds * of_fold).tolist(),
+                "cache_gib": disk_gib(planner, unfreeze, audio),
                 "folds": audio.folds, "machine": speed.name, "source": source,
                 "clips": audio.source,
             }
@@ -587,10 +641,10 @@ def hours(planner: Planner, own: argparse.Namespace, unfreezes: list[str]) -> li
 # Command line
 
 
-def shape_of(args: argparse.Namespace) -> data.InputShape:
+def shape_of(args: argparse.Namespace, from_data: bool = False) -> data.InputShape:
     """What the flags lead to without a corpus; widths are read from a file if there is one.
 
-    UserError if --features_dir holds none.
+    UserError if --features_dir holds none. Its rate is that of the corpus if --data was given.
     """
 
     def width_of(directory: str) -> int | None:
@@ -602,9 +656,15 @@ def shape_of(args: argparse.Namespace) -> data.InputShape:
         speaker = width_of(args.speaker) or 512  # an x-vector model
     frames, rate = 0, data.SAMPLE_RATE
     if args.features_dir:
-        frames, rate = width_of(args.features_dir), data.FRAME_RATE
+        frames, rate = width_of(args.features_dir), args.feature_rate
         if frames is None:
             raise UserError(f"--features_dir {args.features_dir}: no <utt_id>.npy there")
+        if not rate and from_data:
+            rate = data.FrameFeatures(decoded_corpus(args), args.features_dir).rate
+        elif not rate:
+            rate = data.FRAME_RATE
+            fix = "give --feature_rate, or --data"
+            print(f"feature files of {rate} frames per second are assumed: {fix}", file=sys.stderr)
     return data.InputShape(speaker, frames, max(1, int(args.max_seconds * rate)), rate)
 
 
@@ -665,6 +725,7 @@ def table_text(planner: Planner, own: argparse.Namespace) -> str:
         row = {size: f"{p.needed_gib:.2f}{mark[p.verdict]}" for size, p in plans.items()}
         row["largest"] = max((n for n in every if line(n).verdict == "fits"), default=0)
         row |= {"h per fold": span(cost["fold"]), all_folds: span(cost["all_folds"])}
+        row["cache GiB"] = f"{cost['cache_gib']:.2f}"
         rows.append(row)
     table = pd.DataFrame(rows, index=unfreezes)
     table.columns.name = "GiB at batch size"
@@ -720,7 +781,7 @@ def run(args: argparse.Namespace, own: argparse.Namespace) -> None:
             f"{found.single_tflops:.3f} in single: {Path(args.cache_dir) / 'machine.json'}"
         )
         return
-    shape = shape_of(args)
+    shape = shape_of(args, own.from_data)
     if args.batch_size == "auto":
         best = largest_batch(args, shape, own.world_size)
         flags.split_batch(args, best.batch_size, own.world_size)

@@ -1,8 +1,5 @@
 """EmotionModel: valence and arousal of an utterance, with the dialogue before it as context.
 
-    python model.py --encoder wavlm --wavlm large     # parameters per module, no weights needed
-    python model.py --encoder convnext
-
 An encoder (WavLM, a CNN on log-mel, a Transformer on frame features) gives frame states. They are
 pooled to one vector, scaled and shifted by the speaker (FiLM), joined with prosody, tracked over
 the dialogue (Mamba updater, EMA state) and read by one gated head per target. The losses and the
@@ -16,11 +13,11 @@ References: WavLM arXiv:2110.13900; FiLM arXiv:1709.07871; Mamba arXiv:2312.0075
 ConvNeXt arXiv:2201.03545; CCC: Lin, Biometrics 45 (1989), with 1/n moments.
 """
 
-import argparse
+import itertools
 import math
-from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.files import UserError
-from wavlm import SIZES, WavLM, WavLMConfig, autocast_off
+from wavlm import WavLM, WavLMConfig, autocast_off
 
 try:  # optional, for CUDA
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -50,6 +47,7 @@ class ModelConfig:
     pooling: str = "mean"  # mean | attention
     attention: str = "fused"  # WavLM's attention: fused | sdpa | eager
     frame_dim: int = 0  # width of the feature files, for the feature Transformers
+    frame_rate: float = 0.0  # frames per second of those that it was trained on
     speaker_dim: int = 0  # width of the speaker embedding; 0 = FiLM on a learned vector
     prosody_dim: int = 88  # eGeMAPS functionals; 0 = no prosody
     film: bool = True
@@ -83,6 +81,8 @@ class WavLMEncoder(nn.Module):
         for layer in self.layers:
             if not 0 <= layer <= depth:
                 raise UserError(f"--layers {layer}: this WavLM has layers 0 to {depth}")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise UserError(f"--layers {' '.join(map(str, self.layers))}: each once, and rising")
         self.wavlm.truncate(max(self.layers))  # layers above the last one used cost memory only
         self.wavlm.attention = config.attention
         self.width = self.wavlm.config.hidden_size
@@ -91,27 +91,44 @@ class WavLMEncoder(nn.Module):
         self.takes_mask = self.wavlm.config.feat_extract_norm == "layer"
 
     def forward(self, batch: dict) -> tuple[list[Tensor], Tensor]:
+        if "stream" not in batch:
+            return self._finish(*self.run_frozen(batch))
+        stream = batch["stream"]  # from a cache it may have another precision than the run
+        if not torch.is_autocast_enabled("cpu" if stream.is_meta else stream.device.type):
+            stream = stream.to(self.wavlm.feature_projection.projection.weight.dtype)
+        return self._finish(stream, batch["frame_mask"], [])
+
+    def run_frozen(self, batch: dict) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """What no training changes: (`stream`, which the lowest block that trains reads,
+        frame_mask (B, T), the hidden states to mix that lie below it)."""
         waveform, mask = batch["input_values"], batch["attention_mask"]  # (B, L), (B, L)
         lengths = mask.sum(1)
         count = lengths.unsqueeze(1)
         mean = (waveform * mask).sum(1, keepdim=True) / count
         centred = (waveform - mean) * mask
         waveform = centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / count + 1e-7)
-        states, frame_mask = self.wavlm(waveform, mask if self.takes_mask else None, self.layers)
-        if frame_mask is None:
-            frames = self.wavlm.frame_lengths(lengths).unsqueeze(1)
-            num_frames = states[self.layers[-1]].shape[1]
-            frame_mask = torch.arange(num_frames, device=frames.device) < frames  # (B, T)
-        return [states[layer] for layer in self.layers], frame_mask
+        stream, _, states = self.wavlm.run_frozen(
+            waveform, mask if self.takes_mask else None, self.layers
+        )
+        frames = self.wavlm.frame_lengths(lengths).unsqueeze(1)
+        num_frames = self.wavlm.frame_lengths(waveform.shape[1])
+        frame_mask = torch.arange(num_frames, device=frames.device) < frames  # (B, T)
+        return stream, frame_mask, list(states.values())
+
+    def _finish(
+        self, stream: Tensor, frame_mask: Tensor, below: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        mask = frame_mask if self.takes_mask else None
+        above = self.wavlm.run_trained(stream, mask, self.layers)
+        return [*below, *above.values()], frame_mask
 
 
 class LogMel(nn.Module):
     """Log-mel frames (B, T, 80) and frame_mask (B, T) of a 16 kHz waveform: 25 ms every 10 ms.
 
     Not centred: a frame is real if all its samples are, so padding changes no real frame. Each
-    utterance has zero mean and unit variance over its real frames and all bands. That removes the
-    level of the recording, which means nothing on a new microphone, and keeps the shape of the
-    spectrum.
+    utterance has zero mean and unit variance over its real frames and all bands, which removes the
+    level of the recording and keeps the shape of the spectrum.
     """
 
     n_fft, hop, n_mels = 400, 160, 80
@@ -150,11 +167,10 @@ class LogMel(nn.Module):
 class UtteranceNorm(nn.Module):
     """x (B, C, T, M) with zero mean and unit variance per utterance, over its real frames.
 
-    Over channels, frames and bands together, then a scale and shift per channel. Nothing is shared
-    between utterances, so neither padding nor the split of a batch changes a result (with BatchNorm
-    both do), and channels and frames keep their relative levels, which LayerNorm over channels
-    alone loses. Together with LogMel's normalisation it took the baseline's arousal CCC on five
-    unseen speakers from 0.67 to 0.73; convnext's did not move [measured, Berlin clips, one seed].
+    Over channels, frames and bands together, then a scale and shift per channel. Unlike with
+    BatchNorm, neither padding nor the split of a batch changes a result; unlike with LayerNorm over
+    channels, frames keep their relative levels. Together with LogMel's normalisation it took the
+    baseline's arousal CCC from 0.67 to 0.73 [measured, Berlin clips, unseen speakers, one seed].
     """
 
     def __init__(self, channels: int) -> None:
@@ -214,8 +230,8 @@ class ConvEncoder(nn.Module):
     """A CNN on log-mel: `convnext` or `baseline`.
 
     Each of the first four blocks divides time and mel by 2 (convnext's first by 4), and channels
-    double up to the fourth. Padding is set to zero before every convolution over time, so that a
-    real frame has the neighbours that it would have if the utterance were alone.
+    double up to the fourth. Padding is set to zero before every convolution, so that a real frame
+    has the neighbours that it would have if the utterance were alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -256,8 +272,7 @@ class ConvEncoder(nn.Module):
 class FeatureTransformer(nn.Module):
     """A pre-norm Transformer over feature files.
 
-    The lightweight one averages pairs of frames and has a quarter of the width and half the
-    feed-forward: about 1/30 of the cost.
+    The lightweight one averages pairs of frames and has a quarter of the width: 1/30 of the cost.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -312,10 +327,9 @@ def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
 class Pooling(nn.Module):
     """pooled (B, D) from hidden states [(B, T, D)]: softmax mix of the layers, masked over time.
 
-    Each layer is normalised before it is mixed: the residual stream of a pre-norm WavLM grows
-    with depth, so the mix weights would otherwise compare scales. Mean pooling is linear, so it
-    comes first and the mix costs (B, D), not (B, T, D). `prepare` does what needs no weights; its
-    result is small, fits float16, and is what the cache of a frozen encoder holds.
+    Each layer is normalised before it is mixed, since the residual stream of a pre-norm WavLM grows
+    with depth. Mean pooling is linear, so it comes first and the mix costs (B, D), not (B, T, D).
+    `prepare` does what needs no weights; the cache of a frozen encoder holds its result in float16.
     """
 
     def __init__(self, kind: str, num_states: int, width: int) -> None:
@@ -577,20 +591,70 @@ class EmotionModel(nn.Module):
 
     def encode(self, batch: dict) -> Tensor:
         """Utterance vectors (B, U) in float32; none depends on another utterance."""
-        if "hidden" in batch:  # the cached states of a frozen encoder
-            utterance = self.pooling(batch["hidden"].float(), batch.get("frame_mask"))
-        else:
-            utterance = torch.cat([self.encode_speech(part) for part in split_by_length(batch)])
+        batch = self.encode_frozen(batch)
+        utterance = torch.cat([self.encode_speech(part) for part in split_by_length(batch)])
         if self.film is not None:
             utterance = self.film(utterance, batch.get("speaker"))
         if self.prosody is not None:
             utterance = torch.cat((utterance, self.prosody(batch["prosody"])), dim=1)
         return utterance.float()
 
+    @torch.no_grad()
+    def encode_frozen(self, batch: dict) -> dict:
+        """The batch with what the frozen part of WavLM makes of the audio in the audio's place.
+
+        hidden (B, n, D), or (B, T, n, D) for attention: the prepared states of the n layers to mix
+        that lie in it; stream (B, T, D): what the lowest block that trains reads; frame_mask
+        (B, T). Each is left out if there is none. A batch without audio, or of a model without a
+        frozen part, comes back as it is.
+        """
+        frozen = self.config.encoder == "wavlm" and self.encoder.wavlm.frozen_blocks > 0
+        if not frozen or "input_values" not in batch:
+            return batch
+        parts = []
+        for part in split_by_length(batch):
+            stream, frame_mask, states = self.encoder.run_frozen(part)
+            found = {"frame_mask": frame_mask}
+            if len(states) < self.encoder.num_states:
+                found["stream"] = stream
+            if states:
+                found["hidden"] = self.pooling.prepare(states, frame_mask)
+            parts.append(found)
+        replaced = ("input_values", "attention_mask", "groups")
+        batch = {key: value for key, value in batch.items() if key not in replaced}
+        if len(parts) > 1 and "stream" in parts[0]:
+            stops = itertools.accumulate(len(part["stream"]) for part in parts)
+            batch["groups"] = [
+                (stop - len(part["stream"]), stop, part["stream"].shape[1])
+                for stop, part in zip(stops, parts)
+            ]
+        return batch | {key: cat_padded([part[key] for part in parts]) for key in parts[0]}
+
+    def frozen_shapes(self, samples: Any) -> dict[str, tuple]:
+        """Shapes of what encode_frozen makes of an utterance of `samples`."""
+        if self.config.encoder != "wavlm" or not self.encoder.wavlm.frozen_blocks:
+            return {}
+        wavlm, width = self.encoder.wavlm, self.encoder.width
+        frames, shapes = wavlm.frame_lengths(samples), {}
+        below = sum(layer + 2 <= wavlm.frozen_blocks for layer in self.encoder.layers)
+        if below < self.encoder.num_states:
+            only_cnn = wavlm.frozen_blocks == 1
+            shapes["stream"] = (frames, wavlm.config.conv_dim[-1] if only_cnn else width)
+        if below:
+            shapes["hidden"] = (below, width)
+            if self.config.pooling == "attention":
+                shapes["hidden"] = (frames, below, width)
+        return shapes
+
     def encode_speech(self, batch: dict) -> Tensor:
-        """Pooled vectors (B, D) of waveforms or feature frames."""
-        states, frame_mask = self.encoder(batch)
-        return self.pooling(self.pooling.prepare(states, frame_mask), frame_mask)
+        """Pooled vectors (B, D) of waveforms, feature frames, or what encode_frozen gives."""
+        prepared, frame_mask = [], batch.get("frame_mask")
+        if "hidden" in batch:
+            prepared.append(batch["hidden"].float())
+        if "stream" in batch or "hidden" not in batch:
+            states, frame_mask = self.encoder(batch)
+            prepared.append(self.pooling.prepare(states, frame_mask))
+        return self.pooling(torch.cat(prepared, dim=-2), frame_mask)
 
     def track(
         self,
@@ -657,11 +721,27 @@ def split_by_length(batch: dict) -> list[dict]:
     parts = []
     for start, stop, longest in batch.get("groups") or ():
         part = dict(batch)
-        for name in ("input_values", "attention_mask", "frames", "frame_mask"):
+        for name in ("input_values", "attention_mask", "frames", "frame_mask", "stream"):
             if name in batch:
                 part[name] = batch[name][start:stop, :longest]
+        if "hidden" in batch:
+            hidden = batch["hidden"][start:stop]
+            part["hidden"] = hidden if hidden.ndim == 3 else hidden[:, :longest]
         parts.append(part)
     return parts or [batch]
+
+
+def cat_padded(parts: list[Tensor]) -> Tensor:
+    """[(B_i, T_i, ...)] -> (sum of B_i, longest T, ...), padded with zeros (False)."""
+    if len({part.shape[1] for part in parts}) == 1:
+        return torch.cat(parts)
+    longest = max(part.shape[1] for part in parts)
+    padded = parts[0].new_zeros(sum(map(len, parts)), longest, *parts[0].shape[2:])
+    start = 0
+    for part in parts:
+        padded[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return padded
 
 
 @torch.no_grad()
@@ -752,38 +832,3 @@ def metrics(preds: Tensor, labels: Tensor, scale: float = 1.0) -> dict[str, floa
     for name, values in (("ccc", ccc), ("pcc", pcc), ("rmse", rmse)):
         result |= {f"{name}_{target}": float(v) for target, v in zip(TARGETS, values)}
     return result | {"ccc_mean": float(ccc.nanmean())}
-
-
-# ---------------------------------------------------------------------------------------------
-# `python model.py`
-
-
-def parameter_table(model: EmotionModel) -> str:
-    """One line per module with its parameters in millions, totals last."""
-    counts = defaultdict(int)
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        depth = 2 if parts[0] in ("film", "heads") else 1
-        counts[".".join(parts[:depth])] += parameter.numel()
-    total = sum(counts.values())
-    counts |= {"total": total, "total without encoder": total - counts["encoder"]}
-    return "\n".join(f"{name:<28}{count / 1e6:>10.4f} M" for name, count in counts.items())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--encoder", choices=ENCODERS, default="wavlm", help="encoder to count")
-    parser.add_argument("--wavlm", choices=sorted(SIZES), default="large", help="built-in size")
-    parser.add_argument("--speaker_dim", type=int, default=192, help="speaker embedding width")
-    parser.add_argument("--frame_dim", type=int, default=768, help="feature files' width")
-    args = parser.parse_args()
-    config = ModelConfig(
-        encoder=args.encoder, speaker_dim=args.speaker_dim, frame_dim=args.frame_dim
-    )
-    with torch.device("meta"):
-        wavlm = WavLM(SIZES[args.wavlm]) if args.encoder == "wavlm" else None
-        print(parameter_table(EmotionModel(config, wavlm)))
-
-
-if __name__ == "__main__":
-    main()

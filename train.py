@@ -46,7 +46,7 @@ from step import Progress
 from util import distributed, runs
 from util import log as logs
 from util.distributed import Ranks, Stopped
-from util.files import UserError
+from util.files import UserError, open_standard_streams, say_error
 from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
     ranks = distributed.find_ranks(args.device)
     logs.start_logging(None, console=ranks.rank == 0)
     fold = load_fold(args, ranks)
-    files = runs.open_run(args, writes=ranks.rank == 0 and not args.dry_run)
+    files = runs.open_run(args, fold, writes=ranks.rank == 0 and not args.dry_run)
     if files.writes:
         logs.start_logging(files.directory / "train.log", console=True)
     distributed.configure_device(ranks.device, args.tf32 == "on", args.memory_fraction)
@@ -211,8 +211,8 @@ def finish(run: Run) -> None:
     distributed.wait_for_ranks()  # best.pt is written
     best = runs.read_checkpoint(files.directory / "best.pt")
     runs.load_weights(run.model, best["model"], files.directory)
-    if not step.stays_frozen(args, epoch=args.epochs):
-        fold.dataset.hidden = None  # the best epoch's encoder may be another one
+    if not step.same_frozen_part(args):
+        fold.dataset.frozen = None  # that of the best epoch may have been another one
     scores = {}
     for split in ("dev", "test"):
         scores[split], evaluation = evaluate(run, split)
@@ -318,7 +318,7 @@ def load_interrupted(args: argparse.Namespace, given: dict, files: RunFiles) -> 
     last = runs.load_last(files.directory, files.writes) if args.resume else None
     if last:
         decisive = {k: v for k, v in given.items() if k not in flags.FREE_ON_RESUME}
-        runs.check_resumable(decisive, last, files.directory, step.stays_frozen(args, epoch=0))
+        runs.check_resumable(decisive, last, files, step.stays_frozen(args, epoch=0))
     return last
 
 
@@ -356,8 +356,8 @@ def begin_stage(run: Run, stage: str) -> None:
     run.optimizer.zero_grad(set_to_none=True)  # what is frozen now must not be updated
     step.set_trainable(run.model, stage, run.args.train_only)
     dataset = run.fold.dataset
-    dataset.hidden = None
-    dataset.hidden = step.frozen_states(run.model, dataset, run.args, stage, run.ranks.device)
+    dataset.frozen = None
+    dataset.frozen = step.frozen_states(run.model, dataset, run.args, stage, run.ranks.device)
     distributed.handle_signals(at_once=False)  # now all ranks stop at the same step, and save it
     log.info(f"epoch {run.progress.epoch + 1} | {logs.trainable_line(run.optimizer, stage)}")
 
@@ -384,7 +384,7 @@ def log_steps(run: Run) -> None:
     record["total_steps"] = run.total_steps
     log.info(logs.step_line(record, progress.step, run.scaler))
     run.files.record("train", progress.step, record)
-    logs.give_hints(run.args, run.files, cached=run.fold.dataset.hidden is not None)
+    logs.give_hints(run.args, run.files)
 
 
 def evaluate(run: Run, split: str) -> tuple[dict[str, float], step.Evaluation]:
@@ -452,6 +452,7 @@ def save(run: Run, epoch: int) -> None:
         "progress": asdict(run.progress),
         "meter": run.meter.state(),
         "args": run.given,
+        "data": run.files.data_digest,
         "world_size": run.ranks.world_size,
         "batch_size": run.args.batch_size,
         "global_batch_size": run.args.global_batch_size,
@@ -466,12 +467,13 @@ def save(run: Run, epoch: int) -> None:
 # Exit codes
 
 
-def run(argv: list[str] | None = None) -> int:
+def cli(argv: list[str] | None = None) -> int:
     """main with exit codes: 0 done, 75 resume me, 2 wrong flags or data, 1 anything else.
 
     Every rank prints its own reason, if it has one. Mistakes of the user and faults of the machine
     are one or two lines; everything else keeps its traceback.
     """
+    open_standard_streams()
     args = parse_args(argv)
     rank, code, reason = os.environ.get("RANK", "0"), 1, "done"
     try:
@@ -489,17 +491,17 @@ def run(argv: list[str] | None = None) -> int:
             code = distributed.RETRY_EXIT_CODE
         elif not reason:
             reason = f"{type(error).__name__}: {error}"
-            traceback.print_exc()
+            say_error(traceback.format_exc())
         distributed.kill_workers()  # freeing `error` frees the loader, which waits for its workers
     if code == distributed.RETRY_EXIT_CODE:
         reason = "stopped by a signal: continue with --resume"
     elif code:
         where = "" if rank == "0" else f"rank {rank}: "
-        print(f"train.py: error: {where}{reason}", file=sys.stderr)
+        say_error(f"train.py: error: {where}{reason}")
     runs.end_status(runs.run_dir(args), code, reason)
     distributed.kill_workers()
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(cli())

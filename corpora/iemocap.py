@@ -4,7 +4,7 @@ import math
 import re
 from pathlib import Path
 
-from corpora.base import Corpus, Utterance, keep_usable, to_float
+from corpora.base import Corpus, Utterance, is_damaged, keep_usable, to_float
 from util.files import UserError
 
 # [onset - end] utt_id emotion [valence, arousal, dominance]
@@ -41,6 +41,8 @@ def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemo
             reason = "" if wav.is_file() else "audio file missing"
             if not math.isfinite(onset + end):
                 reason = "time is not a number"
+            elif any(map(is_damaged, match.group(5, 6))):
+                reason = "label is not a number"
             u = Utterance(
                 utt_id, wav, valence=valence, arousal=arousal,
                 session=session, dialog=dialog, speaker=speaker,

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from corpora.base import Corpus, Utterance, keep_usable, read_table, to_float
+from corpora.base import Corpus, Utterance, is_damaged, keep_usable, read_table, require, to_float
 from util.files import UserError
 
 SPLITS = {
@@ -30,7 +30,10 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
     corpus, candidates = Corpus("msp_podcast", root, label_range, []), []
     audio = {name for name in os.listdir(folder) if name[0] != "."}
     named, without_labels = set(), 0
-    for row, cells in read_table(table, ("FileName", "EmoAct", "EmoVal", "Split_Set")):
+    columns, _, rows = read_table(table)
+    require(table, ("FileName", "EmoAct", "EmoVal", "Split_Set"), columns, columns)
+    for row, texts in rows:
+        cells = dict(zip(columns, texts))
         name, split = cells["FileName"], SPLITS.get(cells["Split_Set"].lower())
         if split is None:
             fault = f"Split_Set {cells['Split_Set']!r} is none of {', '.join(SPLITS)}"
@@ -47,7 +50,10 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
             speaker=cells.get("SpkrID", ""), gender=cells.get("Gender", ""),
             emotion=cells.get("EmoClass", ""),
         )  # fmt: skip
-        candidates.append((u, "" if name in audio else "audio file missing"))
+        reason = "" if name in audio else "audio file missing"
+        if is_damaged(cells["EmoAct"]) or is_damaged(cells["EmoVal"]):
+            reason = "label is not a number"
+        candidates.append((u, reason))
     keep_usable(corpus, candidates)
     test2 = sum(u.split == "test2" for u in corpus.utterances)
     for count, note in (

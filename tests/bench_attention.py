@@ -2,7 +2,6 @@
 
     python tests/bench_attention.py                              # layers of WavLM-Large
     python tests/bench_attention.py --amp bf16 --frames 150 600
-    python tests/bench_attention.py --attention_only              # without the linear maps
     python tests/bench_attention.py --model large                 # training steps of WavLM, a GPU
 
 The rivals of a line take turns within each run. Printed are medians over runs, after one warm-up,
@@ -57,15 +56,6 @@ def race(
     return {name: (statistics.median(times[name]), peaks[name]) for name in rivals}
 
 
-def print_race(title: str, results: dict[str, tuple[float, float]], against: str) -> None:
-    cells = [
-        f"{name} {ms:.1f} ms" + (f" {gib:.2f} GiB" if gib else "")
-        for name, (ms, gib) in results.items()
-    ]
-    ratio = results[against][0] / results["fused"][0]
-    print(f"{title} | {' | '.join(cells)} | {against} / fused {ratio:.2f}", flush=True)
-
-
 def layer_rivals(
     batch_size: int, frames: int, amp: str, dropout: float, device: torch.device
 ) -> dict[str, Callable[[], None]]:
@@ -102,29 +92,6 @@ def layer_rivals(
 
     kinds = {kind: (lambda k=kind: step(lambda: of_ours(k))) for kind in wavlm.ATTENTIONS}
     return kinds | {"transformers": lambda: step(lambda: theirs(x, mask, None)[0])}
-
-
-def attention_rivals(
-    batch_size: int, frames: int, amp: str, dropout: float, device: torch.device
-) -> dict[str, Callable[[], None]]:
-    """`wavlm.attend` forward and backward, 16 heads of 64."""
-    dtype = AUTOCAST[amp]
-
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
-
-    width = -(-frames // 8) * 8
-    q, k, v = (leaf(batch_size, frames, 16, 64).transpose(1, 2) for _ in range(3))
-    gate, position = leaf(batch_size, 16, frames, 1), leaf(16, frames + width - 1)
-    key_bias = torch.zeros(batch_size, 1, 1, width, device=device, dtype=dtype)
-    inputs = [q, k, v, gate, position]
-
-    def step(kind: str) -> None:
-        table = position if kind == "fused" else wavlm.dense_table(position, frames)
-        out = wavlm.attend(q, k, v, gate, table, key_bias, dropout, kind)
-        torch.autograd.grad(out, inputs, torch.ones_like(out))
-
-    return {kind: (lambda kind=kind: step(kind)) for kind in wavlm.ATTENTIONS}
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
@@ -213,7 +180,6 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=1200, help="batch size x frames, about")
     p.add_argument("--amp", choices=AUTOCAST, default="off", help="precision of the layer")
     p.add_argument("--dropout", type=float, default=0.1, help="hidden and attention dropout")
-    p.add_argument("--attention_only", action="store_true", help="wavlm.attend alone")
     p.add_argument("--model", choices=wavlm.SIZES, help="training steps of this size")
     p.add_argument("--seconds", type=float, nargs="+", default=[5.0, 11.0], help="with --model")
     p.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 16], help="one per --seconds")
@@ -229,14 +195,15 @@ def main() -> None:
     if args.model:
         training_steps(args, device)
         return
-    rivals, against = layer_rivals, "transformers"
-    if args.attention_only:
-        rivals, against = attention_rivals, "eager"
     for frames in args.frames:
         batch_size = max(1, args.tokens // frames)
-        entries = rivals(batch_size, frames, args.amp, args.dropout, device)
-        title = f"T {frames} B {batch_size} amp {args.amp} dropout {args.dropout:g}"
-        print_race(title, race(entries, args.runs, device), against)
+        rivals = layer_rivals(batch_size, frames, args.amp, args.dropout, device)
+        results = race(rivals, args.runs, device)
+        cells = [f"T {frames} B {batch_size} amp {args.amp} dropout {args.dropout:g}"]
+        for name, (ms, gib) in results.items():
+            cells.append(f"{name} {ms:.1f} ms" + (f" {gib:.2f} GiB" if gib else ""))
+        ratio = results["transformers"][0] / results["fused"][0]
+        print(" | ".join(cells), f"| transformers / fused {ratio:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Odd and broken input is in test_input_faults.py.
 """
 
+import contextlib
 import itertools
 import os
 import pickle
@@ -217,8 +218,9 @@ def test_a_csv_without_label_range_must_hold_labels_in_0_to_1(tmp_path):
 
 
 def test_without_sessions_each_speaker_is_one_and_without_speakers_it_is_an_error(tmp_path):
-    rows = "".join(f"u{i},a.wav,3,3,p{i % 12}\n" for i in range(24))
-    corpus = read(tmp_path, "utt_id,path,valence,arousal,speaker\n" + rows, label_range=(1, 5))
+    clips = [f"{i}.wav" for i in range(24)]
+    rows = "".join(f"u{i},{i}.wav,3,3,p{i % 12}\n" for i in range(24))
+    corpus = read(tmp_path, "utt_id,path,valence,arousal,speaker\n" + rows, clips, (1, 5))
     assert corpora.num_folds(corpus) == 12
     test = corpora.make_splits(corpus, 3)["test"]
     assert {corpus.utterances[row].speaker for row in test} == {"p2"}  # p2 before p10
@@ -266,19 +268,51 @@ def test_test_is_the_folds_session_and_dev_the_next_one_and_no_speaker_is_in_two
             corpora.make_splits(corpus, fold)
 
 
-REFUSED = [  # columns, cells of each row after the labels, error
-    ("session,speaker", ("0,anna", "1,ben", "2,anna"), "speaker anna is in both"),
-    ("split", ("train", "test"), "the dev split is empty"),
+SPLITS = [  # columns after the labels; path and cells of each row; error of fold 1, or none
+    ("split", ("a,train", "b,Valid", "c,TESTING"), ""),
+    ("split", ("a,training", "b,val", "c,test"), ""),
+    ("split", ("a,train", "b,eval", "c,test"), ""),
+    ("split", ("a,train", "b,dev", "c,eval"), "splits dev and eval: rename one"),
+    ("split", ("a,train", "b,test"), "the dev split is empty"),
+    ("session,speaker", ("a,0,anna", "b,1,ben", "c,2,anna"), "speaker anna is in both"),
+    ("session", ("a,s1", "b,S1", "c,s2"), r"s1 in row 2 \(u0\) and S1 in row 3 .*in spelling"),
+    ("speaker", ("a,ANNA", "b,ben", "c,anna"), r"ANNA in row 2 \(u0\) and anna in row 4"),
+    ("speaker", ("a,1", "b,2", "c,01"), "speaker 1 in row 2 .* and 01 in row 4"),
+    ("speaker", ("a,José", "b,2", "c,Jose\u0301"), "differ in spelling"),
+    # the same audio in two splits
+    ("split", ("a,train", "a,dev", "c,test"), r"row 2 \(u0\) in train and row 3 \(u1\) in dev are"),
+    ("split", ("a,train", "b,dev", "../corpus/a,test"), "row 2 .* in train and row 4 .* in test"),
+    ("split", ("a,train", "link,dev", "c,test"), "the same part of .*/a.wav: remove one"),
+    ("split,start,end", ("a,train,0,.3", "a,dev,.2,.5", "c,test,0,.5"), "the same part of"),
+    ("split,start,end", ("a,train,,", "b,dev,,", "a,test,.3,.4"), "row 2 .* and row 4 .* in test"),
+    ("split,start,end", ("a,train,0,.3", "a,dev,.3,.5", "c,test,0,.5"), ""),
+    ("session,start,end", ("a,0,0,.3", "b,1,0,.3", "a,2,.2,.4"), "the same part of"),
+    # two people who talk at the same time, and one clip that is said to be of two
+    ("speaker,start,end", ("a,0,0,.3", "b,1,0,.3", "a,2,.2,.5"), ""),
+    ("speaker,start,end", ("a,0,0,.3", "b,1,0,.3", "a,2,.1,.4"), "the same part of"),
+    ("speaker", ("a,0", "b,1", "a,2"), "the same part of"),
 ]
 
 
-@pytest.mark.parametrize(("columns", "cells", "fault"), REFUSED)
-def test_splits_that_would_mislead_are_refused_by_name(tmp_path, columns, cells, fault):
-    rows = [f"u{i},{i}.wav,3,3,{more}\n" for i, more in enumerate(cells)]
-    text = f"utt_id,path,valence,arousal,{columns}\n" + "".join(rows)
-    corpus = read(tmp_path, text, [f"{i}.wav" for i in range(len(cells))], (1, 5))
-    with pytest.raises(UserError, match=fault):
-        corpora.make_splits(corpus, 1)
+@pytest.mark.parametrize(("columns", "rows", "fault"), SPLITS)
+def test_splits_that_share_a_speaker_or_audio_are_refused_by_name(tmp_path, columns, rows, fault):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/link.wav").symlink_to("a.wav")
+    text = f"utt_id,path,valence,arousal,{columns}\n"
+    for i, row in enumerate(rows):
+        path, _, cells = row.partition(",")
+        text += f"u{i},{path}.wav,{i},3,{cells}\n"
+    expected = pytest.raises(UserError, match=fault) if fault else contextlib.nullcontext()
+    with expected:
+        corpus = read(tmp_path / "corpus", text, ("a.wav", "b.wav", "c.wav"), (0, 5))
+        corpus, _ = data.load_audio(corpus, tmp_path / "cache")
+        splits = corpora.make_splits(corpus, 1)
+        if columns == "split":
+            assert {s: r.tolist() for s, r in splits.items()} == {
+                "train": [0],
+                "dev": [1],
+                "test": [2],
+            }
 
 
 # ---------------------------------------------------------------- audio pack
@@ -399,18 +433,36 @@ def write_features(corpus, folder):
         np.save(folder / f"{u.utt_id}.npy", array)
 
 
-def test_frame_features_give_their_width_and_lengths(small, tmp_path):
-    corpus, _, _ = small
-    write_features(corpus, tmp_path)
+@pytest.mark.parametrize("rate", [50, 100, 12.5])
+def test_seconds_of_feature_files_are_counted_at_their_own_rate(tmp_path, rate):
+    """The rate is that of frames and audio; windows, cap and evaluation batches follow it."""
+    corpus, _ = data.load_audio(corpus_of(tmp_path, [1.0, 2.0, 4.0] * 2), tmp_path / "cache")
+    for u in corpus.utterances:
+        frames = round(rate * soundfile.info(u.path).duration) - 1  # as convolutions leave it
+        np.save(tmp_path / f"{u.utt_id}.npy", np.arange(frames * 6.0).reshape(-1, 6))
     features = FrameFeatures(corpus, tmp_path)
-    assert features.dim == 6 and features.lengths.tolist() == list(range(5, 29))
-    assert features.read(3).shape == (8, 6) and features.read(3).dtype == np.float32
-    dataset = batches_of(corpus, None, features=features, max_seconds=0.2)
-    batch = dataset[BatchSpec(((0,), (20,)), epoch=1)]
-    assert batch["frames"].shape == (2, 10, 6)  # 0.2 s of 50 frames per second
-    assert batch["frame_mask"].sum(1).tolist() == [5, 10]
+    assert features.dim == 6 and features.rate == pytest.approx(rate, rel=0.05)
+    assert re.fullmatch(r"features: [\d.]+ frames per second", features.describe())
+    dataset = batches_of(corpus, None, features=features, max_seconds=2.5)
+    longest = np.argmax(features.lengths)
+    assert dataset.lengths[longest] == int(2.5 * features.rate) and dataset.num_cut == 2
+    batch = dataset[BatchSpec(((0,), (int(longest),)))]
+    assert batch["frames"].shape[1] == dataset.lengths[longest]
+    assert batch["frame_mask"].sum(1).tolist() == dataset.lengths[[0, longest]].tolist()
+    assert batch["audio_seconds"] == pytest.approx(3.5, rel=0.1)
+    assert len(data.eval_plan(dataset, np.arange(6), 0, 1)) == 1  # 64 s of audio
+    twice = FrameFeatures(corpus, tmp_path, 2 * rate)  # --feature_rate wins
+    assert batches_of(corpus, None, features=twice, max_seconds=2.5).num_cut == 0
     with pytest.raises(UserError, match="--augment works on waveforms"):
         batches_of(corpus, None, features=features, augment=True)
+
+
+def test_feature_files_that_do_not_follow_the_audio_are_said_to(small, tmp_path):
+    corpus, _, _ = small
+    for u in corpus.utterances:
+        np.save(tmp_path / f"{u.utt_id}.npy", np.zeros((16, 6)))
+    said = FrameFeatures(corpus, tmp_path).describe()
+    assert re.search(r"frames per second, but \d+.* to \d+.* do they belong to this audio", said)
 
 
 # ---------------------------------------------------------------- batches

@@ -251,7 +251,7 @@ def test_flops_are_those_of_the_closed_form():
     planner = planner_of(*words)
     found = planner.trace(planner.args, "transformer").flops.sum()
     assert found / (8 * 10) == pytest.approx(102e9, rel=0.06)
-    forward = planner.trace(planner.args, "transformer", evaluate=True).flops.sum()
+    forward = planner.trace(planner.args, "transformer", "evaluation").flops.sum()
     assert forward / 60 == pytest.approx(37e9, rel=0.06)
 
 

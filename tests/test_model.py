@@ -72,6 +72,8 @@ def test_ccc_pcc_and_rmse_equal_their_closed_forms():
         assert result[f"pcc_{target}"] == pytest.approx(np.corrcoef(p, y)[0, 1], abs=1e-9)
         assert result[f"rmse_{target}"] == pytest.approx(4 * math.sqrt(np.mean((p - y) ** 2)))
     assert result["ccc_mean"] == pytest.approx((result["ccc_valence"] + result["ccc_arousal"]) / 2)
+    with pytest.raises(ValueError, match="no utterance"):
+        metrics(torch.zeros(0, 2), torch.zeros(0, 2))
 
 
 def test_sums_of_parts_give_the_ccc_of_the_batch_and_the_mean_of_part_cccs_does_not():
@@ -117,11 +119,6 @@ def test_valence_weight_one_ignores_arousal():
     loss_from_sums(moment_sums(preds, labels), "ccc", 1.0, 0.1).backward()
     arousal = TARGETS.index("arousal")
     assert preds.grad[:, arousal].abs().max() == 0 and preds.grad[:, 1 - arousal].abs().min() > 0
-
-
-def test_metrics_of_nothing_raise():
-    with pytest.raises(ValueError, match="no utterance"):
-        metrics(torch.zeros(0, 2), torch.zeros(0, 2))
 
 
 # --- encoders
@@ -183,12 +180,8 @@ def test_groups_of_like_length_change_neither_predictions_nor_gradients(encoder)
         preds = model(batch | {"groups": groups})
         preds.square().sum().backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        results.append((preds.detach(), gradients))
-    (one, first), (two, second) = results
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
+        results.append({"preds": preds.detach(), **gradients})
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -225,11 +218,8 @@ def test_mel_filters_equal_those_of_transformers():
     torch.testing.assert_close(
         LogMel().filters, torch.from_numpy(filters).float(), rtol=1e-4, atol=1e-5
     )
-
-
-def test_the_shortest_clip_gives_one_log_mel_frame():
-    mel, mask = LogMel()(torch.randn(1, 400), torch.ones(1, 400, dtype=torch.bool))
-    assert mel.shape == (1, 1, 80) and mask.all()
+    shortest, mask = LogMel()(torch.randn(1, 400), torch.ones(1, 400, dtype=torch.bool))
+    assert shortest.shape == (1, 1, 80) and mask.all()
 
 
 def test_chunks_of_turns_are_tracked_apart_and_predictions_return_to_their_places():
@@ -281,10 +271,8 @@ def test_mamba_equals_transformers_and_its_gradients():
     (out * weight).sum().backward()
     (expected * weight).sum().backward()
     torch.testing.assert_close(mine.grad, his.grad, rtol=1e-4, atol=1e-6)
-    for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(
-            ours.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=name
-        )
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_the_ema_state_is_the_recurrence_of_its_definition():
@@ -293,9 +281,7 @@ def test_the_ema_state_is_the_recurrence_of_its_definition():
     with torch.no_grad():
         _, state = model.track(turns)
         update, _ = model.updater(turns, None)
-    expected = torch.zeros(1, 8)
-    for t in range(5):
-        expected = 0.8 * expected + 0.2 * update[:, t]
+    expected = sum(0.2 * 0.8 ** (4 - t) * update[:, t] for t in range(5))
     torch.testing.assert_close(state["ema"], expected)
 
 

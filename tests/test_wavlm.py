@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import runpy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,6 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from transformers import WavLMConfig as HFConfig
 from transformers import WavLMForCTC, WavLMModel
 
@@ -122,7 +121,7 @@ def kept_bytes(function):
 
 # ---------------------------------------------------------------- equal to transformers
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("num_frames", [1, 2, 24, 37, 141])
+@pytest.mark.parametrize("num_frames", [1, 24, 141])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("norm", "stable"), NORMS)
 def test_every_hidden_state_and_gradient_equals_transformers(
@@ -144,7 +143,7 @@ def test_the_published_depths_and_buckets_equal_transformers_at_a_narrow_width(s
     assert_equal_states_and_gradients(config, "fused", *batch([16_000, 9_000]))
 
 
-@pytest.mark.parametrize(("buckets", "max_distance"), [(320, 800), (32, 128), (256, 1000)])
+@pytest.mark.parametrize(("buckets", "max_distance"), [(320, 800), (32, 128)])
 def test_the_position_table_equals_transformers_beyond_the_maximum_distance(buckets, max_distance):
     config = dataclasses.replace(NARROW, num_buckets=buckets, max_bucket_distance=max_distance)
     reference, ours = pair(config)
@@ -227,19 +226,19 @@ TRAINABLE = {
 }
 
 
-@pytest.mark.parametrize("what", TRAINABLE)
-def test_exactly_the_parameters_named_by_unfreeze_train_and_each_gets_a_gradient(what):
+def test_exactly_the_parameters_named_by_unfreeze_train_and_each_gets_a_gradient():
     with torch.device("meta"):
         model = WavLM(SIZES["large"])
-    model.set_trainable(what)
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert sum(p.numel() for p in trainable.values()) == TRAINABLE[what]
-    states, _ = model(torch.empty(2, 16_000, device="meta"))
-    if what == "none":
-        assert not states[24].requires_grad
-        return
-    states[24].sum().backward()
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(trainable)
+    for what, count in TRAINABLE.items():
+        model.set_trainable(what)
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert sum(p.numel() for p in trainable.values()) == count
+        states, _ = model(torch.empty(2, 16_000, device="meta"))
+        assert states[24].requires_grad == (what != "none")
+        if trainable:
+            states[24].sum().backward()
+        assert {n for n, p in model.named_parameters() if p.grad is not None} == set(trainable)
+        model.zero_grad()
 
 
 @pytest.mark.parametrize("stable", [True, False])
@@ -349,38 +348,11 @@ def attention_inputs(num_frames, dtype, device="cpu", kind="fused", heads=4, hea
     return [*tensors, torch.zeros(2, 1, 1, width, dtype=dtype, device=device)]
 
 
-def test_attention_on_cpu_keeps_one_dense_tensor_and_fused_none():
-    for attention, wanted in (("fused", 0), ("sdpa", 1), ("eager", 1)):
-        inputs = attention_inputs(77, torch.float32, kind=attention)
-        kept, _ = kept_bytes(lambda i=inputs, a=attention: attend(*i, 0.0, a))
-        dense = sum(size for shape, size in kept if math.prod(shape) >= 2 * 4 * 77 * 77)
-        assert dense == wanted * 4 * 2 * 4 * 77 * 77
-
-
-@pytest.mark.parametrize(("attention", "bytes_kept"), [("fused", 0), ("sdpa", 2)])
-def test_bytes_that_a_layer_keeps_per_pair_of_frames_on_cuda(attention, bytes_kept, monkeypatch):
-    """The part of a layer's kept bytes that grows with T^2, from three lengths on fake tensors."""
-
-    def efficient(q, k, v, attn_mask, dropout_p):  # what SDPA takes for a bias with a gradient
-        op = torch.ops.aten._scaled_dot_product_efficient_attention
-        return op(q, k, v, attn_mask, True, dropout_p)[0]
-
-    monkeypatch.setattr(wavlm.F, "scaled_dot_product_attention", efficient)
-    totals = []
-    torch.set_default_dtype(torch.float16)
-    with FakeTensorMode(), torch.device("cuda"):
-        layer = wavlm.Layer(SIZES["large"], True)
-        for num_frames in (64, 128, 192):
-            x = torch.randn(2, num_frames, 1024)
-            position = layer.attention.position_bias(num_frames)
-            if attention != "fused":
-                position = wavlm.dense_table(position, num_frames)
-            padding = x.new_zeros(2, 1, 1, num_frames)
-            kept, _ = kept_bytes(lambda i=(x, position, padding): layer(*i, attention))
-            totals.append(sum(size for _, size in kept))
-    curvature = (totals[2] - 2 * totals[1] + totals[0]) / 64**2  # bytes x 2 per T^2
-    table = 2 * 16 * (attention != "fused")  # of the model, not of the layer
-    assert curvature / 2 - table == bytes_kept * 2 * 16
+def test_fused_attention_keeps_nothing_for_backward_that_grows_with_frames_squared_on_cuda():
+    for attention, dense_tensors in (("fused", 0), ("eager", 1)):
+        inputs = attention_inputs(77, torch.half, "meta", kind=attention)
+        kept, _ = kept_bytes(partial(attend, *inputs, 0.0, attention))
+        assert sum(math.prod(shape) >= 2 * 4 * 77**2 for shape, _ in kept) == dense_tensors
 
 
 # ---------------------------------------------------------------- fused attention
@@ -393,7 +365,7 @@ def kernel(*inputs):
     return wavlm.KernelAttention.apply(*inputs, 0.0)
 
 
-def assert_equals_eager(attention, inputs, counts, tolerance):
+def assert_equals_eager(inputs, counts, tolerance, attention=fused):
     """Output and gradients of inputs in their dtype against eager attention in float64."""
     num_frames = inputs[0].shape[2]
     exact = [x.detach().double().requires_grad_() for x in inputs[:5]]
@@ -427,11 +399,11 @@ def ragged(inputs, num_frames):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-@pytest.mark.parametrize("num_frames", LENGTHS)
-def test_fused_attention_on_cpu_equals_eager_at_every_length(num_frames, dtype, tolerance):
-    inputs = attention_inputs(num_frames, dtype, head_dim=16)
-    for padded, counts in ragged(inputs, num_frames):
-        assert_equals_eager(fused, padded, counts, tolerance)
+def test_fused_attention_on_cpu_equals_eager_at_every_length(dtype, tolerance):
+    for num_frames in LENGTHS:
+        inputs = attention_inputs(num_frames, dtype, head_dim=16)
+        for padded, counts in ragged(inputs, num_frames):
+            assert_equals_eager(padded, counts, tolerance)
 
 
 @pytest.mark.parametrize(("num_frames", "heads"), [(400, 3), (700, 2), (1500, 1)])
@@ -439,13 +411,13 @@ def test_fused_attention_on_cpu_equals_eager_in_blocks_of_heads_and_of_rows(num_
     inputs = attention_inputs(num_frames, torch.float32, heads=heads, head_dim=16)
     inputs[5][1, ..., 390:num_frames] = wavlm.PADDING_BIAS
     assert heads * num_frames**2 > wavlm.CPU_BLOCK
-    assert_equals_eager(fused, inputs, [num_frames, 390], 2e-5)
+    assert_equals_eager(inputs, [num_frames, 390], 2e-5)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_fused_attention_drops_the_same_in_forward_and_backward(frozen):
-    inputs = attention_inputs(11, torch.float64, head_dim=4)
-    inputs[5][1, ..., 7:11] = wavlm.PADDING_BIAS
+    inputs = attention_inputs(6, torch.float64, heads=2, head_dim=2)
+    inputs[5][1, ..., 4:6] = wavlm.PADDING_BIAS
     inputs[4].requires_grad_(not frozen)  # the position table below top:K is frozen
 
     def seeded(*tensors):
@@ -453,6 +425,9 @@ def test_fused_attention_drops_the_same_in_forward_and_backward(frozen):
         return attend(*tensors, inputs[5], 0.3, "fused")
 
     assert torch.autograd.gradcheck(seeded, inputs[:5])
+    exact = fused(*inputs)
+    mean = sum(attend(*inputs, 0.3, "fused") for _ in range(400)) / 400
+    assert (mean - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
@@ -470,13 +445,6 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert not torch.equal(first, wavlm.Dropout(0.25)(x))
     torch.manual_seed(5)
     assert torch.equal(first, wavlm.Dropout(0.25)(x))
-
-
-def test_the_mean_of_dropped_attention_is_the_attention():
-    inputs = [x.detach() for x in attention_inputs(40, torch.float32, head_dim=8)]
-    exact = attend(*inputs, 0.0, "fused")
-    mean = sum(attend(*inputs, 0.2, "fused") for _ in range(400)) / 400
-    assert (mean - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
 def plain_forward(q, k, v, bias, _a, _b, _c, _d, dropout, causal, lse):
@@ -507,31 +475,7 @@ def test_the_cuda_path_around_its_kernel_equals_eager(monkeypatch):
         inputs = attention_inputs(num_frames, torch.float64, head_dim=8)
         for padded, counts in ragged(inputs, num_frames):
             if counts[1]:  # if all is padding the two differ, and nothing reads them
-                assert_equals_eager(kernel, padded, counts, 1e-12)
-
-
-class HalfPrecision(TorchFunctionMode):
-    """Autocast of linear maps and convolutions, for meta tensors, which have none."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (torch.nn.functional.linear, torch.conv1d):
-            args = [a.half() if isinstance(a, torch.Tensor) else a for a in args]
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("half", [False, True])
-def test_large_runs_forward_and_backward_on_the_meta_device(half):
-    with torch.device("meta"):
-        model = WavLM(SIZES["large"])
-        input_values, mask = torch.empty(2, 80_000), torch.ones(2, 80_000, dtype=torch.bool)
-    model.gradient_checkpointing = not half  # backward, where layers run again, leaves the mode
-    with HalfPrecision() if half else torch.enable_grad():
-        states, frame_mask = model(input_values, mask, layers=[6, 24])
-    assert states[6].shape == states[24].shape == (2, 249, 1024)
-    assert states[24].dtype == (torch.half if half else torch.float32)
-    assert frame_mask.shape == (2, 249) and frame_mask.dtype == torch.bool
-    (states[6] + states[24]).sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+                assert_equals_eager(padded, counts, 1e-12, kernel)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -541,7 +485,7 @@ def test_fused_attention_on_cuda_equals_eager_and_repeats_bit_for_bit(dtype, tol
         inputs = attention_inputs(num_frames, dtype, "cuda")
         for padded, counts in ragged(inputs, num_frames):
             if counts[1]:
-                assert_equals_eager(fused, padded, counts, max(tolerance, 1e-3))
+                assert_equals_eager(padded, counts, max(tolerance, 1e-3))
         grads = []
         for _ in range(2):
             torch.manual_seed(1)
@@ -593,17 +537,16 @@ def test_bfloat16_autocast_on_cpu_stays_close_to_float32(stable, attention):
 def test_a_layer_compiles_as_one_graph_that_serves_every_length():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    model = WavLM(NARROW).train()
+    model = WavLM(dataclasses.replace(NARROW, num_hidden_layers=1)).train()
     model.attention = "sdpa"  # fused on a CPU is a loop, which breaks the graph
     for layer in model.encoder.layers:
         layer.compile(backend=counter, fullgraph=True, dynamic=True)
     compiled = []
-    for length in (9_000, 5_000, 12_345, 16_000, 6_007):
+    for length in (9_000, 5_000, 12_345):
         input_values, mask = batch([length, length // 2])
-        model(input_values, mask)[0][3].sum().backward()
+        model(input_values, mask)[0][1].sum().backward()
         compiled.append(counter.frame_count)
     assert compiled[0] >= 1 and compiled[-1] == compiled[1] <= 4
-    assert set(model.state_dict()) == set(WavLM(NARROW).state_dict())
 
 
 def test_a_compiled_layer_keeps_no_attention_bias():
@@ -723,8 +666,8 @@ def test_what_is_not_a_wavlm_is_refused_in_one_line_that_names_the_file(
         "not_text": "/config.json: .*utf-8",
         "list": "/config.json: model_type is None, not 'wavlm'",
         "hubert": "/config.json: model_type is 'hubert', not 'wavlm'",
-        "norm": "/config.json: feat_extract_norm is 'batch', not one of layer, group",
-        "act": "/config.json: hidden_act is 'mish', not one of gelu",
+        "norm": "/config.json: feat_extract_norm is 'batch', not layer or group",
+        "act": "/config.json: hidden_act is 'mish', not gelu",
         "heads": "/config.json: 0 attention heads",
         "wide": "/model.safetensors: .*wrong shape: masked_spec_embed",
         "deep": r"/model.safetensors: .*missing: encoder\.layers\.3\.",
