@@ -155,11 +155,10 @@ def test_the_second_forward_of_exact_ccc_draws_the_dropout_of_the_first(flags):
 
     with register_module_forward_hook(note):
         step_on(args, model, split_batch(fold, 12, 3))
-        assert len(seen) == 6
-        for first, second in zip(seen[:3], seen[3:]):
-            assert torch.equal(first, second)
+        assert len(seen) == 5  # the first micro-step keeps its graph, the others run twice
+        assert torch.equal(seen[0], seen[3]) and torch.equal(seen[1], seen[4])
         step_on(parse_args([*flags, "--seed", "1"]), model, split_batch(fold, 12, 3))
-    assert not torch.equal(seen[6], seen[0])  # and dropout was on
+    assert not torch.equal(seen[5], seen[0])  # and dropout was on
 
 
 @pytest.mark.parametrize(
@@ -349,7 +348,7 @@ def test_a_progressive_run_leaves_the_cache_when_the_encoder_trains(flags):
         if type(module).__name__ == "EmotionModel" and module.training and not output.is_meta:
             fed.append("hidden" in inputs[0])
 
-    args = parse_args([*flags, "--unfreeze", "1:none,2:top:1,3:none", "--epochs", "3"])
+    args = parse_args([*flags, "--unfreeze", "1:none,2:all,3:none", "--epochs", "3"])
     with register_module_forward_hook(note):
         assert main(args) == 0
     assert fed == [True] * 3 + [False] * 3 + [True] * 3
