@@ -28,8 +28,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import pandas as pd
 import soundfile
 import soxr
 import torch
@@ -48,22 +50,31 @@ from corpora import (
     write_skipped,
 )
 from model import TARGETS
-from util.audio import MIN_SAMPLES, SAMPLE_RATE, VERSION, decode, decoded_bytes
+from util.audio import (
+    MIN_SAMPLES,
+    NO_DECODER,
+    SAMPLE_RATE,
+    VERSION,
+    decode,
+    decoded_bytes,
+    foreign_decoder,
+)
 from util.files import (
     UserError,
+    array_digest,
     build_cache,
     cached_array,
     check_disk_space,
     digest,
     gib,
-    progress,
+    progress_bar,
     run_script,
     weights_digest,
 )
 
 log = logging.getLogger("vatune")
 
-FRAME_RATE = 50  # frames per second of frozen features, where seconds are derived from them
+FRAME_RATE = 50  # frames per second of feature files that are planned for without their audio
 GROUP_SECONDS = 2.0  # of audio, which one more pass of an encoder costs in itself [guess]
 EVAL_SECONDS = 64  # padded seconds per evaluation batch; fixed, so that results do not move
 PREFETCH = 4  # micro-batches that a loader process holds ready [guess]
@@ -78,12 +89,12 @@ class PackedRows:
     """Arrays of different length, one after the other in a memory map that all processes share.
 
     Row i is (lengths[i], *shape) of `dtype`: int16 audio (L,), which is read as float32 in [-1, 1],
-    or float16 hidden states. `key` names the content.
+    or hidden states. `key` names the content. A directory may hold several, by `name`.
     """
 
-    def __init__(self, directory: Path) -> None:
-        index = json.loads((directory / "index.json").read_text())
-        self.directory, self.key = directory, directory.name
+    def __init__(self, directory: Path, name: str = "values") -> None:
+        index = json.loads((directory / f"{name}.json").read_text())
+        self.file, self.key = directory / f"{name}.bin", directory.name
         self.dtype, self.shape = np.dtype(index["dtype"]), tuple(index["shape"])
         written = np.array(index["lengths"], dtype=np.int64)  # in the order of writing
         by_row = np.argsort(index["order"])
@@ -92,10 +103,12 @@ class PackedRows:
         self._values: np.ndarray | None = None  # opened in the process that reads
 
     @staticmethod
-    def write(directory: Path, rows: Iterable[tuple[int, np.ndarray]]) -> None:
+    def write(
+        directory: Path, rows: Iterable[tuple[int, np.ndarray]], name: str = "values"
+    ) -> None:
         """Files of `directory` from (row, array) pairs, each row once, in any order."""
         order, lengths, values = [], [], np.zeros(0)
-        with open(directory / "values.bin", "wb") as file:
+        with open(directory / f"{name}.bin", "wb") as file:
             for row, values in rows:
                 file.write(values.tobytes())
                 order.append(row)
@@ -103,7 +116,7 @@ class PackedRows:
         assert sorted(order) == list(range(len(order)))
         index = {"dtype": values.dtype.str, "shape": values.shape[1:]}
         index |= {"order": order, "lengths": lengths}
-        (directory / "index.json").write_text(json.dumps(index))
+        (directory / f"{name}.json").write_text(json.dumps(index))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_values": None}  # a pickled memory map would carry its content
@@ -117,7 +130,7 @@ class PackedRows:
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A copy of start..stop of the row."""
         if self._values is None:
-            flat = np.memmap(self.directory / "values.bin", dtype=self.dtype, mode="r")
+            flat = np.memmap(self.file, dtype=self.dtype, mode="r")
             self._values = flat.reshape(-1, *self.shape)
         length, offset = int(self.lengths[row]), int(self.offsets[row])
         stop = length if stop is None else min(stop, length)
@@ -129,8 +142,8 @@ class PackedRows:
 
 def announce_cache(directory: Path, num_bytes: int, what: str, fix: str = "") -> None:
     """Logs the size of a cache before it is filled. UserError if it does not fit the disk."""
-    other = "free disk space there, or set another --cache_dir"
-    check_disk_space(directory.parent, num_bytes, what, f"{other}{fix}")
+    fix = f"free disk space there, or set another --cache_dir{fix}"
+    check_disk_space(directory.parent, num_bytes, what, fix)
     log.info(f"{what}: writing {gib(num_bytes)} to {directory}")
 
 
@@ -158,25 +171,30 @@ def load_audio(
     directory = Path(cache_dir) / f"audio-{digest(versions, files)}"
 
     def fill(aside: Path) -> None:
-        bad, changes = {}, Counter[str]()
+        bad, changes, digests = {}, Counter[str](), []
 
         def rows() -> Iterator[tuple[int, np.ndarray]]:
-            for first in progress(range(0, len(clips), 64), len(clips) // 64, "audio"):
+            for first in progress_bar(range(0, len(clips), 64), len(clips) // 64, "audio"):
                 block = zip(*clips[first : first + 64])  # bounds what waits in memory
                 for row, (samples, reason, changed) in enumerate(pool.map(decode, *block), first):
                     if reason:
                         bad[row] = reason
                     changes.update(changed)
+                    digests.append(array_digest(samples))
                     yield row, samples
 
         with ThreadPoolExecutor(CORES) as pool:
             num_bytes = sum(pool.map(decoded_bytes, *zip(*clips)))
             announce_cache(directory, num_bytes, "decoded audio")
             PackedRows.write(aside, rows())
-        (aside / "decoding.json").write_text(json.dumps({"bad": bad, "changes": changes}))
+        decoding = {"bad": bad, "changes": changes, "digests": digests}
+        (aside / "decoding.json").write_text(json.dumps(decoding))
 
-    build_cache(directory, fill)
-    decoding = json.loads((directory / "decoding.json").read_text())
+    decoding = json.loads((build_cache(directory, fill) / "decoding.json").read_text())
+    lacking = any(reason.startswith(NO_DECODER) for reason in decoding["bad"].values())
+    if lacking and foreign_decoder():  # it was installed after that cache was built
+        directory = Path(cache_dir) / f"audio-{digest(versions, files, foreign_decoder())}"
+        decoding = json.loads((build_cache(directory, fill) / "decoding.json").read_text())
     bad = {int(row): reason for row, reason in decoding["bad"].items()}
     good = [row for row in range(len(utterances)) if row not in bad]
     pack = PackedRows(directory).part(good)
@@ -187,6 +205,7 @@ def load_audio(
         skipped=list(corpus.skipped),
         notes=corpus.notes + notes,
         seconds=pack.lengths / SAMPLE_RATE,
+        audio=[decoding["digests"][row] for row in good],
     )
     for row, reason in bad.items():
         corpus.skip(utterances[row].utt_id, utterances[row].path, reason)
@@ -224,7 +243,7 @@ def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarr
         parts = [pack.part(range(i, min(i + 16, count))) for i in range(0, count, 16)]
         spawn = multiprocessing.get_context("spawn")  # fork is not safe once torch has threads
         with ProcessPoolExecutor(CORES, spawn, torch.set_num_threads, (1,)) as pool:
-            done = progress(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
+            done = progress_bar(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
             return np.concatenate(list(done))
 
     key = digest(pack.key, opensmile.__version__, "eGeMAPSv02")
@@ -241,7 +260,7 @@ def speaker_embeddings(
     folder = Path(kind)
     if kind not in ("ecapa", "xvector") and not folder.is_dir():
         raise UserError(f"--speaker {kind}: not ecapa, xvector, none or a directory")
-    if folder.is_dir() and not (folder / "config.json").exists():
+    if holds_vectors(kind):
         paths = npy_files(corpus, folder, "--speaker")
         size = open_npy(paths[0], 1, None).shape[0]
         vectors = np.stack([open_npy(path, 1, size) for path in paths]).astype(np.float32)
@@ -249,7 +268,7 @@ def speaker_embeddings(
         embed, key = ecapa(cache_dir, device) if kind == "ecapa" else xvector(kind, device)
 
         def build() -> np.ndarray:
-            rows = progress(range(len(pack.lengths)), len(pack.lengths), "speakers")
+            rows = progress_bar(range(len(pack.lengths)), len(pack.lengths), "speakers")
             clips = (pack.read(row) for row in rows)
             # below a second, statistics over frames are noise or undefined: repeat the clip
             clips = (np.tile(clip, math.ceil(SAMPLE_RATE / len(clip))) for clip in clips)
@@ -264,6 +283,11 @@ def speaker_embeddings(
         utt_id = corpus.utterances[broken[0]].utt_id
         raise UserError(f"--speaker {kind}: {fault}, the first is that of {utt_id}")
     return vectors / norms
+
+
+def holds_vectors(kind: str) -> bool:
+    """Is --speaker a directory of vectors, and not one of a model?"""
+    return Path(kind).is_dir() and not (Path(kind) / "config.json").exists()
 
 
 def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
@@ -282,7 +306,7 @@ def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor
         inputs = extractor(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         return model(inputs.input_values.to(device)).embeddings[0]
 
-    return embed, weights_digest(model) + extractor.to_json_string()
+    return embed, weights_digest(model.state_dict()) + extractor.to_json_string()
 
 
 def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
@@ -301,7 +325,7 @@ def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], to
     def embed(clip: np.ndarray) -> torch.Tensor:
         return model.encode_batch(torch.from_numpy(clip).to(device)[None])[0, 0]
 
-    return embed, weights_digest(model)
+    return embed, weights_digest(model.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -337,9 +361,12 @@ def open_npy(path: Path, ndim: int, width: int | None) -> np.ndarray:
 
 
 class FrameFeatures:
-    """Frozen features, one <utt_id>.npy (T, D) per utterance. `dim` = D, `lengths` (N,) frames."""
+    """Frozen features, one <utt_id>.npy (T, D) per utterance. `dim` = D, `lengths` (N,) frames.
 
-    def __init__(self, corpus: Corpus, features_dir: str | Path) -> None:
+    `rate`: frames per second, by default the median over the corpus of frames / seconds of audio.
+    """
+
+    def __init__(self, corpus: Corpus, features_dir: str | Path, rate: float | None = None) -> None:
         try:
             paths = npy_files(corpus, features_dir, "--features_dir")
         except UserError as error:
@@ -347,8 +374,23 @@ class FrameFeatures:
         self.directory = Path(features_dir)
         self.names = np.array([path.name.encode() for path in paths])  # no objects for workers
         self.dim = open_npy(paths[0], 2, None).shape[1]
-        lengths = [len(open_npy(path, 2, self.dim)) for path in paths]
-        self.lengths = np.array(lengths, dtype=np.int64)
+        lengths, digests = [], []
+        for path in paths:
+            array = open_npy(path, 2, self.dim)
+            lengths.append(len(array))
+            digests.append(array_digest(array))
+        self.lengths, self.digests = np.array(lengths, dtype=np.int64), np.array(digests, "S16")
+        self.rates = self.lengths / corpus.seconds
+        self.rate = rate or float(f"{np.median(self.rates):.3g}")
+
+    def describe(self) -> str:
+        """Their rate, and whether it is that of each utterance, for the log."""
+        low, high = np.percentile(self.rates, [5, 95])
+        text = f"features: {self.rate:g} frames per second"
+        slack = 0.1 * self.rate + 2 * self.rates / self.lengths  # two frames more or less
+        if np.mean(np.abs(self.rates - self.rate) > slack) > 0.05:
+            text += f", but {low:.3g} to {high:.3g} of most files: do they belong to this audio?"
+        return text
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """(T, D) float32. UserError if a value is not finite (found only here: needs all bytes)."""
@@ -361,31 +403,70 @@ class FrameFeatures:
 
 
 # ---------------------------------------------------------------------------------------------
-# Hidden states of a frozen encoder
+# What the frozen part of WavLM makes of every utterance
 
-HIDDEN_VERSION = 2  # raise it with every change of what the model prepares: part of the cache key
+FROZEN_VERSION = 3  # raise it with every change of what the model prepares: part of the cache key
+PART_SECONDS = 600  # audio in one part of the cache, the most that a kill loses [guess]
 
 
-def hidden_states(
+class FrozenStates:
+    """Results of EmotionModel.encode_frozen for every row of the corpus, on disk in parts.
+
+    read(row): {"stream": (T, D), "hidden": (n, D) or (T, n, D)}, each if there is one, in the
+    dtype of the cache; uint16 holds the bits of bfloat16.
+    """
+
+    def __init__(self, parts: list[tuple[Path, np.ndarray]]) -> None:
+        self.parts = []
+        count = sum(len(rows) for _, rows in parts)
+        self.place = np.zeros((count, 2), dtype=np.int64)  # (N, 2): part, row in it
+        for i, (directory, rows) in enumerate(parts):
+            names = sorted(path.stem for path in directory.glob("*.bin"))
+            self.parts.append({name: PackedRows(directory, name) for name in names})
+            self.place[rows, 0], self.place[rows, 1] = i, np.arange(len(rows))
+        self.has_frames = "stream" in self.parts[0] or len(self.parts[0]["hidden"].shape) == 2
+
+    def read(self, row: int) -> dict[str, np.ndarray]:
+        part, place = self.place[row].tolist()
+        return {name: pack.read(place) for name, pack in self.parts[part].items()}
+
+
+def frozen_states(
     key: str,
     cache_dir: str | Path,
-    compute: Callable[[], Iterator[tuple[int, np.ndarray]]],
-    num_bytes: int,
-) -> PackedRows:
-    """What a frozen encoder makes of every utterance, float16, from the cache if it is there.
+    lengths: np.ndarray,
+    num_bytes: np.ndarray,
+    compute: Callable[[np.ndarray], dict[str, list[np.ndarray]]],
+) -> FrozenStates:
+    """The states of all rows from the cache; parts that are missing are computed first.
 
-    `compute` yields (row of the corpus, states) once per utterance in any order: frames (T, N, D),
-    or (N, D) if they are pooled. The size, `num_bytes`, is logged before the cache is filled;
-    UserError if it does not fit the disk.
+    All processes that need the cache, ranks and folds, fill it together: each takes the next part
+    that no other is filling. A part is kept if the run is stopped. lengths (N,): samples; num_bytes
+    (N,): size of a row's states; `compute`: {name: states of these rows, in their order}.
+    The missing size is logged; UserError if the disk has no room for it.
     """
     directory = Path(cache_dir) / f"hidden-{key}"
-
-    def fill(aside: Path) -> None:
+    order = np.argsort(-lengths, kind="stable")
+    place = np.cumsum(lengths[order]) // (PART_SECONDS * SAMPLE_RATE)
+    parts = [
+        (directory / f"part-{i:04d}", order[place == number])
+        for i, number in enumerate(np.unique(place))
+    ]
+    missing = [(target, rows) for target, rows in parts if not target.exists()]
+    if missing:
+        size = sum(int(num_bytes[rows].sum()) for _, rows in missing)
         fix = ", or give --feature_cache off"
-        announce_cache(directory, num_bytes, "hidden states of the frozen encoder", fix)
-        PackedRows.write(aside, ((row, states.astype(np.float16)) for row, states in compute()))
+        announce_cache(directory, size, "hidden states of the frozen part of WavLM", fix)
+    for target, rows in progress_bar(missing, len(missing), "hidden states"):
+        build_cache(target, lambda aside, rows=rows: write_states(aside, compute(rows)), wait=False)
+    for target, rows in parts:
+        build_cache(target, lambda aside, rows=rows: write_states(aside, compute(rows)))
+    return FrozenStates(parts)
 
-    return PackedRows(build_cache(directory, fill))
+
+def write_states(directory: Path, states: dict[str, list[np.ndarray]]) -> None:
+    for name, rows in states.items():
+        PackedRows.write(directory, enumerate(rows), name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -425,9 +506,10 @@ class BatchSpec:
 
     chunks: tuple[tuple[int, ...], ...]  # rows of the corpus
     epoch: int = -1  # -1 = evaluation: no augmentation, no random window
-    step_size: int = 0  # utterances in the global batch that this one is a part of
+    step_size: tuple[int, ...] = (0,)  # labels per target in the global batch that this is part of
 
 
+@dataclass(eq=False)
 class Batches(torch.utils.data.Dataset):
     """dataset[BatchSpec] -> batch, so that a DataLoader with batch_size=None takes a plan.
 
@@ -435,26 +517,24 @@ class Batches(torch.utils.data.Dataset):
     many of them are a second. Every draw is a function of (seed, epoch, row).
     """
 
-    def __init__(
-        self,
-        labels: np.ndarray,
-        pack: PackedRows | None,
-        features: FrameFeatures | None,
-        prosody: np.ndarray | None,
-        speaker: np.ndarray | None,
-        max_seconds: float,
-        augment: bool,
-        seed: int,
-    ) -> None:
-        if augment and pack is None:
+    labels: np.ndarray
+    pack: PackedRows | None
+    features: FrameFeatures | None
+    prosody: np.ndarray | None
+    speaker: np.ndarray | None
+    max_seconds: float
+    augment: bool
+    seed: int
+    frozen: FrozenStates | None = None  # take the place of audio while they are set
+
+    def __post_init__(self) -> None:
+        if self.augment and self.pack is None:
             raise UserError("--augment works on waveforms, but this encoder reads --features_dir")
-        self.labels, self.pack, self.features = labels, pack, features
-        self.prosody, self.speaker = prosody, speaker
-        self.max_seconds, self.augment, self.seed = max_seconds, augment, seed
-        self.rate = SAMPLE_RATE if pack is not None else FRAME_RATE
-        source = pack if pack is not None else features
-        self.lengths = np.minimum(source.lengths, int(max_seconds * self.rate))
-        self.hidden: PackedRows | None = None  # takes the place of audio while it is set
+        source = self.features if self.pack is None else self.pack
+        self.rate = SAMPLE_RATE if self.pack is not None else self.features.rate
+        self.longest = max(1, int(self.max_seconds * self.rate))
+        self.lengths = np.minimum(source.lengths, self.longest)
+        self.num_cut = int((source.lengths > self.longest + 0.1 * self.rate).sum())
 
     def __getitem__(self, spec: BatchSpec) -> dict | UserError:
         """The batch, or in a loader process a UserError, which the parent raises.
@@ -472,7 +552,8 @@ class Batches(torch.utils.data.Dataset):
         """All torch CPU tensors but the last four; turns of chunks are ordered by length:
         chunk_index (C, K) positions in the batch (-1 = padding),
         labels (B, 2), input_values (B, L) and attention_mask (B, L) True = sample,
-        frames (B, T, D) and frame_mask (B, T), hidden (B, N, D) or (B, T, N, D) float16,
+        frames (B, T, D) and frame_mask (B, T), stream and hidden as from EmotionModel.encode_frozen
+        in the dtype of the cache,
         prosody (B, 88) raw with NaN, speaker (B, S),
         rows (list, of the corpus), audio_seconds and padded_share (floats), and, if the turns of
         chunks mix lengths, groups [(start, stop, L)] of similar length, to be encoded apart.
@@ -493,15 +574,20 @@ class Batches(torch.utils.data.Dataset):
         }
         batch["audio_seconds"] = float(self.lengths[rows].sum()) / self.rate
         batch["padded_share"], real = 0.0, None
-        if self.hidden is not None:
-            states = [self.hidden.read(row) for row in rows]
-            if states[0].ndim == 2:
-                batch["hidden"] = torch.from_numpy(np.stack(states))
-            else:
-                batch["hidden"], real = pad(states)
-                batch["frame_mask"] = real
+        rate = self.rate
+        if self.frozen is not None:
+            states = [self.frozen.read(row) for row in rows]
+            for name, first in states[0].items():
+                values = [state[name] for state in states]
+                if name == "stream" or first.ndim == 3:
+                    batch[name], real = pad(values)
+                    batch["frame_mask"], rate = real, FRAME_RATE
+                else:
+                    batch[name] = torch.from_numpy(np.stack(values))
+                if first.dtype == np.uint16:
+                    batch[name] = batch[name].view(torch.bfloat16)
         elif self.features is not None:
-            frames = [self._window(self.features, FRAME_RATE, row, spec.epoch)[0] for row in rows]
+            frames = [self._window(self.features, row, spec.epoch)[0] for row in rows]
             batch["frames"], batch["frame_mask"] = pad(frames)
             real = batch["frame_mask"]
         elif self.pack is not None:
@@ -515,14 +601,14 @@ class Batches(torch.utils.data.Dataset):
             batch["speaker"] = torch.from_numpy(self.speaker[rows])
         if real is not None:
             lengths, padded = real.sum(1).numpy(), real.numel()
-            if width > 1 and self.hidden is None:
-                batch["groups"] = groups_of_like_length(lengths, GROUP_SECONDS * self.rate)
+            if width > 1 and ("stream" in batch or self.frozen is None):
+                batch["groups"] = groups_of_like_length(lengths, GROUP_SECONDS * rate)
                 padded = sum((stop - start) * longest for start, stop, longest in batch["groups"])
             batch["padded_share"] = 1.0 - float(lengths.sum()) / padded
         return batch
 
     def _window(
-        self, source: PackedRows | FrameFeatures, rate: int, row: int, epoch: int
+        self, source: PackedRows | FrameFeatures, row: int, epoch: int
     ) -> tuple[np.ndarray, np.random.Generator | None]:
         """At most max_seconds of the row, and the generator that goes on for augmentation.
 
@@ -530,17 +616,15 @@ class Batches(torch.utils.data.Dataset):
         the first.
         """
         rng = None if epoch < 0 else np.random.default_rng((self.seed, epoch, row))
-        limit = int(self.max_seconds * rate)
-        spare = max(0, int(source.lengths[row]) - limit)
+        spare = max(0, int(source.lengths[row]) - self.longest)
         start = 0 if rng is None else int(rng.random() * (spare + 1))
-        return source.read(row, start, start + limit), rng
+        return source.read(row, start, start + self.longest), rng
 
     def _waveform(self, row: int, epoch: int) -> np.ndarray:
-        audio, rng = self._window(self.pack, SAMPLE_RATE, row, epoch)
+        audio, rng = self._window(self.pack, row, epoch)
         if self.augment and rng is not None:
-            audio = augment_waveform(audio, rng)
             # slower speech is longer: keep the cap that memory was planned for
-            audio = audio[: max(MIN_SAMPLES, int(self.max_seconds * SAMPLE_RATE))]
+            audio = augment_waveform(audio, rng)[: max(MIN_SAMPLES, self.longest)]
         return np.pad(audio, (0, max(0, MIN_SAMPLES - len(audio))))
 
 
@@ -570,6 +654,7 @@ def groups_of_like_length(lengths: np.ndarray, cost: float) -> list[tuple[int, i
     return groups[::-1]
 
 
+@dataclass(eq=False)
 class TrainPlan:
     """The batches of an epoch for one rank: gradient_accumulation_steps specs per step.
 
@@ -582,40 +667,38 @@ class TrainPlan:
 
     # Sorting by length saves padding (IEMOCAP, batch 8: 1.05x instead of 2.2x [measured]) but
     # puts an utterance beside the same others every epoch; these two keep the others changing.
-    WINDOW = 100  # global batches sorted together; at most half of the epoch
-    BLUR = 0.03  # lengths are changed at random by up to this share before sorting
+    WINDOW: ClassVar = 100  # global batches sorted together; at most half of the epoch
+    BLUR: ClassVar = 0.03  # lengths are changed at random by up to this share before sorting
 
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        rows: np.ndarray,
-        dialogs: Sequence[str],
-        batch_size: int,
-        gradient_accumulation_steps: int,
-        context: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-    ) -> None:
-        if batch_size % context:
-            raise ValueError(f"batch_size {batch_size} is not divisible by context {context}")
-        self.lengths, self.context, self.seed = lengths, context, seed
-        self.rank, self.world_size = rank, world_size
-        self.accumulation = gradient_accumulation_steps
-        self.micro_batches = gradient_accumulation_steps * world_size  # in a step
-        self.chunks_per_step = batch_size // context * self.micro_batches
+    lengths: np.ndarray
+    rows: np.ndarray
+    dialogs: Sequence[str]
+    batch_size: int
+    gradient_accumulation_steps: int
+    context: int
+    rank: int
+    world_size: int
+    seed: int
+    labelled: np.ndarray  # (N, 2) True = this label is known
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.context:
+            fault = f"batch_size {self.batch_size} is not divisible by context {self.context}"
+            raise ValueError(fault)
+        self.micro_batches = self.gradient_accumulation_steps * self.world_size  # in a step
+        self.chunks_per_step = self.batch_size // self.context * self.micro_batches
         turns: dict[str, list[int]] = {}  # rows are in time order within a dialogue
-        for row in np.sort(rows).tolist():
-            turns.setdefault(dialogs[row], []).append(row)
+        for row in np.sort(self.rows).tolist():
+            turns.setdefault(self.dialogs[row], []).append(row)
         self.dialogues = list(turns.values())
-        chunks = sum(math.ceil(len(rows) / context) for rows in self.dialogues)
+        chunks = sum(math.ceil(len(rows) / self.context) for rows in self.dialogues)
         self.steps_per_epoch = chunks // self.chunks_per_step
         if not self.steps_per_epoch:
             raise UserError(
-                f"the train split holds {len(rows)} utterances in chunks of up to "
-                f"{context}, fewer than one global batch of {batch_size} x "
-                f"{gradient_accumulation_steps} x {world_size} (batch x accumulation x ranks): "
-                "lower --batch_size or --global_batch_size"
+                f"the train split holds {len(self.rows)} utterances in chunks of up to "
+                f"{self.context}, fewer than one global batch of {self.batch_size} x "
+                f"{self.gradient_accumulation_steps} x {self.world_size} (batch x accumulation x "
+                "ranks): lower --batch_size or --global_batch_size"
             )
         self.set_epoch(0)
 
@@ -624,7 +707,7 @@ class TrainPlan:
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
-        return (self.steps_per_epoch - self.first_step) * self.accumulation
+        return (self.steps_per_epoch - self.first_step) * self.gradient_accumulation_steps
 
     def _chunks(self, rng: np.random.Generator) -> list[tuple[int, ...]]:
         """Every dialogue cut into chunks, at positions drawn anew each epoch.
@@ -653,7 +736,8 @@ class TrainPlan:
         steps = steps[rng.permutation(self.steps_per_epoch)]
         for step in steps[self.first_step :]:
             step = step[np.argsort(longest[step], kind="stable")]
-            step_size = sum(len(chunks[i]) for i in step)
+            rows = [row for i in step for row in chunks[i]]
+            step_size = tuple(self.labelled[rows].sum(0).tolist())
             micro_batches = step.reshape(self.micro_batches, -1)
             for micro_batch in micro_batches[self.rank :: self.world_size]:
                 yield BatchSpec(tuple(chunks[i] for i in micro_batch), self.epoch, step_size)
@@ -710,6 +794,7 @@ class Fold:
     dialogs: list[str]  # of every row
     labels: torch.Tensor  # (N, 2) in [0, 1]
     shape: InputShape
+    digests: dict[str, list[str]]  # of the content of every row: audio, features, speaker vector
 
     def in_label_scale(self, preds: torch.Tensor) -> torch.Tensor:
         """Predictions (n, 2) in [0, 1] in the units of the labels."""
@@ -728,6 +813,7 @@ class Fold:
             rank=rank,
             world_size=world_size,
             seed=args.seed,
+            labelled=~np.isnan(self.dataset.labels),
         )
 
     def speakers(self, split: str) -> list[str]:
@@ -742,13 +828,19 @@ def load_fold(args: argparse.Namespace) -> Fold:
     label_range = tuple(args.label_range) if args.label_range else None
     corpus = read_corpus(args.data, args.data_dir, label_range, Path(args.cache_dir))
     corpus, pack = load_audio(corpus, args.cache_dir)
+    digests = {"audio": corpus.audio}
     features = prosody = speaker = None
     if args.features_dir:
-        features = FrameFeatures(corpus, args.features_dir)
+        features = FrameFeatures(corpus, args.features_dir, args.feature_rate)
+        corpus.notes.append(features.describe())
+        digests["features"] = features.digests.astype(str).tolist()
     if args.prosody == "egemaps":
         prosody = egemaps(corpus, pack, args.cache_dir)
     if args.speaker != "none" and not args.no_film:
         speaker = speaker_embeddings(corpus, pack, args.speaker, args.cache_dir)
+        if holds_vectors(args.speaker):
+            paths = npy_files(corpus, args.speaker, "--speaker")
+            digests["speaker vector"] = [array_digest(open_npy(path, 1, None)) for path in paths]
     dataset = Batches(
         labels=corpus.labels(TARGETS),
         pack=None if features else pack,
@@ -759,6 +851,10 @@ def load_fold(args: argparse.Namespace) -> Fold:
         augment=args.augment,
         seed=args.seed,
     )
+    if dataset.num_cut:
+        what = "training takes a random window of them, evaluation the beginning"
+        longer = f"{dataset.num_cut} utterances are longer than --max_seconds {args.max_seconds:g}"
+        corpus.notes.append(f"{longer}: {what}")
     return Fold(
         corpus=corpus,
         splits=make_splits(corpus, args.fold),
@@ -771,6 +867,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
             length=int(dataset.lengths.max()),
             rate=dataset.rate,
         ),
+        digests=digests,
     )
 
 
@@ -811,6 +908,7 @@ def inspect(args: argparse.Namespace) -> None:
         features = FrameFeatures(corpus, args.features_dir)
         frames = sum(len(features.read(row)) for row in range(len(utterances)))  # finds NaN
         print(f"\nfeatures    {frames} frames, {features.dim} wide, all finite")
+        print(f"            {features.describe()}")
     for fold in [args.fold] if args.fold is not None else range(1, num_folds(corpus) + 1):
         print(f"\nfold {fold}\n{describe_splits(corpus, make_splits(corpus, fold))}")
 
@@ -818,28 +916,29 @@ def inspect(args: argparse.Namespace) -> None:
 def print_labels(corpus: Corpus) -> None:
     """A histogram of each label and their correlations. UserError if one is constant."""
     lo, hi = corpus.label_range
-    labels = {name: np.array([getattr(u, name) for u in corpus.utterances]) for name in LABELS}
+    labels = pd.DataFrame({name: [getattr(u, name) for u in corpus.utterances] for name in LABELS})
     half_bin = (hi - lo) / 16
     for name, values in labels.items():
         print(
             f"\n{name}, labels in {lo:g}..{hi:g}: mean {values.mean():.2f}, "
-            f"standard deviation {values.std():.2f}"
+            f"standard deviation {values.std(ddof=0):.2f}"
         )
-        if values.std() == 0:
-            raise UserError(f"{corpus.name}: {name} is {values[0]:g} everywhere, nothing to learn")
-        counts, _ = np.histogram(values, bins=9, range=(lo - half_bin, hi + half_bin))
+        if values.nunique() < 2:
+            fault = f"{name} is {values.mean():g} everywhere, nothing to learn"
+            raise UserError(f"{corpus.name}: {fault}")
+        counts, _ = np.histogram(values.dropna(), bins=9, range=(lo - half_bin, hi + half_bin))
         for centre, count in zip(np.linspace(lo, hi, 9), counts):
             bar = "#" * round(30 * count / counts.max())
             print(f"{centre:6.2f} {count:6d} {bar}".rstrip())
+    correlations = labels.corr()
     for one, two in itertools.combinations(LABELS, 2):
-        correlation = np.corrcoef(labels[one], labels[two])[0, 1]
-        print(f"correlation of {one} and {two} {correlation:+.2f}")
+        print(f"correlation of {one} and {two} {correlations.loc[one, two]:+.2f}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="inspect a corpus before training")
     add = parser.add_argument
-    add("--data", required=True, help="demo, iemocap, msp_podcast, or a .csv")
+    add("--data", required=True, help="demo, iemocap, msp_podcast, or a .csv or .tsv")
     add("--data_dir", help="root of the corpus, or of the relative paths in a CSV")
     add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
     add("--cache_dir", default="cache", help="directory of caches")

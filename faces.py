@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from corpora import natural, read_corpus
-from util.files import UserError, progress, replacing, run_script, weights_digest
+from util.files import UserError, progress_bar, replacing, run_script, weights_digest
 
 
 def image_folders(args: argparse.Namespace) -> dict[str, Path]:
@@ -90,14 +90,14 @@ def extract(args: argparse.Namespace) -> None:
     processor, model = load_vision_model(args)
     out = Path(args.features_dir)
     out.mkdir(parents=True, exist_ok=True)
-    made_by = json.dumps([weights_digest(model), processor.to_json_string()])
+    made_by = json.dumps([weights_digest(model.state_dict()), processor.to_json_string()])
     stamp = out / "extract.json"
     if stamp.exists() and stamp.read_text() != made_by:
         raise UserError(f"{out} holds features of another model: choose another --features_224_dir")
     stamp.write_text(made_by)
     embed = embedder(processor, model, args.device)
     missing = [utt_id for utt_id in folders if not (out / f"{utt_id}.npy").exists()]
-    for utt_id in progress(missing, len(missing), "faces"):
+    for utt_id in progress_bar(missing, len(missing), "faces"):
         are_crops = bool(args.face_dir) and folders[utt_id].parent == Path(args.face_dir)
         files = image_files(folders[utt_id])
         batches = [files[i : i + args.batch_size] for i in range(0, len(files), args.batch_size)]

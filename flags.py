@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
+from corpora import is_table
 from model import ENCODERS
-from step import is_frozen, parse_unfreeze, stages
-from util.distributed import GPU_GIB, uses_cuda
+from step import parse_unfreeze, reads_cache, stages
+from util.distributed import uses_cuda
 from util.files import UserError
-from util.runs import MODEL_FLAGS, load_model
+from util.runs import MODEL_FLAGS, read_flags
 from wavlm import ATTENTIONS, SIZES
 
 STANDARD = {"batch_size": 8, "d_prosody": 64, "d_hidden": 256}
@@ -49,6 +50,7 @@ FREE_ON_RESUME = {
 # A run with --init_from takes the model flags of its start, except for these.
 FREE_WITH_INIT_FROM = {"max_seconds", "context", "wavlm", "wavlm_revision", "speaker"}
 
+GPU_GIB = 24.0  # assumed size of a GPU that is not in this machine
 AUTO_STEPS = 20  # --batch_size auto leaves at least so many steps in an epoch
 
 
@@ -97,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     rate = at_least(0, float)
     # fmt: off
     add = p.add_argument_group("data").add_argument
-    add("--data", default="demo", help="demo, iemocap, msp_podcast, or a .csv file")
+    add("--data", default="demo", help="demo, iemocap, msp_podcast, or a .csv or .tsv file")
     add("--data_dir", help="root of iemocap or msp_podcast, or of the audio paths in a CSV")
     add("--fold", type=at_least(1), default=1, help="test session 1..K; dev is the next one")
     add("--label_range", type=float, nargs=2, metavar=("LO", "HI"),
@@ -108,10 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="turns per dialogue chunk; 1 = single utterances")
     add("--num_workers", type=at_least(0), default=2, help="loader workers per rank")
     add("--cache_dir", default="cache", help="decoded audio, eGeMAPS, speaker embeddings")
-    add("--feature_cache", choices=("auto", "on", "off"), default="auto",
-        help="while WavLM is frozen, run it once per utterance and keep its hidden states in "
-        "--cache_dir (float16; means over time, or all frames for --pooling attention); auto: on "
-        "unless --augment")
+    add("--feature_cache", choices=("auto", "on", "off", "exact"), default="auto",
+        help="run the frozen part of WavLM (unfreeze none or top:K) once per utterance and keep "
+        "what the rest reads in --cache_dir, in half precision, or in that of the run (exact); "
+        "utterances above --max_seconds: their beginning; auto: on unless --augment")
     add("--augment", action="store_true", help="gain, noise, speed and time masks in training")
 
     add = p.add_argument_group("model").add_argument
@@ -124,6 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pooling", choices=("mean", "attention"), default="mean",
         help="how frames become one utterance vector")
     add("--features_dir", "--features_224_dir", help="<utt_id>.npy (T, D) for the Transformers")
+    add("--feature_rate", type=at_least(0.01, float),
+        help="frames per second in --features_dir; default: from frames and seconds of audio")
     add("--prosody", choices=("egemaps", "none"), default="egemaps",
         help="88 functionals by opensmile, which is free for research only")
     add("--speaker", default="none",
@@ -252,25 +256,24 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
         if given.preset == "large_batch" and given.encoder.endswith("transformer"):
             flags["batch_size"] = 128
         parser.set_defaults(**flags)
-    start = None
+    known, start = vars(given).keys() & MODEL_FLAGS, {}
     if given.init_from:
-        _, start = load_model(given.init_from, "--init_from")
-        known = vars(given).keys() & MODEL_FLAGS
-        parser.set_defaults(**{k: v for k, v in start["args"].items() if k in known})
+        start = read_flags(given.init_from, "--init_from")
+        parser.set_defaults(**{k: v for k, v in start.items() if k in known})
     args = parser.parse_args(argv)
     if start:
         for flag in sorted(known - FREE_WITH_INIT_FROM):
-            old, new = start["args"].get(flag), getattr(args, flag)
+            old, new = start.get(flag), getattr(args, flag)
             if new != old:
                 raise UserError(f"--{flag} {new}: the model of --init_from has {old}: leave it out")
-        if args.data.endswith(".csv"):
+        if is_table(args.data):
             args.label_range = args.label_range or start["label_range"]
     if args.train_only:
         if given.unfreeze != "none":
             raise UserError(f"--train_only freezes WavLM: remove --unfreeze {given.unfreeze}")
         args.unfreeze = "none"  # a preset may have set it
     args.amp = args.amp or ("fp16" if uses_cuda(args.device) else "off")
-    corpus = Path(args.data).stem if args.data.endswith(".csv") else args.data
+    corpus = Path(args.data).stem if is_table(args.data) else args.data
     args.name = args.name or f"{corpus}-{args.encoder}"
     return args
 
@@ -280,7 +283,7 @@ def check(args: argparse.Namespace) -> None:
     low, high = args.label_range or (0, 1)
     schedule = parse_unfreeze(args.unfreeze)
     reads_features = args.encoder.endswith("transformer")
-    cached = args.feature_cache == "on"
+    cached = args.feature_cache in ("on", "exact")
     for flag in ("separation_every", "plot_every"):
         if getattr(args, flag) % args.eval_every:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be a multiple of --eval_every")
@@ -294,7 +297,7 @@ def check(args: argparse.Namespace) -> None:
         ),
         (not -math.inf < low < high < math.inf, "--label_range LO HI: LO must be below HI"),
         (
-            args.data.endswith(".csv") and not Path(args.data).is_file(),
+            is_table(args.data) and not Path(args.data).is_file(),
             f"--data {args.data}: no such file",
         ),
         (args.resume and args.overwrite, "--resume and --overwrite exclude each other"),
@@ -304,6 +307,7 @@ def check(args: argparse.Namespace) -> None:
             args.features_dir and not reads_features,
             f"--features_dir is not used by --encoder {args.encoder}: remove it",
         ),
+        (args.feature_rate and not args.features_dir, "--feature_rate is that of --features_dir"),
         (
             args.augment and reads_features,
             "--augment works on waveforms, but this encoder reads --features_dir",
@@ -333,16 +337,16 @@ def check(args: argparse.Namespace) -> None:
         ),
         (
             cached and args.augment,
-            "--feature_cache on stores WavLM's output for the recording itself, --augment changes "
-            "it every epoch: remove one of the two",
+            f"--feature_cache {args.feature_cache} keeps what WavLM makes of the recording itself, "
+            "--augment changes it every epoch: remove one of the two",
         ),
         (
             cached and args.encoder != "wavlm",
-            f"--feature_cache on is for a frozen WavLM, not for --encoder {args.encoder}",
+            f"--feature_cache {args.feature_cache} is for WavLM, not for --encoder {args.encoder}",
         ),
         (
-            cached and not any(is_frozen(args, stage) for stage in stages(args.unfreeze)),
-            f"--feature_cache on: --unfreeze {args.unfreeze} never freezes WavLM",
+            cached and not any(reads_cache(args, stage) for stage in stages(args.unfreeze)),
+            f"--feature_cache {args.feature_cache}: --unfreeze {args.unfreeze} freezes no layers",
         ),
     ):
         if wrong:

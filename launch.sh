@@ -4,7 +4,6 @@
 #   ./launch.sh --folds 1-5 -- --preset demo                       on the CPU, two folds at a time
 #   ./launch.sh --folds 1-5 --gpus 0,1,2,3 -- --data iemocap ...   one GPU per fold
 #   ./launch.sh --folds 1,3-5 --gpus 0,1,2,3 --nproc_per_fold 2 -- ...   two GPUs per fold, torchrun
-#   ./launch.sh status runs/demo                                   how far its folds are
 #
 #   --folds LIST          1-5, or 1,3,5, or a mix
 #   --gpus LIST           default: CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists
@@ -22,7 +21,7 @@
 
 set -euo pipefail
 
-say() { printf '%(%H:%M:%S)T %s\n' -1 "$*"; }
+say() { printf '%(%H:%M:%S)T %s\n' -1 "$*" || true; } 2>/dev/null
 refuse() { printf 'launch.sh: error: %s\n' "$*" >&2; exit 2; }
 distinct() { [[ -z $(printf '%s\n' "$@" | sort | uniq -d) ]]; }
 since() { [[ $(date -r "$2" +%s 2>/dev/null || echo 0) -ge $1 ]]; } # TIME FILE: written since then?
@@ -30,7 +29,6 @@ join() { local IFS=,; echo "$*"; }
 
 python=${PYTHON:-python}
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-[[ ${1-} != status ]] || exec "$python" "$here/report.py" --status "${@:2}"
 declare -A given=([folds]='' [gpus]='' [nproc_per_fold]=1 [jobs]='' [retries]=0)
 while (($#)) && [[ $1 != -- ]]; do
     case $1 in
@@ -90,6 +88,7 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 trap 'exit 75' USR1
+trap '' PIPE # `./launch.sh ... | head`: the folds go on
 
 # flags.py checks the flags and gives device and directory, on descriptor 3: it may print on stdout
 ask='import signal, sys

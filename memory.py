@@ -17,12 +17,13 @@ Tags: [measured] by us, [P] published, [guess].
 import argparse
 import json
 import math
+import os
 import re
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,15 +32,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-import data as vadata
+import data
 import flags
 import step
-from corpora import make_splits, num_folds, read_corpus
-from model import TARGETS, EmotionModel
+from corpora import Corpus, make_splits, num_folds, read_corpus
+from model import AUTOCAST, TARGETS, EmotionModel
 from step import Progress
-from util import distributed, tracing
-from util.distributed import GIB, capacity_gib, uses_cuda
-from util.files import UserError
+from util import distributed, runs, tracing
+from util.distributed import GIB, uses_cuda
+from util.files import UserError, replace_text
 from util.tracing import KINDS, Trace
 from wavlm import read_config
 
@@ -82,37 +83,15 @@ SPEED_FLAGS = (
 
 @dataclass
 class Plan:
-    """Bytes at the worst moment, by kind; they add up to peak_bytes."""
+    """The worst moment of a run with utterances of the longest length, evaluation included."""
 
-    bytes: dict[str, int]  # by KINDS
+    bytes: dict[str, int]  # by KINDS; without the allocator: torch.cuda.max_memory_allocated
     moment: str  # forward | backward | optimizer | evaluation
-    outside_gib: float  # beside the allocator: CUDA context, NCCL
-    capacity_gib: float  # of the card, or free RAM
     batch_size: int
-    on_gpu: bool
-
-    @property
-    def peak_bytes(self) -> int:
-        """Tensors alone: what torch.cuda.max_memory_allocated shows."""
-        return sum(self.bytes.values())
-
-    @property
-    def peak_gib(self) -> float:
-        return self.peak_bytes / GIB
-
-    @property
-    def needed_gib(self) -> float:
-        """What the card must have."""
-        return self.peak_gib * (1 + ALLOCATOR_SLACK * self.on_gpu) + self.outside_gib
-
-    @property
-    def verdict(self) -> str:
-        share = self.needed_gib / self.capacity_gib
-        return "fits" if share < FITS else "tight" if share < TIGHT else "does not fit"
-
-    def as_dict(self) -> dict:
-        names = ("peak_bytes", "peak_gib", "needed_gib", "verdict")
-        return asdict(self) | {name: getattr(self, name) for name in names}
+    peak_gib: float  # sum of bytes
+    needed_gib: float  # with the allocator's slack, CUDA's context and NCCL
+    capacity_gib: float  # of the card, or free RAM
+    verdict: str  # fits | tight | does not fit
 
     def line(self) -> str:
         parts = ", ".join(f"{kind} {n / GIB:.2f}" for kind, n in self.bytes.items() if n)
@@ -123,50 +102,50 @@ class Plan:
 
 
 def make_batch(
-    args: argparse.Namespace,
-    shape: vadata.InputShape,
-    size: int,
-    device: torch.device,
-    model: EmotionModel | None = None,
+    model: EmotionModel, args: argparse.Namespace, shape: data.InputShape, size: int, cached: bool
 ) -> dict[str, Tensor]:
     """A micro-batch of `size` utterances of shape.length, as data.Batches makes them, with random
-    values. With `model`, its frozen encoder's hidden states take the place of audio."""
-
-    def random(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.rand(sizes, dtype=dtype, device=device)
-
-    def real(frames: int) -> Tensor:
-        return torch.ones(size, frames, dtype=torch.bool, device=device)
-
+    values on the model's device; if `cached`, with what its frozen part makes of the audio."""
     turns = args.context if size % args.context == 0 else 1
-    batch = {
-        "labels": random(size, len(TARGETS)),
-        "chunk_index": torch.arange(size, device=device).reshape(-1, turns),
-    }
-    if model is not None:
-        hidden = (model.encoder.num_states, model.encoder.width)
-        if args.pooling == "attention":
-            frames = model.encoder.wavlm.frame_lengths(shape.length)
-            batch["hidden"] = random(size, frames, *hidden, dtype=torch.float16)
-            batch["frame_mask"] = real(frames)
+    with next(model.parameters()).device:
+        batch = {
+            "labels": torch.rand(size, len(TARGETS)),
+            "chunk_index": torch.arange(size).reshape(-1, turns),
+        }
+        if cached:
+            samples = max(data.MIN_SAMPLES, shape.length)
+            frames = model.encoder.wavlm.frame_lengths(samples)
+            batch["frame_mask"] = torch.ones(size, frames, dtype=torch.bool)
+            for name, state in model.frozen_shapes(samples).items():
+                batch[name] = torch.rand(size, *state, dtype=step.stored_dtype(name, args))
+        elif shape.frame_dim:
+            batch["frames"] = torch.rand(size, shape.length, shape.frame_dim)
+            batch["frame_mask"] = torch.ones(size, shape.length, dtype=torch.bool)
         else:
-            batch["hidden"] = random(size, *hidden, dtype=torch.float16)
-    elif shape.frame_dim:
-        batch["frames"] = random(size, shape.length, shape.frame_dim)
-        batch["frame_mask"] = real(shape.length)
-    else:
-        samples = max(vadata.MIN_SAMPLES, shape.length)
-        batch["input_values"], batch["attention_mask"] = random(size, samples), real(samples)
-    if args.prosody == "egemaps":
-        batch["prosody"] = random(size, 88)
-    if shape.speaker_dim:
-        batch["speaker"] = random(size, shape.speaker_dim)
+            samples = max(data.MIN_SAMPLES, shape.length)
+            batch["input_values"] = torch.rand(size, samples)
+            batch["attention_mask"] = torch.ones(size, samples, dtype=torch.bool)
+        if args.prosody == "egemaps":
+            batch["prosody"] = torch.rand(size, 88)
+        if shape.speaker_dim:
+            batch["speaker"] = torch.rand(size, shape.speaker_dim)
     return batch
 
 
-def evaluation_size(shape: vadata.InputShape) -> int:
+def evaluation_size(shape: data.InputShape) -> int:
     """Utterances of shape.length in one of evaluation's batches, whose size no flag decides."""
-    return max(1, int(vadata.EVAL_SECONDS * shape.rate / shape.length))
+    return max(1, int(data.EVAL_SECONDS * shape.rate / shape.length))
+
+
+def encode(
+    model: EmotionModel, args: argparse.Namespace, shape: data.InputShape, part: str = "evaluation"
+) -> None:
+    """Runs one of evaluation's batches, of random values, or only what is "frozen" of it."""
+    batch = make_batch(model, args, shape, evaluation_size(shape), cached=False)
+    with step.inference(model), step.autocast(batch["labels"].device, args.amp):
+        batch = model.encode_frozen(batch)
+        if part == "evaluation":
+            model.encode(batch)
 
 
 def with_flags(args: argparse.Namespace, **changes: object) -> argparse.Namespace:
@@ -185,99 +164,98 @@ def with_batch(args: argparse.Namespace, size: int, world_size: int) -> argparse
     return copy
 
 
+def capacity_gib(args: argparse.Namespace) -> float:
+    """Memory there is to fill: --gpu_gib, or else the GPU here, or the free RAM of a CPU."""
+    if not uses_cuda(args.device):
+        free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(free[1]) * 1024 / GIB
+    gib = args.gpu_gib or flags.GPU_GIB
+    if torch.cuda.is_available() and not args.gpu_gib:
+        gib = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[1] / GIB
+    return gib * (args.memory_fraction or 1.0)
+
+
 class Planner:
-    """Plans of a run's flags and of variations of them; each trace is made once."""
+    """Plans of a run, and of the same run with other batch sizes or stages; each trace is made
+    once. `args` of a method are the run's flags, with another batch size perhaps."""
 
     def __init__(
-        self, args: argparse.Namespace, shape: vadata.InputShape, world_size: int = 1
+        self, args: argparse.Namespace, shape: data.InputShape, world_size: int = 1
     ) -> None:
         self.args, self.shape, self.world_size = args, shape, world_size
         self.on_gpu = uses_cuda(args.device)
-        self.capacity_gib = capacity_gib(args.device, args.gpu_gib, args.memory_fraction)
-        self.models: dict[str, EmotionModel] = {}
+        self.capacity_gib = capacity_gib(args)
+        self.workspaces = 0  # bytes that cuBLAS holds
+        if self.on_gpu:
+            hopper = getattr(args, "gpu", None) in HOPPER
+            if torch.cuda.is_available():
+                hopper = torch.cuda.get_device_capability()[0] >= 9
+            self.workspaces = 2 * (HOPPER_CUBLAS_BYTES if hopper else CUBLAS_BYTES)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.traces: dict[str, Trace] = {}
-
-    def model(self, args: argparse.Namespace, stage: str) -> tuple[EmotionModel, object]:
-        """(model on the meta device as `stage` trains it, its optimizer)."""
+        self.traces: dict[tuple, Trace] = {}
         if args.attention == "fused" and not self.on_gpu:
             args = with_flags(args, attention="blocks")
-        key = repr((args.attention, args.layers, args.gradient_checkpointing))
-        if key not in self.models:
-            with torch.device("meta"), tracing.Tracker(False):  # which makes it fast
-                self.models[key] = step.build_model(args, self.shape, load=False)
-        model = self.models[key]
-        if key + stage not in self.optimizers:
-            self.optimizers[key + stage] = step.build_optimizer(
-                model, with_flags(args, unfreeze=stage)
-            )
-        step.set_trainable(model, stage, args.train_only)
-        return model, self.optimizers[key + stage]
+        with torch.device("meta"), tracing.Tracker(False):  # which makes it fast
+            self.model = step.build_model(args, shape, load=False)
 
-    def trace(self, args: argparse.Namespace, stage: str, evaluate: bool = False) -> Trace:
-        """A later step of `stage` (optimizer states exist), or a batch of evaluation in it.
+    def trace(self, args: argparse.Namespace, stage: str, what: str = "step") -> Trace:
+        """A later step of `stage` (optimizer states exist), a batch of "evaluation" in it, or the
+        "frozen" part of that.
 
         Of several micro-steps the last one runs, which finds gradients in place and the inputs of
         all of them.
         """
-        if evaluate:
-            args = with_flags(args, gradient_accumulation_steps=1, batch_size=1)
-        settings = (stage, evaluate, args.batch_size, args.gradient_accumulation_steps, args.amp)
-        settings += (args.attention, args.layers, args.gradient_checkpointing)
-        key = repr(settings)
-        if key not in self.traces:
-            run = self.evaluate if evaluate else self.step
-            self.traces[key] = run(args, stage)
+        accumulation = args.gradient_accumulation_steps if what == "step" else 1
+        key = (stage, what, (args.batch_size, accumulation) if what == "step" else ())
+        if key in self.traces:
+            return self.traces[key]
+        if stage not in self.optimizers:
+            its_flags = with_flags(args, unfreeze=stage)
+            self.optimizers[stage] = step.build_optimizer(self.model, its_flags)
+        step.set_trainable(self.model, stage, args.train_only)
+        self.model.train()
+        inputs, batch = [], {}
+        if what == "step":
+            cached = step.reads_cache(args, stage)
+            batch = make_batch(self.model, args, self.shape, args.batch_size, cached)
+            others = (accumulation - 1) * self.held_bytes(batch, args)
+            inputs = [*batch.values(), torch.empty(others, dtype=torch.uint8, device="meta")]
+
+        def run(optimizer: tracing.InPlace) -> None:
+            if what != "step":
+                encode(self.model, args, self.shape, what)
+                return
+            scaler = torch.amp.GradScaler("cpu", enabled=False)
+            batches = [batch | {"step_size": (args.batch_size,)}]
+            with distributed.without_ranks():
+                step.train_step(self.model, batches, optimizer, scaler, args, Progress())
+
+        self.traces[key] = tracing.trace(
+            self.model, self.optimizers[stage], run, inputs, on_gpu=self.on_gpu,
+            with_gradients=accumulation > 1 or self.world_size > 1, workspaces=self.workspaces,
+        )  # fmt: skip
         return self.traces[key]
 
-    def step(self, args: argparse.Namespace, stage: str) -> Trace:
-        model, optimizer = self.model(args, stage)
-        model.train()
-        meta, accumulation = torch.device("meta"), args.gradient_accumulation_steps
-        frozen = model if step.reads_cache(args, stage) else None
-        batch = make_batch(args, self.shape, args.batch_size, meta, frozen)
-        others = (accumulation - 1) * sum(tensor.nbytes for tensor in batch.values())
-        inputs = [*batch.values(), torch.empty(others, dtype=torch.uint8, device=meta)]
-        batches = [batch | {"step_size": args.batch_size}]
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-
-        def update(optimizer: tracing.InPlace) -> None:
-            with distributed.without_ranks():
-                step.train_step(model, batches, optimizer, scaler, args, Progress())
-
-        return tracing.trace(
-            model, optimizer, update, inputs, on_gpu=self.on_gpu, workspaces=self.workspaces(),
-            with_gradients=accumulation > 1 or self.world_size > 1,
-        )  # fmt: skip
-
-    def evaluate(self, args: argparse.Namespace, stage: str) -> Trace:
-        model, optimizer = self.model(args, stage)
-        size = evaluation_size(self.shape)
-        batch = make_batch(args, self.shape, size, torch.device("meta"))
-
-        def encode(_: object) -> None:
-            with step.inference(model), step.autocast(torch.device("meta"), args.amp):
-                model.encode(batch)
-
-        return tracing.trace(
-            model, optimizer, encode, batch.values(), on_gpu=self.on_gpu,
-            workspaces=self.workspaces(), with_gradients=self.world_size > 1,
-        )  # fmt: skip
-
-    def workspaces(self) -> int:
-        """Bytes that cuBLAS holds."""
-        if not self.on_gpu:
-            return 0
-        hopper = getattr(self.args, "gpu", None) in HOPPER
-        if torch.cuda.is_available():
-            hopper = torch.cuda.get_device_capability()[0] >= 9
-        return 2 * (HOPPER_CUBLAS_BYTES if hopper else CUBLAS_BYTES)
+    def held_bytes(self, batch: dict[str, Tensor], args: argparse.Namespace) -> int:
+        """Bytes that a micro-batch holds while the others run: exact CCC has put what the frozen
+        part makes of the audio in its place."""
+        held = sum(tensor.nbytes for tensor in batch.values())
+        if "input_values" not in batch or args.exact_ccc == "off" or args.loss == "mse":
+            return held
+        size, samples = batch["input_values"].shape
+        shapes = self.model.frozen_shapes(samples)
+        if shapes and self.on_gpu:
+            held -= batch["input_values"].nbytes + batch["attention_mask"].nbytes
+        for name, shape in shapes.items():
+            itemsize = 4 if name == "hidden" else AUTOCAST[args.amp].itemsize
+            held += size * math.prod(shape) * itemsize
+        return held
 
     def peaks(self, args: argparse.Namespace, unfreeze: str) -> dict[str, np.ndarray]:
         """{phase: bytes (KINDS,) at its highest moment}; of a schedule, of its heaviest stage."""
         peaks: dict[str, np.ndarray] = {}
         for stage in step.stages(unfreeze):
-            evaluation = self.trace(args, stage, evaluate=True).peaks()["forward"]
+            evaluation = self.trace(args, stage, "evaluation").peaks()["forward"]
             found = self.trace(args, stage).peaks() | {"evaluation": evaluation}
             for phase, kinds in found.items():
                 if phase not in peaks or kinds.sum() > peaks[phase].sum():
@@ -287,54 +265,43 @@ class Planner:
     def as_plan(self, size: int, peaks: dict[str, np.ndarray]) -> Plan:
         moment = max(peaks, key=lambda phase: peaks[phase].sum())
         kinds = dict(zip(KINDS, np.rint(peaks[moment]).astype(int).tolist()))
-        outside = 0.0
+        peak = needed = sum(kinds.values()) / GIB
         if self.on_gpu:
-            outside = CONTEXT_GIB + (NCCL_GIB if self.world_size > 1 else 0.0)
-        return Plan(kinds, moment, outside, self.capacity_gib, size, self.on_gpu)
+            needed = peak * (1 + ALLOCATOR_SLACK) + CONTEXT_GIB
+            needed += NCCL_GIB if self.world_size > 1 else 0.0
+        share = needed / self.capacity_gib
+        verdict = "fits" if share < FITS else "tight" if share < TIGHT else "does not fit"
+        return Plan(kinds, moment, size, peak, needed, self.capacity_gib, verdict)
 
-    def plan(self, args: argparse.Namespace, unfreeze: str | None = None) -> Plan:
+    def plan(self, args: argparse.Namespace) -> Plan:
         """The worst moment with utterances of shape.length, evaluation included."""
-        return self.as_plan(args.batch_size, self.peaks(args, unfreeze or args.unfreeze))
+        return self.as_plan(args.batch_size, self.peaks(args, args.unfreeze))
 
-    def line(self, args: argparse.Namespace, unfreeze: str) -> Callable[[int], Plan]:
+    def line(self, unfreeze: str) -> Callable[[int], Plan]:
         """size -> plan, from the line through two traced sizes.
 
         Below them, where the frozen CNN's slices are not full, from the line to the smallest size:
         the highest moment is a convex function of the size, so that errs on the safe side.
         """
-        few = args.context * math.ceil(8 / args.context)
-        given = args
-        if args.batch_size == "auto":
-            given = with_flags(args, global_batch_size=None)
+        few = self.args.context * math.ceil(8 / self.args.context)
+        given = self.args
+        if given.batch_size == "auto":
+            given = with_flags(given, global_batch_size=None)
         traced = {
             size: self.peaks(with_batch(given, size, self.world_size), unfreeze)
-            for size in (args.context, few, 4 * few)
+            for size in (given.context, few, 4 * few)
         }
 
         def at(size: int) -> Plan:
-            low, high = (args.context, few) if size < few else (few, 4 * few)
+            low, high = (given.context, few) if size < few else (few, 4 * few)
             share = (size - low) / (high - low)
             one, two = traced[low], traced[high]
             return self.as_plan(size, {p: one[p] + share * (two[p] - one[p]) for p in one})
 
         return at
 
-    def largest(
-        self, args: argparse.Namespace, sizes: Sequence[int], line: Callable[[int], Plan]
-    ) -> Plan | None:
-        """A plan of the largest of `sizes` that fits by the line and by a trace of its own; None
-        if the smallest does not."""
-        fitting = [size for size in sizes if line(size).verdict == "fits"] or sizes[:1]
-        while fitting:
-            size = fitting[-1]
-            found = self.plan(with_batch(args, size, self.world_size))
-            if found.verdict == "fits":
-                return found
-            fitting = [n for n in fitting if n <= 0.95 * size]
-        return None
 
-
-def plan(args: argparse.Namespace, shape: vadata.InputShape, world_size: int = 1) -> Plan:
+def plan(args: argparse.Namespace, shape: data.InputShape, world_size: int = 1) -> Plan:
     """The plan of a run: the heaviest stage's worst moment, evaluation included."""
     return Planner(args, shape, world_size).plan(args)
 
@@ -360,122 +327,108 @@ def batch_sizes(args: argparse.Namespace, world_size: int, largest: int = 1024) 
 
 
 def largest_batch(
-    args: argparse.Namespace, shape: vadata.InputShape, world_size: int, largest: int = 1024
+    args: argparse.Namespace, shape: data.InputShape, world_size: int, largest: int = 1024
 ) -> Plan:
-    """The plan of the largest micro-batch up to `largest` that fits; UserError if none does."""
-    sizes = batch_sizes(args, world_size, largest)
+    """The plan of the largest micro-batch up to `largest` that fits, by the line over batch sizes
+    and by a trace of its own; UserError if none does."""
     planner = Planner(args, shape, world_size)
-    best = planner.largest(args, sizes, planner.line(args, args.unfreeze))
-    if best is None:
-        needed = planner.plan(with_batch(args, sizes[0], world_size)).needed_gib
-        raise UserError(
-            f"--batch_size auto: {sizes[0]} utterances of {shape.length / shape.rate:g} s need "
-            f"{needed:.1f} GiB, more than {FITS:.0%} of {planner.capacity_gib:.1f}: lower "
-            "--max_seconds, unfreeze less, or give --gradient_checkpointing"
-        )
-    return best
+    sizes, line = batch_sizes(args, world_size, largest), planner.line(args.unfreeze)
+    fitting = [size for size in sizes if line(size).verdict == "fits"] or sizes[:1]
+    for size in fitting[:: -max(1, len(fitting) // 20)]:  # the largest first, in steps of 5 %
+        found = planner.plan(with_batch(args, size, world_size))
+        if found.verdict == "fits":
+            return found
+    raise UserError(
+        f"--batch_size auto: {size} utterances of {shape.length / shape.rate:g} s need "
+        f"{found.needed_gib:.1f} GiB, more than {FITS:.0%} of {planner.capacity_gib:.1f}: lower "
+        "--max_seconds, unfreeze less, or give --gradient_checkpointing"
+    )
 
 
-def real_step(
+def random_step(
     model: EmotionModel,
+    optimizer: torch.optim.Optimizer,
     args: argparse.Namespace,
-    shape: vadata.InputShape,
+    shape: data.InputShape,
     stage: str,
-    device: torch.device,
-) -> tuple[Callable[[], object], torch.optim.Optimizer]:
-    """(a training step of `stage` on random utterances, its optimizer); all ranks call it."""
-    optimizer = step.build_optimizer(model, with_flags(args, unfreeze=stage))
+) -> None:
+    """A training step of `stage` on random utterances (all ranks participate)."""
     step.set_trainable(model, stage, args.train_only)
-    model.train()
-    frozen = model if step.reads_cache(args, stage) else None
-    batches = []
-    for _ in range(args.gradient_accumulation_steps):
-        batch = make_batch(args, shape, args.batch_size, device, frozen)
-        batches.append(batch | {"step_size": args.global_batch_size})
+    device, cached = next(model.parameters()).device, step.reads_cache(args, stage)
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=args.amp == "fp16")
 
-    def update() -> object:
-        return step.train_step(model, batches, optimizer, scaler, args, Progress())
+    def update() -> None:
+        batches = []
+        for _ in range(args.gradient_accumulation_steps):
+            batch = make_batch(model, args, shape, args.batch_size, cached)
+            batches.append(batch | {"step_size": (args.global_batch_size,)})
+        step.train_step(model, batches, optimizer, scaler, args, Progress())
 
-    return lambda: distributed.guard_memory(update, model, step.zero_sums(device)), optimizer
-
-
-def fits_here(run: Callable[[], object]) -> bool:
-    """Does run() find enough memory on every rank? (all ranks participate)"""
-    found = True
-    try:
-        run()
-    except (RuntimeError, MemoryError) as error:
-        if not distributed.is_out_of_memory(error):
-            raise
-        found = False
-    return not distributed.any_rank(not found)
+    distributed.guard_memory(update, model, step.zero_sums(device))
 
 
-def probe(
-    model: EmotionModel, args: argparse.Namespace, shape: vadata.InputShape, device: torch.device
-) -> bool:
+def probe(model: EmotionModel, args: argparse.Namespace, shape: data.InputShape) -> bool:
     """True if steps of the longest utterances run in every stage, and a batch of evaluation.
 
-    All ranks participate. The weights are put back. The second step has all optimizer states.
+    All ranks participate. The weights are put back.
     """
     before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
-    distributed.reset_peak(device)
-
-    def evaluation() -> None:
-        batch = make_batch(args, shape, evaluation_size(shape), device)
-        with step.inference(model), step.autocast(device, args.amp):
-            model.encode(batch)
-
-    def steps(stage: str) -> bool:
-        run, _ = real_step(model, args, shape, stage, device)
-        return fits_here(run) and fits_here(run)
-
+    fits = True
     try:
-        return all(map(steps, step.stages(args.unfreeze))) and fits_here(evaluation)
+        for stage in step.stages(args.unfreeze):
+            optimizer = step.build_optimizer(model, with_flags(args, unfreeze=stage))
+            for _ in range(2):  # the second has all optimizer states
+                random_step(model, optimizer, args, shape, stage)
+        encode(model, args, shape)
+    except (RuntimeError, MemoryError) as error:  # in a step: StepTooLarge, on all ranks
+        if not distributed.is_out_of_memory(error):
+            raise
+        fits = False
     finally:
+        optimizer = None  # makes room
         model.zero_grad()
         model.load_state_dict(before)
-        model.train()
-        if device.type == "cuda":
+        if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+    return not distributed.any_rank(not fits)
 
 
 def auto_batch(
     model: EmotionModel,
     args: argparse.Namespace,
-    shape: vadata.InputShape,
-    device: torch.device,
-    world_size: int,
+    shape: data.InputShape,
+    ranks: distributed.Ranks,
     largest: int,
 ) -> tuple[int, str]:
-    """--batch_size auto: the plan proposes, a probe confirms, all ranks take the smallest.
+    """(micro-batch up to `largest`, how it was found) for --batch_size auto.
 
-    (micro-batch up to `largest`, how it was found) (all ranks participate); UserError if nothing
-    fits.
+    The plan proposes, a probe confirms, all ranks take the smallest (all ranks participate).
+    UserError if nothing fits.
     """
-    sizes = batch_sizes(args, world_size, largest)
+    world_size, device = ranks.world_size, ranks.device
     fault = "--batch_size auto: nothing fits: lower --max_seconds, unfreeze less, or give "
     fault += "--gradient_checkpointing"
     try:
         size = largest_batch(args, shape, world_size, largest).batch_size
     except UserError as error:
         size, fault = 0, str(error)
-    size = proposed = distributed.smallest(size)
+    size = proposed = min(distributed.gather(size))
     while size:
         trial = with_batch(args, size, world_size)
         trial.gradient_accumulation_steps = min(2, trial.gradient_accumulation_steps)
-        if probe(model, trial, shape, device):
+        distributed.reset_peak(device)
+        if probe(model, trial, shape):
             peak = distributed.peak_gib(device)
             distributed.reset_peak(device)
             return size, f" | batch {size}, planned as {proposed} and probed at {peak:.2f} GiB"
-        size = max((n for n in sizes if n <= 0.85 * size), default=0)
+        smaller = [n for n in batch_sizes(args, world_size, size) if n <= 0.85 * size]
+        size = max(smaller, default=0)
     raise UserError(fault)
 
 
 def choose_batch(
     args: argparse.Namespace,
-    fold: vadata.Fold,
+    fold: data.Fold,
     model: EmotionModel,
     ranks: distributed.Ranks,
     last: dict | None,
@@ -484,18 +437,15 @@ def choose_batch(
 
     `last`: content of last.pt, whose run had found its micro-batch. All ranks participate.
     """
+    world_size, note = ranks.world_size, ""
     if last:
-        flags.split_batch(
-            args, last["batch_size"], ranks.world_size, total=last["global_batch_size"]
-        )
+        flags.split_batch(args, last["batch_size"], world_size, total=last["global_batch_size"])
     elif args.batch_size == "auto":
-        largest = len(fold.splits["train"]) // (flags.AUTO_STEPS * ranks.world_size)
-        size, note = auto_batch(
-            model, args, fold.shape, ranks.device, ranks.world_size, max(args.context, largest)
-        )
-        flags.split_batch(args, size, ranks.world_size)
-        return note
-    return ""
+        largest = len(fold.splits["train"]) // (flags.AUTO_STEPS * world_size)
+        largest = max(args.context, largest)
+        size, note = auto_batch(model, args, fold.shape, ranks, largest)
+        flags.split_batch(args, size, world_size)
+    return note
 
 
 # ---------------------------------------------------------------------------------------------
@@ -518,10 +468,6 @@ class Machine:
         return seconds / np.array(self.utilization[::-1]) / 3600
 
 
-def device_name(cuda: bool) -> str:
-    return distributed.device_name(torch.device("cuda" if cuda else "cpu"))
-
-
 def known_gpu(name: str) -> str | None:
     """Which of GPUS "NVIDIA GeForce RTX 4090" is; an L40S is no L4, and a T400 no T4."""
 
@@ -531,74 +477,71 @@ def known_gpu(name: str) -> str | None:
     return next((gpu for gpu in GPUS if re.search(rf"\b{spaced(gpu)}\b", name.lower())), None)
 
 
-def machine(args: argparse.Namespace, gpu: str | None = None) -> Machine:
-    """--gpu's published peak, else what --calibrate found here, else this device's peak."""
-    cuda = uses_cuda(args.device)
-    here = not cuda or torch.cuda.is_available()
-    path = Path(args.cache_dir) / "machine.json"
-    if not gpu and here and path.exists():
-        known = json.loads(path.read_text()).get(device_name(cuda), {})
-        if "utilization" in known:
+def device_here(args: argparse.Namespace) -> torch.device | None:
+    """The device that --gpu or --device names; None if it is not in this machine."""
+    if not uses_cuda(args.device):
+        return torch.device("cpu")
+    return torch.device("cuda") if torch.cuda.is_available() and not args.gpu else None
+
+
+def machine(args: argparse.Namespace) -> Machine:
+    """What --calibrate found here, else the published peak of --gpu or of the device here."""
+    device, gpu = device_here(args), args.gpu
+    if device:
+        name = distributed.device_name(device)
+        known = runs.read_json(Path(args.cache_dir) / "machine.json").get(name)
+        if known:
             return Machine(**known)
+        if device.type == "cpu":
+            peak = CPU_TFLOPS * torch.get_num_threads()
+            return Machine("this CPU", peak, peak, UTILIZATION, "a guess: --calibrate")
+        gpu = known_gpu(name)
+    gpu = gpu or "rtx4090"
     low, high = UTILIZATION
     source = f"{low:.0%} to {high:.0%} of its published peak (--calibrate narrows it)"
-    if not cuda:
-        peak = CPU_TFLOPS * torch.get_num_threads()
-        return Machine("this CPU", peak, peak, UTILIZATION, "a guess: --calibrate")
-    if not gpu and here:
-        gpu = known_gpu(device_name(cuda))
-    gpu = gpu or "rtx4090"
     return Machine(gpu, GPUS[gpu][1], GPUS[gpu][2], UTILIZATION, source)
 
 
 def calibrate(args: argparse.Namespace) -> Machine:
     """Measures a real step of two layers of WavLM-Large here, and keeps the rates in
     --cache_dir."""
-    cuda, shape = uses_cuda(args.device), vadata.InputShape(0, 0, 5 * vadata.SAMPLE_RATE, 16_000)
-    device, rates = torch.device("cuda" if cuda else "cpu"), []
-    for amp in ("fp16" if cuda else "bf16", "off"):
+    device = torch.device("cuda" if uses_cuda(args.device) else "cpu")
+    shape, rates = data.InputShape(0, 0, 5 * data.SAMPLE_RATE, data.SAMPLE_RATE), []
+    for amp in ("fp16" if device.type == "cuda" else "bf16", "off"):
         setting = with_flags(
             args, wavlm="large", layers=[2], unfreeze="transformer", amp=amp, prosody="none",
             speaker="none", encoder="wavlm", gradient_accumulation_steps=1, batch_size=4,
             global_batch_size=4,
         )  # fmt: skip
         model = step.build_model(setting, shape).to(device)
-        run, _ = real_step(model, setting, shape, "transformer", device)
+        optimizer = step.build_optimizer(model, setting)
+        seconds = []
+        for _ in range(4):  # the first warms up
+            start = time.perf_counter()
+            random_step(model, optimizer, setting, shape, "transformer")
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
         work = Planner(setting, shape).trace(setting, "transformer").flops.sum()
-        rates.append(work / median_seconds(run, cuda) / 1e12)
-    found = Machine(device_name(cuda), *rates, (1.0, 1.0), f"calibrated {time.strftime('%F')}")
+        rates.append(work / statistics.median(seconds[1:]) / 1e12)
+    name, source = distributed.device_name(device), f"calibrated {time.strftime('%F')}"
+    found = Machine(name, *rates, (1.0, 1.0), source)
     path = Path(args.cache_dir) / "machine.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(known | {found.name: asdict(found)}, indent=1))
+    replace_text(path, json.dumps(runs.read_json(path) | {name: asdict(found)}, indent=1))
     return found
-
-
-def median_seconds(run: Callable[[], object], cuda: bool) -> float:
-    times = []
-    for _ in range(4):  # the first warms up
-        start = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
 
 
 def finished_speed(args: argparse.Namespace) -> float | None:
     """Seconds of audio per second of a finished run below --out, on this device and with these
     settings; None without one."""
-    cuda = uses_cuda(args.device)
-    if cuda and not torch.cuda.is_available():
-        return None
-    for path in sorted(Path(args.out).glob("*/fold*/result.json")):
-        result = json.loads(path.read_text())
-        given = json.loads((path.parent / "args.json").read_text())
-        known = KNOWN_SHAPES.get(given.get("wavlm"), given.get("wavlm"))
-        given["wavlm"] = known
+    device = device_here(args)
+    for path in sorted(Path(args.out).glob("*/fold*/result.json")) if device else ():
+        result, given = runs.read_json(path), runs.read_json(path.with_name("args.json"))
+        given["wavlm"] = KNOWN_SHAPES.get(given.get("wavlm"), given.get("wavlm"))
         same = all(given.get(name) == getattr(args, name) for name in SPEED_FLAGS)
-        if same and result.get("device") == device_name(cuda):
-            return result["audio_seconds_per_second"]
+        if same and result.get("device") == distributed.device_name(device):
+            return result.get("audio_seconds_per_second")
     return None
 
 
@@ -607,59 +550,101 @@ class Clips:
     """Seconds of audio in a fold's splits, and where they are from."""
 
     seconds: dict[str, float]  # train, dev, test
+    count: int  # utterances
     folds: int
     source: str
+
+
+def decoded_corpus(args: argparse.Namespace) -> Corpus:
+    """That of --data, with seconds."""
+    label_range = tuple(args.label_range) if args.label_range else None
+    corpus = read_corpus(args.data, args.data_dir, label_range, args.cache_dir)
+    return data.load_audio(corpus, args.cache_dir)[0]
 
 
 def clips(args: argparse.Namespace, from_data: bool) -> Clips:
     """Those of the corpus if --data was given, else as many as in IEMOCAP's fold 1."""
     if from_data:
-        label_range = tuple(args.label_range) if args.label_range else None
-        corpus = read_corpus(args.data, args.data_dir, label_range, args.cache_dir)
-        corpus, _ = vadata.load_audio(corpus, args.cache_dir)
+        corpus = decoded_corpus(args)
         lengths = np.minimum(corpus.seconds, args.max_seconds)
         splits = make_splits(corpus, args.fold)
         seconds = {name: float(lengths[rows].sum()) for name, rows in splits.items()}
-        return Clips(seconds, num_folds(corpus), args.data)
+        return Clips(seconds, len(lengths), num_folds(corpus), args.data)
     counts = {"train": 6409, "dev": 1811, "test": 1819}  # log-normal, mean 4.46 s [measured]
     lengths = np.exp(np.random.default_rng(0).normal(1.26, 0.66, 10_000)).clip(0.585, 34.14)
     mean = float(np.minimum(lengths, args.max_seconds).mean())
     seconds = {name: count * mean for name, count in counts.items()}
-    return Clips(seconds, 5, "IEMOCAP's number and lengths of utterances (--data: yours)")
+    return Clips(
+        seconds,
+        sum(counts.values()),
+        5,
+        "IEMOCAP's number and lengths of utterances (--data: yours)",
+    )
 
 
-def fold_flops(planner: Planner, args: argparse.Namespace, unfreeze: str, clips: Clips) -> float:
+def fold_flops(planner: Planner, unfreeze: str, clips: Clips) -> np.ndarray:
     """(2,) operations of a fold in half and in single precision, on each rank.
 
     Those per second of the longest utterances, times seconds of audio with padding.
     """
-    longest = planner.shape.length / planner.shape.rate
-    evaluation_seconds = evaluation_size(planner.shape) * longest
+    args, longest = planner.args, planner.shape.length / planner.shape.rate
+    trained, evaluated = args.batch_size * longest, evaluation_size(planner.shape) * longest
     total = np.zeros(2)
     counts = Counter(step.stage_at(unfreeze, epoch) for epoch in range(args.epochs))
     for stage, epochs in counts.items():
-        trace = planner.trace(args, stage)
-        encode = planner.trace(args, stage, evaluate=True).flops.sum(0) / evaluation_seconds
-        per_second = trace.flops.sum(0) / (args.batch_size * longest)
-        exact = args.exact_ccc == "on" and args.loss == "ccc"
-        if exact and args.gradient_accumulation_steps > 1:  # one more forward
-            per_second = per_second + trace.flops[0] / (args.batch_size * longest)
-        total += epochs * per_second * clips.seconds["train"]
+        encode = planner.trace(args, stage, "evaluation").flops.sum(0) / evaluated
+        frozen = planner.trace(args, stage, "frozen").flops.sum(0) / evaluated
+        per_second = planner.trace(args, stage).flops.sum(0) / trained
+        if args.exact_ccc == "on" and args.loss == "ccc":  # all micro-steps but one run twice
+            per_second = per_second + (1 - 1 / args.gradient_accumulation_steps) * (encode - frozen)
         if step.reads_cache(args, stage):
-            total += encode * sum(clips.seconds.values())
-        else:
-            total += epochs / args.eval_every * encode * clips.seconds["dev"]
+            total += frozen * sum(clips.seconds.values())
+            encode = encode - frozen
+        total += epochs * per_second * clips.seconds["train"]
+        total += epochs / args.eval_every * encode * clips.seconds["dev"]
     return PADDED * total / planner.world_size
 
 
+def disk_gib(planner: Planner, unfreeze: str, clips: Clips) -> float:
+    """Size of the caches of frozen parts, which all folds share."""
+    total = 0.0
+    for stage in step.stages(unfreeze):
+        if step.reads_cache(planner.args, stage):
+            step.set_trainable(planner.model, stage, planner.args.train_only)
+            samples = int(data.SAMPLE_RATE * sum(clips.seconds.values()) / clips.count)
+            total += clips.count * step.cached_bytes(planner.model, planner.args, samples)
+    return total / GIB
+
+
+def hours(planner: Planner, own: argparse.Namespace, unfreezes: list[str]) -> list[dict]:
+    """(fewest, most) hours of a fold and of all folds on --gpus, for each of `unfreezes`."""
+    args, audio, speed = planner.args, clips(planner.args, own.from_data), machine(planner.args)
+    rounds, found = math.ceil(audio.folds / (own.gpus // own.world_size)), []
+    for unfreeze in unfreezes:
+        of_fold, source = speed.hours(fold_flops(planner, unfreeze, audio)), speed.source
+        measured = finished_speed(args) if unfreeze == args.unfreeze else None
+        if measured:
+            of_fold = np.full(2, args.epochs * audio.seconds["train"] / measured / 3600)
+            source = "a finished run here"
+        found.append(
+            {
+                "fold": of_fold.tolist(), "all_folds": (rounds * of_fold).tolist(),
+                "cache_gib": disk_gib(planner, unfreeze, audio),
+                "folds": audio.folds, "machine": speed.name, "source": source,
+                "clips": audio.source,
+            }
+        )  # fmt: skip
+    return found
+
+
 # ---------------------------------------------------------------------------------------------
-# Answers
+# Command line
 
 
-def shape_of(args: argparse.Namespace) -> vadata.InputShape:
+def shape_of(args: argparse.Namespace, from_data: bool = False) -> data.InputShape:
     """What the flags lead to without a corpus; widths are read from a file if there is one.
 
-    UserError if --features_dir holds none.
+    UserError if --features_dir holds none. Its rate is that of the corpus if --data was given.
     """
 
     def width_of(directory: str) -> int | None:
@@ -669,12 +654,18 @@ def shape_of(args: argparse.Namespace) -> vadata.InputShape:
     speaker = {"none": 0, "ecapa": 192, "xvector": 512}.get(args.speaker)
     if speaker is None:
         speaker = width_of(args.speaker) or 512  # an x-vector model
-    frames, rate = 0, vadata.SAMPLE_RATE
+    frames, rate = 0, data.SAMPLE_RATE
     if args.features_dir:
-        frames, rate = width_of(args.features_dir), vadata.FRAME_RATE
+        frames, rate = width_of(args.features_dir), args.feature_rate
         if frames is None:
             raise UserError(f"--features_dir {args.features_dir}: no <utt_id>.npy there")
-    return vadata.InputShape(speaker, frames, max(1, int(args.max_seconds * rate)), rate)
+        if not rate and from_data:
+            rate = data.FrameFeatures(decoded_corpus(args), args.features_dir).rate
+        elif not rate:
+            rate = data.FRAME_RATE
+            fix = "give --feature_rate, or --data"
+            print(f"feature files of {rate} frames per second are assumed: {fix}", file=sys.stderr)
+    return data.InputShape(speaker, frames, max(1, int(args.max_seconds * rate)), rate)
 
 
 def comparable(args: argparse.Namespace) -> list[str]:
@@ -690,84 +681,11 @@ def comparable(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(rows))
 
 
-def switches(args: argparse.Namespace, can_checkpoint: bool) -> dict[str, dict[str, object]]:
-    """Flags that save memory or time, one at a time, as changes to `args`."""
-    found: dict[str, dict[str, object]] = {}
-    half = "fp16" if uses_cuda(args.device) else "bf16"
-    amp = half if args.amp == "off" else "off"
-    found[f"--amp {amp}"] = {"amp": amp}
-    if can_checkpoint:
-        on = args.gradient_checkpointing
-        name = "without --gradient_checkpointing" if on else "--gradient_checkpointing"
-        found[name] = {"gradient_checkpointing": not on}
-    if args.encoder == "wavlm":
-        other = "eager" if args.attention != "eager" else "fused"
-        found[f"--attention {other}"] = {"attention": other}
-        depth = max(args.layers or [read_config(args.wavlm).num_hidden_layers])
-        half_depth = sorted({max(1, round(depth * q / 8)) for q in (1, 2, 3, 4)})
-        found["--layers " + " ".join(map(str, half_depth))] = {"layers": half_depth}
-    return found
-
-
-def answers(planner: Planner, own: argparse.Namespace) -> dict:
-    """All that the command prints, in that order."""
-    args, world_size = planner.args, planner.world_size
-    audio, speed = clips(args, own.from_data), machine(args, own.gpu)
-    sizes = [n for n in BATCHES if n % args.context == 0]
-    if len(sizes) < 2:
-        sizes = [n * args.context for n in BATCHES[:4]]
-    every = batch_sizes(with_flags(args, global_batch_size=None), world_size)
-    stage = step.stage_at(args.unfreeze, args.epochs - 1)
-    table, largest, costs = {}, {}, []
-    for what in comparable(args):
-        if "," not in what:
-            line = planner.line(args, what)
-            table[what] = [line(size).as_dict() for size in sizes]
-            fitting = [size for size in every if line(size).verdict == "fits"]
-            largest[what] = max(fitting, default=0)
-        hours = speed.hours(fold_flops(planner, args, what, audio))
-        measured = finished_speed(args) if what == args.unfreeze and not own.gpu else None
-        if measured:
-            hours = np.full(2, args.epochs * audio.seconds["train"] / measured / 3600)
-        rounds = math.ceil(audio.folds / max(1, own.gpus // world_size))
-        costs.append(
-            {
-                "unfreeze": what,
-                "needed_gib": planner.plan(args, what).needed_gib,
-                "fold_hours": hours.tolist(),
-                "series_hours": (audio.folds * hours).tolist(),
-                "parallel_hours": (rounds * hours).tolist(),
-                "source": "a finished run here" if measured else speed.source,
-            }
-        )
-    can_checkpoint = step.can_checkpoint(planner.model(args, stage)[0])
-    compute = speed.hours(planner.trace(args, stage).flops.sum(0))[0]
-    effects = {}
-    for name, changes in ({"as given": {}} | switches(args, can_checkpoint)).items():
-        changed = with_flags(args, **changes)
-        effects[name] = {
-            "needed_gib": planner.plan(changed).needed_gib,
-            "compute": float(
-                speed.hours(planner.trace(changed, stage).flops.sum(0))[0] / max(compute, 1e-12)
-            ),
-        }
-    return {
-        "sizes": sizes,
-        "table": table,
-        "largest": largest,
-        "switches": effects,
-        "machine": asdict(speed),
-        "clips": audio.source,
-        "folds": audio.folds,
-        "gpus": own.gpus,
-        "costs": costs,
-    }
-
-
 def plan_text(args: argparse.Namespace, found: Plan) -> str:
     """A plan for a person."""
     model = args.wavlm if args.encoder == "wavlm" else args.encoder
-    where = f"{'GPU' if found.on_gpu else 'RAM'} of {found.capacity_gib:.1f} GiB"
+    on_gpu, peak = uses_cuda(args.device), sum(found.bytes.values())
+    where = f"{'GPU' if on_gpu else 'RAM'} of {found.capacity_gib:.1f} GiB"
     lines = [
         f"{model} | unfreeze {args.unfreeze} | batch {args.batch_size} x "
         f"{args.gradient_accumulation_steps} micro-steps of {args.max_seconds:g} s | "
@@ -776,10 +694,10 @@ def plan_text(args: argparse.Namespace, found: Plan) -> str:
     ]
     for kind, size in found.bytes.items():
         if size:
-            bar = "#" * round(40 * size / found.peak_bytes)
+            bar = "#" * round(40 * size / peak)
             lines.append(f"{kind:<16}{size / GIB:>8.2f} GiB  {bar}".rstrip())
     lines.append(f"{'peak':<16}{found.peak_gib:>8.2f} GiB  in {found.moment}")
-    if found.on_gpu:
+    if on_gpu:
         lines.append(
             f"{'card must have':<16}{found.needed_gib:>8.2f} GiB  with the allocator's slack and "
             f"CUDA's context: {found.verdict}"
@@ -787,48 +705,35 @@ def plan_text(args: argparse.Namespace, found: Plan) -> str:
     return "\n".join(lines)
 
 
-def tables_text(args: argparse.Namespace, found: dict, capacity: float) -> str:
-    """`answers` for a person."""
+def table_text(planner: Planner, own: argparse.Namespace) -> str:
+    """Bytes at other batch sizes and hours, for each choice of --unfreeze."""
+    args, unfreezes = planner.args, comparable(planner.args)
+    sizes = [args.context * n for n in BATCHES]
+    every = batch_sizes(with_flags(args, global_batch_size=None), own.world_size)
     mark = {"fits": " ", "tight": "?", "does not fit": "!"}
-
-    def gib(plan: dict) -> str:
-        return f"{plan['needed_gib']:.2f}{mark[plan['verdict']]}"
+    costs = hours(planner, own, unfreezes)
+    all_folds = f"{costs[0]['folds']} folds on {own.gpus} GPU" + ("s" if own.gpus > 1 else "")
 
     def span(hours: list[float]) -> str:
         low, high = (f"{value:.2f}" for value in hours)
         return low if low == high else f"{low}-{high}"
 
-    rows = {what: [gib(plan) for plan in plans] for what, plans in found["table"].items()}
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=found["sizes"])
-    table["largest"] = pd.Series(found["largest"])
+    rows = []
+    for unfreeze, cost in zip(unfreezes, costs):
+        line = planner.line(unfreeze)
+        plans = {size: line(size) for size in sizes}
+        row = {size: f"{p.needed_gib:.2f}{mark[p.verdict]}" for size, p in plans.items()}
+        row["largest"] = max((n for n in every if line(n).verdict == "fits"), default=0)
+        row |= {"h per fold": span(cost["fold"]), all_folds: span(cost["all_folds"])}
+        row["cache GiB"] = f"{cost['cache_gib']:.2f}"
+        rows.append(row)
+    table = pd.DataFrame(rows, index=unfreezes)
     table.columns.name = "GiB at batch size"
-    blocks = [f"{table.to_string()}\n(? tight, ! does not fit {capacity:.1f} GiB)"]
-
-    effects = pd.DataFrame.from_dict(found["switches"], orient="index")
-    effects.columns = pd.Index(["GiB", "x compute"], name="one switch at a time")
-    blocks.append(effects.to_string(float_format="%.2f"))
-
-    parallel = f"on {found['gpus']} GPU" + ("s" if found["gpus"] > 1 else "")
-    costs = pd.DataFrame(
-        {
-            "unfreeze": cost["unfreeze"],
-            "GiB": f"{cost['needed_gib']:.2f}",
-            "h per fold": span(cost["fold_hours"]),
-            f"{found['folds']} folds": span(cost["series_hours"]),
-            parallel: span(cost["parallel_hours"]),
-        }
-        for cost in found["costs"]
+    sources = ", ".join(dict.fromkeys(cost["source"] for cost in costs))
+    return (
+        f"{table.to_string()}\n(? tight, ! does not fit {planner.capacity_gib:.1f} GiB)\n"
+        f"({args.epochs} epochs, {costs[0]['clips']}; {costs[0]['machine']}: {sources})"
     )
-    sources = dict.fromkeys(cost["source"] for cost in found["costs"])
-    blocks.append(
-        f"{costs.to_string(index=False)}\n({args.epochs} epochs, {found['clips']}; "
-        f"{found['machine']['name']}: {', '.join(sources)})"
-    )
-    return "\n\n".join(blocks)
-
-
-# ---------------------------------------------------------------------------------------------
-# Command line
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argparse.Namespace]:
@@ -846,8 +751,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
     p.add_argument("--gpu", choices=sorted(GPUS), help="card to plan for: its memory and speed")
     p.add_argument("--gpus", type=int, help="cards for the folds; default: --world_size")
     p.add_argument("--world_size", type=int, default=1, help="cards that share a fold (DDP)")
-    p.add_argument("--json", action="store_true", help="the plan as JSON, without the tables")
-    p.add_argument("--table", action="store_true", help="the tables too, with --json")
+    p.add_argument("--json", action="store_true",
+        help="the plan and hours of this setting as JSON, without the table")
     p.add_argument("--calibrate", action="store_true", help="measure this machine's speed and stop")
     # fmt: on
     own, rest = p.parse_known_args(sys.argv[1:] if argv is None else argv)
@@ -876,21 +781,19 @@ def run(args: argparse.Namespace, own: argparse.Namespace) -> None:
             f"{found.single_tflops:.3f} in single: {Path(args.cache_dir) / 'machine.json'}"
         )
         return
-    shape = shape_of(args)
+    shape = shape_of(args, own.from_data)
     if args.batch_size == "auto":
         best = largest_batch(args, shape, own.world_size)
         flags.split_batch(args, best.batch_size, own.world_size)
     planner = Planner(args, shape, own.world_size)
     found = planner.plan(args)
-    if not own.json:
-        print(plan_text(args, found))
-    tables = {}
-    if own.table or not own.json:
-        tables = answers(planner, own)
     if own.json:
-        print(json.dumps({"flags": vars(args), "plan": found.as_dict()} | tables, indent=1))
+        (cost,) = hours(planner, own, [args.unfreeze])
+        answer = {"flags": vars(args), "plan": asdict(found), "hours": cost}
+        print(json.dumps(answer, indent=1))
     else:
-        print("\n" + tables_text(args, tables, found.capacity_gib))
+        print(plan_text(args, found), flush=True)
+        print(f"\n{table_text(planner, own)}")
 
 
 def main(argv: list[str] | None = None) -> int:

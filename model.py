@@ -13,9 +13,11 @@ References: WavLM arXiv:2110.13900; FiLM arXiv:1709.07871; Mamba arXiv:2312.0075
 ConvNeXt arXiv:2201.03545; CCC: Lin, Biometrics 45 (1989), with 1/n moments.
 """
 
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,7 @@ class ModelConfig:
     pooling: str = "mean"  # mean | attention
     attention: str = "fused"  # WavLM's attention: fused | sdpa | eager
     frame_dim: int = 0  # width of the feature files, for the feature Transformers
+    frame_rate: float = 0.0  # frames per second of those that it was trained on
     speaker_dim: int = 0  # width of the speaker embedding; 0 = FiLM on a learned vector
     prosody_dim: int = 88  # eGeMAPS functionals; 0 = no prosody
     film: bool = True
@@ -78,6 +81,8 @@ class WavLMEncoder(nn.Module):
         for layer in self.layers:
             if not 0 <= layer <= depth:
                 raise UserError(f"--layers {layer}: this WavLM has layers 0 to {depth}")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise UserError(f"--layers {' '.join(map(str, self.layers))}: each once, and rising")
         self.wavlm.truncate(max(self.layers))  # layers above the last one used cost memory only
         self.wavlm.attention = config.attention
         self.width = self.wavlm.config.hidden_size
@@ -86,18 +91,36 @@ class WavLMEncoder(nn.Module):
         self.takes_mask = self.wavlm.config.feat_extract_norm == "layer"
 
     def forward(self, batch: dict) -> tuple[list[Tensor], Tensor]:
+        if "stream" not in batch:
+            return self._finish(*self.run_frozen(batch))
+        stream = batch["stream"]  # from a cache it may have another precision than the run
+        if not torch.is_autocast_enabled("cpu" if stream.is_meta else stream.device.type):
+            stream = stream.to(self.wavlm.feature_projection.projection.weight.dtype)
+        return self._finish(stream, batch["frame_mask"], [])
+
+    def run_frozen(self, batch: dict) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """What no training changes: (`stream`, which the lowest block that trains reads,
+        frame_mask (B, T), the hidden states to mix that lie below it)."""
         waveform, mask = batch["input_values"], batch["attention_mask"]  # (B, L), (B, L)
         lengths = mask.sum(1)
         count = lengths.unsqueeze(1)
         mean = (waveform * mask).sum(1, keepdim=True) / count
         centred = (waveform - mean) * mask
         waveform = centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / count + 1e-7)
-        states, frame_mask = self.wavlm(waveform, mask if self.takes_mask else None, self.layers)
-        if frame_mask is None:
-            frames = self.wavlm.frame_lengths(lengths).unsqueeze(1)
-            num_frames = states[self.layers[-1]].shape[1]
-            frame_mask = torch.arange(num_frames, device=frames.device) < frames  # (B, T)
-        return [states[layer] for layer in self.layers], frame_mask
+        stream, _, states = self.wavlm.run_frozen(
+            waveform, mask if self.takes_mask else None, self.layers
+        )
+        frames = self.wavlm.frame_lengths(lengths).unsqueeze(1)
+        num_frames = self.wavlm.frame_lengths(waveform.shape[1])
+        frame_mask = torch.arange(num_frames, device=frames.device) < frames  # (B, T)
+        return stream, frame_mask, list(states.values())
+
+    def _finish(
+        self, stream: Tensor, frame_mask: Tensor, below: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        mask = frame_mask if self.takes_mask else None
+        above = self.wavlm.run_trained(stream, mask, self.layers)
+        return [*below, *above.values()], frame_mask
 
 
 class LogMel(nn.Module):
@@ -568,20 +591,70 @@ class EmotionModel(nn.Module):
 
     def encode(self, batch: dict) -> Tensor:
         """Utterance vectors (B, U) in float32; none depends on another utterance."""
-        if "hidden" in batch:  # the cached states of a frozen encoder
-            utterance = self.pooling(batch["hidden"].float(), batch.get("frame_mask"))
-        else:
-            utterance = torch.cat([self.encode_speech(part) for part in split_by_length(batch)])
+        batch = self.encode_frozen(batch)
+        utterance = torch.cat([self.encode_speech(part) for part in split_by_length(batch)])
         if self.film is not None:
             utterance = self.film(utterance, batch.get("speaker"))
         if self.prosody is not None:
             utterance = torch.cat((utterance, self.prosody(batch["prosody"])), dim=1)
         return utterance.float()
 
+    @torch.no_grad()
+    def encode_frozen(self, batch: dict) -> dict:
+        """The batch with what the frozen part of WavLM makes of the audio in the audio's place.
+
+        hidden (B, n, D), or (B, T, n, D) for attention: the prepared states of the n layers to mix
+        that lie in it; stream (B, T, D): what the lowest block that trains reads; frame_mask
+        (B, T). Each is left out if there is none. A batch without audio, or of a model without a
+        frozen part, comes back as it is.
+        """
+        frozen = self.config.encoder == "wavlm" and self.encoder.wavlm.frozen_blocks > 0
+        if not frozen or "input_values" not in batch:
+            return batch
+        parts = []
+        for part in split_by_length(batch):
+            stream, frame_mask, states = self.encoder.run_frozen(part)
+            found = {"frame_mask": frame_mask}
+            if len(states) < self.encoder.num_states:
+                found["stream"] = stream
+            if states:
+                found["hidden"] = self.pooling.prepare(states, frame_mask)
+            parts.append(found)
+        replaced = ("input_values", "attention_mask", "groups")
+        batch = {key: value for key, value in batch.items() if key not in replaced}
+        if len(parts) > 1 and "stream" in parts[0]:
+            stops = itertools.accumulate(len(part["stream"]) for part in parts)
+            batch["groups"] = [
+                (stop - len(part["stream"]), stop, part["stream"].shape[1])
+                for stop, part in zip(stops, parts)
+            ]
+        return batch | {key: cat_padded([part[key] for part in parts]) for key in parts[0]}
+
+    def frozen_shapes(self, samples: Any) -> dict[str, tuple]:
+        """Shapes of what encode_frozen makes of an utterance of `samples`."""
+        if self.config.encoder != "wavlm" or not self.encoder.wavlm.frozen_blocks:
+            return {}
+        wavlm, width = self.encoder.wavlm, self.encoder.width
+        frames, shapes = wavlm.frame_lengths(samples), {}
+        below = sum(layer + 2 <= wavlm.frozen_blocks for layer in self.encoder.layers)
+        if below < self.encoder.num_states:
+            only_cnn = wavlm.frozen_blocks == 1
+            shapes["stream"] = (frames, wavlm.config.conv_dim[-1] if only_cnn else width)
+        if below:
+            shapes["hidden"] = (below, width)
+            if self.config.pooling == "attention":
+                shapes["hidden"] = (frames, below, width)
+        return shapes
+
     def encode_speech(self, batch: dict) -> Tensor:
-        """Pooled vectors (B, D) of waveforms or feature frames."""
-        states, frame_mask = self.encoder(batch)
-        return self.pooling(self.pooling.prepare(states, frame_mask), frame_mask)
+        """Pooled vectors (B, D) of waveforms, feature frames, or what encode_frozen gives."""
+        prepared, frame_mask = [], batch.get("frame_mask")
+        if "hidden" in batch:
+            prepared.append(batch["hidden"].float())
+        if "stream" in batch or "hidden" not in batch:
+            states, frame_mask = self.encoder(batch)
+            prepared.append(self.pooling.prepare(states, frame_mask))
+        return self.pooling(torch.cat(prepared, dim=-2), frame_mask)
 
     def track(
         self,
@@ -604,6 +677,7 @@ class EmotionModel(nn.Module):
             previous = state["preds"]
             if labels is not None and t > 0 and teacher_forcing > 0:
                 forced = torch.rand(len(turns), 1, device=turns.device) < teacher_forcing
+                forced = forced & ~labels[:, t - 1].isnan()  # a missing label replaces nothing
                 previous = torch.where(forced, labels[:, t - 1], previous)
             turn = torch.cat((turns[:, t], previous.to(turns.dtype)), dim=1).unsqueeze(1)
             pred, state = self._track(turn, state)
@@ -647,11 +721,27 @@ def split_by_length(batch: dict) -> list[dict]:
     parts = []
     for start, stop, longest in batch.get("groups") or ():
         part = dict(batch)
-        for name in ("input_values", "attention_mask", "frames", "frame_mask"):
+        for name in ("input_values", "attention_mask", "frames", "frame_mask", "stream"):
             if name in batch:
                 part[name] = batch[name][start:stop, :longest]
+        if "hidden" in batch:
+            hidden = batch["hidden"][start:stop]
+            part["hidden"] = hidden if hidden.ndim == 3 else hidden[:, :longest]
         parts.append(part)
     return parts or [batch]
+
+
+def cat_padded(parts: list[Tensor]) -> Tensor:
+    """[(B_i, T_i, ...)] -> (sum of B_i, longest T, ...), padded with zeros (False)."""
+    if len({part.shape[1] for part in parts}) == 1:
+        return torch.cat(parts)
+    longest = max(part.shape[1] for part in parts)
+    padded = parts[0].new_zeros(sum(map(len, parts)), longest, *parts[0].shape[2:])
+    start = 0
+    for part in parts:
+        padded[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return padded
 
 
 @torch.no_grad()
@@ -676,39 +766,46 @@ def track_dialogues(model: EmotionModel, turns: Tensor, dialogs: Sequence[Hashab
 
 # ---------------------------------------------------------------------------------------------
 # Loss and metrics. CCC is a function of six sums over utterances, so the sums of any split of a
-# batch give it exactly; an average of CCCs does not.
+# batch give it exactly; an average of CCCs does not. A label that is missing (NaN) of one target
+# takes its utterance out of the sums of that target alone.
 
 
 def moment_sums(preds: Tensor, labels: Tensor) -> Tensor:
-    """(6, 2) in float64, per target: n, sum p, sum y, sum p^2, sum y^2, sum p y."""
-    p, y = preds.double(), labels.double()
-    return torch.stack((torch.ones_like(p), p, y, p * p, y * y, p * y)).sum(1)
+    """(6, 2) in float64, per target over its labels: n, sum p, sum y, sum p^2, sum y^2, sum p y."""
+    known = ~labels.isnan()
+    p, y = torch.where(known, preds.double(), 0), torch.where(known, labels.double(), 0)
+    return torch.stack((known.double(), p, y, p * p, y * y, p * y)).sum(1)
 
 
 def moments(sums: Tensor) -> tuple[Tensor, ...]:
     """Means, 1/n variances and covariance (mp, my, vp, vy, cov), each (2,), of moment_sums."""
     n, p, y, pp, yy, py = sums
+    n = n.clamp(min=1)
     mp, my = p / n, y / n
     return mp, my, pp / n - mp * mp, yy / n - my * my, py / n - mp * my
 
 
 def concordance(sums: Tensor) -> Tensor:
-    """CCC per target (2,); 0 if predictions or labels are constant (Lin 1989)."""
+    """CCC per target (2,); 0 if predictions or labels are constant or none (Lin 1989)."""
     mp, my, vp, vy, cov = moments(sums)
     return 2 * cov / (vp + vy + (mp - my) ** 2 + 1e-8)
+
+
+def target_weights(valence_weight: float) -> dict[str, float]:
+    """Weight of each target in the loss: the targets other than valence share the rest."""
+    rest = (1 - valence_weight) / (len(TARGETS) - 1)
+    return {target: valence_weight if target == "valence" else rest for target in TARGETS}
 
 
 def loss_from_sums(sums: Tensor, loss: str, valence_weight: float, mse_weight: float) -> Tensor:
     """Loss of a batch from its moment sums.
 
-    ccc: 1 - weighted mean CCC + mse_weight * weighted MSE; mse: weighted MSE. Valence has
-    valence_weight, the other targets share the rest. Finite even for one utterance or constant
-    predictions.
+    ccc: 1 - weighted mean CCC + mse_weight * weighted MSE; mse: weighted MSE. Finite even for one
+    utterance, constant predictions or a target without a label.
     """
     n, _, _, pp, yy, py = sums
-    rest = (1 - valence_weight) / (len(TARGETS) - 1)
-    weights = [valence_weight if target == "valence" else rest for target in TARGETS]
-    mse = sum(w * value for w, value in zip(weights, (pp - 2 * py + yy) / n))
+    weights = target_weights(valence_weight).values()
+    mse = sum(w * value for w, value in zip(weights, (pp - 2 * py + yy) / n.clamp(min=1)))
     if loss == "mse":
         return mse
     ccc = sum(w * value for w, value in zip(weights, concordance(sums)))
@@ -719,17 +816,19 @@ def metrics(preds: Tensor, labels: Tensor, scale: float = 1.0) -> dict[str, floa
     """CCC, PCC and RMSE per target and the mean CCC of preds and labels (n, 2), in float64.
 
     RMSE is multiplied by `scale` (the width of the label range gives the units of the labels).
-    PCC of a constant is reported as 0. ValueError for an empty set.
+    PCC of a constant is reported as 0. A target without a label has NaN, and no part in the mean.
+    ValueError for an empty set.
     """
     if len(preds) == 0:
         raise ValueError("no utterance to compute a metric from")
     sums = moment_sums(preds.cpu(), labels.cpu())
     _, _, vp, vy, cov = moments(sums)
     n, _, _, pp, yy, py = sums
-    ccc = concordance(sums)
-    pcc = cov / (vp * vy).clamp(min=0).sqrt()
+    ccc = torch.where(n > 0, concordance(sums), torch.nan)
+    pcc = (cov / (vp * vy).clamp(min=0).sqrt()).nan_to_num(0, 0, 0)
+    pcc = torch.where(n > 0, pcc, torch.nan)
     rmse = scale * ((pp - 2 * py + yy) / n).clamp(min=0).sqrt()
     result = {}
-    for name, values in (("ccc", ccc), ("pcc", pcc.nan_to_num(0, 0, 0)), ("rmse", rmse)):
+    for name, values in (("ccc", ccc), ("pcc", pcc), ("rmse", rmse)):
         result |= {f"{name}_{target}": float(v) for target, v in zip(TARGETS, values)}
-    return result | {"ccc_mean": float(ccc.mean())}
+    return result | {"ccc_mean": float(ccc.nanmean())}

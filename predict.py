@@ -8,7 +8,7 @@
 
 Input: files, folders of files, or a CSV manifest (utt_id, path, and start, end, dialog, speaker if
 it has them; labels are not needed). Output: a row per utterance; several checkpoints give the mean
-and, over them, the standard deviation. The utt_id of a file is its name without suffix or, if two
+and the standard deviation over them. The utt_id of a file is its name without suffix or, if two
 files share it, the shortest end of its path that no other file has.
 
 A run that was trained on dialogues (--context above 1) tracks the turns of a manifest's dialogue in
@@ -16,9 +16,8 @@ order; a file, like a window, is a dialogue of one turn. --stream tracks the fil
 the paths that come in on stdin, as one dialogue; an empty line begins the next.
 
 Predictions equal those of the run's evaluation: to six decimals from audio, to about 1e-4 where
-evaluation read float16 states of a frozen WavLM from the cache. For Base-type WavLM, whose first
-norm sees padding, both encode clips of equal length together and pad nothing, so a prediction does
-not depend on what else is predicted. On a CPU, a run trained under --amp fp16 is evaluated in fp32.
+evaluation read float16 states of a frozen WavLM from the cache. They do not depend on what else is
+predicted. On a CPU, a run trained under --amp fp16 is evaluated in fp32.
 
 Audio is decoded into a temporary folder ($TMPDIR; 115 MB an hour, with --window that times window /
 hop). What cannot be decoded is named on stderr and left out. Exit code: 0 done; 1 nothing could be
@@ -47,13 +46,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import data as vadata
+import data
 from corpora import Corpus, Utterance, read_csv, turn_order
 from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
 from report import COLOURS, new_figure
 from util import distributed
-from util.files import UserError, digest, replace_text, replacing, run_script, weights_digest
-from util.runs import MODEL_FLAGS, load_model
+from util.files import UserError, digest, replace_text, run_script, weights_digest
+from util.runs import MODEL_FLAGS, load_model, read_checkpoint, read_json, save_checkpoint
 from wavlm import save_wavlm
 
 
@@ -83,16 +82,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--stream", action="store_true",
                    help="one line on stdout per utterance as it comes, state carried along")
     p.add_argument("--state", metavar="FILE",
-                   help="with --stream: go on from the state in it, and keep it there")
-    p.add_argument("--reset", action="store_true", help="with --state: begin a new dialogue")
+                   help="with --stream: go on from the state in it, if any, and keep it there")
     p.add_argument("--export", metavar="DIR",
                    help="write the model, its card and WavLM alone, as safetensors")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                    help="auto: cuda if present")
     # fmt: on
     args = p.parse_args(argv)
-    files = not (args.stream or args.export)
-    seconds, hop_alone = args.max_seconds, args.hop is not None and not args.window
+    files, seconds = not (args.stream or args.export), args.max_seconds
+    hop_alone = args.hop is not None and not args.window
     args.hop = 2.0 if args.hop is None else args.hop
     hops = f"--window {args.window:g} --hop {args.hop:g}"
     for wrong, message in (
@@ -100,7 +98,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.export and (args.audio or args.data or args.stream), "--export takes a run alone"),
         (args.stream and (args.data or args.window), "--stream takes files: no --data, --window"),
         (args.state and not args.stream, "--state needs --stream"),
-        (args.reset and not args.state, "--reset needs --state"),
         (files and bool(args.audio) == bool(args.data), "give either audio files or --data CSV"),
         (files == (args.out is None), "give --out CSV, but not with --stream and --export"),
         (args.out and not args.out.endswith(".csv"), f"--out {args.out}: a file ending in .csv"),
@@ -173,9 +170,9 @@ def cut_windows(corpus: Corpus, window: float, hop: float) -> Corpus:
     return dataclasses.replace(corpus, utterances=cut)
 
 
-def decode(corpus: Corpus, cache_dir: str) -> tuple[Corpus, vadata.PackedRows]:
+def decode(corpus: Corpus, cache_dir: str) -> tuple[Corpus, data.PackedRows]:
     """Decoded audio, and the utterances that have any; the others are named on stderr."""
-    corpus, pack = vadata.load_audio(corpus, cache_dir, 1.0)  # however many are left out
+    corpus, pack = data.load_audio(corpus, cache_dir, 1.0)  # however many are left out
     for utt_id, file, reason in corpus.skipped:
         print(f"skipped {utt_id} ({file}): {reason}", file=sys.stderr)
     return corpus, pack
@@ -187,22 +184,23 @@ def decode(corpus: Corpus, cache_dir: str) -> tuple[Corpus, vadata.PackedRows]:
 
 def build_inputs(
     corpus: Corpus,
-    pack: vadata.PackedRows,
+    pack: data.PackedRows,
     cache_dir: str,
     args: argparse.Namespace,
     model: EmotionModel,
     flags: dict,
-) -> vadata.Batches:
+) -> data.Batches:
     """What the model of a run trained with `flags` reads of the corpus."""
     reads_features = model.config.encoder.endswith("transformer")
     reads_speaker = model.config.speaker_dim > 0
     kind = args.speaker or flags["speaker"]
-    if len(args.checkpoint) == 1:  # of several, another one may read it
-        without = "the run was trained without such input: remove it"
-        if args.features_dir and not reads_features:
-            raise UserError(f"--features_dir {args.features_dir}: {without}")
-        if args.speaker and not reads_speaker:
-            raise UserError(f"--speaker {args.speaker}: {without}")
+    alone = len(args.checkpoint) == 1  # of several, another one may read it
+    for flag, value, is_read in (
+        ("--features_dir", args.features_dir, reads_features),
+        ("--speaker", args.speaker, reads_speaker),
+    ):
+        if alone and value and not is_read:
+            raise UserError(f"{flag} {value}: the run was trained without such input: remove it")
     if reads_features and not args.features_dir:
         raise UserError("the run reads feature files: give --features_dir DIR")
     if reads_speaker and kind == "none":
@@ -213,13 +211,18 @@ def build_inputs(
         named = dataclasses.replace(corpus, utterances=stems)
     features = prosody = speaker = None
     if reads_features:
-        features = vadata.FrameFeatures(named, args.features_dir)
+        trained = model.config.frame_rate or None  # None: a run of older code
+        features = data.FrameFeatures(named, args.features_dir)
+        if trained and not flags["feature_rate"] and not 0.9 < features.rate / trained < 1.1:
+            fault = f"{features.rate:g} frames per second, but the run was trained on {trained:g}"
+            raise UserError(f"--features_dir {args.features_dir}: {fault}")
+        features.rate = trained or features.rate
     if model.config.prosody_dim:
-        prosody = vadata.egemaps(corpus, pack, cache_dir)
+        prosody = data.egemaps(corpus, pack, cache_dir)
     if reads_speaker:
         device = str(next(model.parameters()).device)
-        speaker = vadata.speaker_embeddings(named, pack, kind, cache_dir, device)
-    return vadata.Batches(
+        speaker = data.speaker_embeddings(named, pack, kind, cache_dir, device)
+    return data.Batches(
         labels=np.zeros((len(corpus.utterances), len(TARGETS)), dtype=np.float32),
         pack=None if features else pack,
         features=features,
@@ -238,14 +241,13 @@ def evaluated_as(flags: dict, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST[amp], enabled=amp != "off")
 
 
-@torch.no_grad()
-def encode(model: EmotionModel, dataset: vadata.Batches, device: torch.device) -> Tensor:
+def encode(model: EmotionModel, dataset: data.Batches, device: torch.device) -> Tensor:
     """Utterance vectors (N, U) of all rows, in the batches of train.py's evaluation.
 
     UserError if memory does not suffice for one utterance.
     """
     rows = np.arange(len(dataset.lengths))
-    plan = vadata.eval_plan(dataset, rows, 0, 1, model.sees_padding)
+    plan = data.eval_plan(dataset, rows, 0, 1, model.sees_padding)
     quiet = not sys.stderr.isatty() or len(plan) < 2
     batches = tqdm((dataset[spec] for spec in plan), total=len(plan), unit="batch", disable=quiet)
     turns = torch.zeros(len(rows), model.width, device=device)
@@ -273,7 +275,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
         raise UserError(f"--out {args.out} is an input, or a folder: give another name")
     if args.window:
         corpus = cut_windows(corpus, args.window, args.hop)
-    preds, label_ranges = [], []  # per checkpoint: (N, 2), in the label's scale; its scale
+    preds, ranges = [], []  # per checkpoint: (N, 2), in the label's scale; its scale
     with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
         corpus, pack = decode(corpus, cache_dir)
         if not corpus.utterances:
@@ -282,24 +284,22 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
         for path in args.checkpoint:
             model, checkpoint = load_model(path, "--checkpoint")
             model.to(device)
-            label_ranges.append(tuple(checkpoint["label_range"]))
-            low, high = label_ranges[0]
-            if label_ranges[-1] != (low, high):
-                raise UserError(f"--checkpoint: the runs differ in label range: {label_ranges}")
-            dataset = build_inputs(corpus, pack, cache_dir, args, model, checkpoint["args"])
-            longer = int((corpus.seconds > dataset.max_seconds + 0.1).sum())
-            if longer:
-                print(
-                    f"note: {longer} longer than {dataset.max_seconds:g} s: the beginning is used, "
-                    "as in training; --window 8 gives a curve over all",
-                    file=sys.stderr,
-                )
+            ranges.append(tuple(checkpoint["label_range"]))
+            low, high = ranges[0]
+            if ranges[-1] != (low, high):
+                raise UserError(f"--checkpoint: the runs differ in label range: {ranges}")
+            flags = checkpoint["args"]
+            dataset = build_inputs(corpus, pack, cache_dir, args, model, flags)
+            if dataset.num_cut:
+                used = f"{dataset.num_cut} longer than {dataset.max_seconds:g} s: their beginning"
+                curve = "is used, as in training; --window 8 gives a curve over all"
+                print(f"note: {used} {curve}", file=sys.stderr)
             order = list(range(len(corpus.utterances)))
             dialogs = order  # each utterance is one
-            if checkpoint["args"]["context"] > 1 and args.data and not args.window:
+            if flags["context"] > 1 and args.data and not args.window:
                 order = sorted(order, key=lambda row: turn_order(corpus.utterances[row]))
                 dialogs = [u.dialog for u in corpus.utterances]
-            with evaluated_as(checkpoint["args"], device):
+            with torch.no_grad(), evaluated_as(flags, device):
                 turns = encode(model, dataset, device)
                 tracked = track_dialogues(model, turns[order], [dialogs[row] for row in order])
             preds.append(torch.empty_like(tracked))
@@ -308,23 +308,22 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
     replace_text(Path(args.out), table.to_csv(index=False, float_format="%.6f"))
     if args.plot:
         plot_windows(Path(args.plot), table, (low, high))
-    what = "windows" if args.window else "utterances"
+    count = f"{len(table)} {'windows' if args.window else 'utterances'}"
     scale = f"{' and '.join(TARGETS)} in {low:g}..{high:g}"
-    print(f"{len(table)} {what}, {len(corpus.skipped)} skipped, {scale}: {args.out}")
+    print(f"{count}, {len(corpus.skipped)} skipped, {scale}: {args.out}")
     return 0
 
 
 def table_of(corpus: Corpus, preds: Tensor, windows: bool) -> pd.DataFrame:
-    """A row per utterance or window: mean and, of several checkpoints, standard deviation over
-    preds (M, N, 2)."""
-    texts = {"utt_id": [u.utt_id for u in corpus.utterances]}
-    texts["path"] = [path_of(u, corpus) for u in corpus.utterances]
+    """A row per utterance or window: mean and standard deviation over preds (M, N, 2)."""
+    utterances = corpus.utterances
+    texts = {"utt_id": [u.utt_id for u in utterances]}
+    texts["path"] = [path_of(u, corpus) for u in utterances]
     if not windows:
-        texts["dialog"] = [u.dialog for u in corpus.utterances]
-        texts["speaker"] = [u.speaker for u in corpus.utterances]
+        texts |= {name: [getattr(u, name) for u in utterances] for name in ("dialog", "speaker")}
     table = pd.DataFrame(texts, dtype=object)  # names need not be UTF-8
     if windows:
-        table["start"] = [u.start for u in corpus.utterances]
+        table["start"] = [u.start for u in utterances]
         table["end"] = table["start"] + corpus.seconds
     else:
         table["seconds"] = corpus.seconds
@@ -340,8 +339,8 @@ def path_of(u: Utterance, corpus: Corpus) -> str:
 
 
 def plot_windows(directory: Path, table: pd.DataFrame, label_range: tuple[float, float]) -> None:
-    """<utt_id>.png, with _ for /: predictions at the middles of the windows; of several
-    checkpoints, their mean in a band of one standard deviation."""
+    """<utt_id>.png, with _ for /: predictions at the middles of the windows, in a band of one
+    standard deviation."""
     directory.mkdir(parents=True, exist_ok=True)
     for utt_id, windows in table.groupby("utt_id"):
         figure, [axis] = new_figure(1, width=9)
@@ -376,8 +375,8 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
             raise UserError(f"--state {args.state}: {fault}: remove it")
         print(f"note: {fault}", file=sys.stderr)
     if args.state:
-        key = digest(weights_digest(model), dataclasses.asdict(model.config))
-        state = None if args.reset else read_state(Path(args.state), key, device)
+        key = digest(weights_digest(model.state_dict()), dataclasses.asdict(model.config))
+        state = read_state(Path(args.state), key, device)
     model.to(device)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["utt_id", "path", "seconds", *(f"pred_{t}" for t in TARGETS)])
@@ -411,7 +410,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
                 cells = [u.utt_id, path_of(u, corpus), f"{seconds:.3f}"]
                 lines.append([*cells, *(f"{value:.6f}" for value in values)])
         if args.state:
-            save_state(Path(args.state), key, state)
+            save_checkpoint(Path(args.state), {"checkpoint": key, "state": state})
         writer.writerows(lines)
         sys.stdout.flush()
     cost = f"{statistics.median(microseconds):.0f}" if microseconds else "-"
@@ -423,29 +422,23 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
     return 1 if skipped and not microseconds else 0
 
 
-def save_state(path: Path, key: str, state: dict | None) -> None:
-    """What EmotionModel.track returned (None: a dialogue begins), under the checkpoint's key."""
-    with replacing(path) as file:
-        torch.save({"checkpoint": key, "state": state}, file)
-
-
 def read_state(path: Path, key: str, device: torch.device) -> dict | None:
-    """What save_state wrote; None if there is no file yet, or a dialogue begins.
+    """What EmotionModel.track returned when the state was saved; None if a dialogue begins.
 
-    UserError if it is not a state, or that of another checkpoint.
+    UserError if it is not a state, or that of a checkpoint with another key.
     """
     if not path.exists():
         return None
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        written_by, state = content["checkpoint"], content["state"]
-    except Exception as error:  # a damaged file fails in many ways
-        fault = f"--state {path}: not a state of predict.py ({type(error).__name__})"
-        raise UserError(f"{fault}: give another file, or --reset") from None
-    if written_by != key:
-        fault = f"--state {path}: of another checkpoint than --checkpoint"
-        raise UserError(f"{fault}: give that one or another file, or --reset")
-    return state
+        content = read_checkpoint(path, device)
+    except UserError:
+        content = {}
+    fix = "give another file, or delete it"
+    if "state" not in content:
+        raise UserError(f"--state {path}: not a state of predict.py, or damaged: {fix}")
+    if content["checkpoint"] != key:
+        raise UserError(f"--state {path}: of another checkpoint than --checkpoint: {fix}")
+    return content["state"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -487,10 +480,9 @@ Predicts {targets} (in this order) of an utterance of speech, on the labels' sca
 
 {scores}
 
-Use: `python predict.py --checkpoint THIS_DIRECTORY a.wav --out out.csv`, or in Python
-`model, checkpoint = predict.load_model(THIS_DIRECTORY, "--checkpoint")`. If there is a `wavlm/`, it
-is the encoder alone: `transformers.WavLMModel.from_pretrained`, `train.py --wavlm`. A run whose
---layers leave out the top one has trained its `hidden_states[-1]`, not `last_hidden_state`.
+Use: `python predict.py --checkpoint THIS_DIRECTORY a.wav --out out.csv`. If there is a `wavlm/`, it
+is the encoder alone, for `transformers.WavLMModel.from_pretrained` and `train.py --wavlm`. A run
+whose --layers leave out the top one has trained its `hidden_states[-1]`, not `last_hidden_state`.
 
 Research only, and not for decisions about people: speech unlike that of the corpus is untested, and
 eGeMAPS, if used, comes from opensmile, which is free for research only.
@@ -500,10 +492,9 @@ eGeMAPS, if used, comes from opensmile, which is free for research only.
 def model_card(run: Path, checkpoint: dict) -> str:
     """README.md of an export: figures from the run's result.json, or that there is none."""
     flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
-    commit, scores = "unknown", "There is no result.json: the run was not evaluated on test."
-    if (run / "result.json").is_file():
-        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-        commit = result["git_commit"]
+    result = read_json(run / "result.json")
+    scores = "There is no result.json: the run was not evaluated on test."
+    if result:
         scores = f"Scores of fold {result['fold']} of {result['num_folds']}:\n"
         for split in ("dev", "test"):  # dev chose the epoch
             cccs = [f"CCC {target} {result[split][f'ccc_{target}']:.3f}" for target in TARGETS]
@@ -511,9 +502,9 @@ def model_card(run: Path, checkpoint: dict) -> str:
     origin = f", starting from {Path(flags['init_from']).name}" if flags["init_from"] else ""
     if flags["train_only"]:
         origin += "; only FiLM was trained: if on one speaker, for that speaker alone"
-    values = {"low": low, "high": high, "commit": commit, "scores": scores, "origin": origin}
-    values |= {"data": Path(flags["data"]).name, "targets": " and ".join(TARGETS)}
-    return CARD.format(**(flags | values))
+    values = {"low": low, "high": high, "scores": scores, "origin": origin}
+    values |= {"commit": result.get("git_commit", "unknown"), "targets": " and ".join(TARGETS)}
+    return CARD.format(**(flags | values | {"data": Path(flags["data"]).name}))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,10 +1,9 @@
-"""Tables, intervals and pictures of experiments, and a live view, from what train.py wrote.
+"""Tables, intervals and pictures of experiments, from what train.py wrote.
 
     python report.py runs/demo                         # folds, mean, intervals, speakers, emotions
     python report.py runs/demo --out runs/demo         # the same with pictures in report.html
     python report.py runs/demo runs/baseline           # comparison, best first; also written to .
     python report.py runs/demo --folds 1-3 --json      # figures of these folds alone
-    python report.py runs/demo --status                # where each fold is now
 
 A fold without readable files is shown as missing, with the reason; then nothing that spans folds
 is given and the exit code is 1. The mean of the folds' CCCs and the pooled CCC (one CCC over all
@@ -19,14 +18,11 @@ train.py uses plot_run, separation and against_frozen. Not here: training, predi
 import argparse
 import base64
 import contextlib
-import datetime
 import io
 import json
 import math
 import re
-import socket
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +48,6 @@ MIN_CLUSTERS = 5  # fewer speakers than this say little about the next one [gues
 MIN_UTTERANCES = 10  # a CCC of fewer is not shown [guess]
 MAX_GROUPS = 20  # rows of a breakdown; a corpus may have a thousand speakers
 MAX_VECTORS = 1000  # embeddings that are measured or drawn
-SILENT = 600  # seconds without a record after which a run that left no status is not running
 
 # A fold's figure -> its heading; FIGURES are all that are read
 COLUMNS = {
@@ -105,8 +100,8 @@ def read_experiment(
 ) -> Experiment:
     """The experiment with all its folds, or those of `asked`; UserError where it has none.
 
-    All its folds are 1..K: K is num_folds of any result.json or, without one, the highest fold
-    that left a directory or a log. A fold in `failed` is missing: what is on disk is older.
+    K folds are expected: num_folds of any result.json or, without one, the highest fold that left
+    a directory or a log. A fold in `failed` is missing: what is on disk is older.
     """
     figures, parts, problems = {}, {}, {}
     found = found_folds(directory)
@@ -119,23 +114,20 @@ def read_experiment(
     problems |= dict.fromkeys(failed or (), "this run of it failed")
     wanted = asked or range(1, num_folds + 1)
     missing = {k: problems.get(k, "not run") for k in wanted if k not in figures or k in problems}
+    left_out = f"is left out: the corpus has {num_folds} folds"
     experiment = Experiment(
         name=str(directory),
         num_folds=num_folds,
         folds={fold: None if fold in missing else figures[fold] for fold in wanted},
         problems=missing,
         parts={fold: parts[fold] for fold in wanted if fold not in missing},
-        notes=[
-            f"{directory}: fold {fold} is left out: the corpus has {num_folds} folds"
-            for fold in found
-            if fold > num_folds
-        ],
+        notes=[f"{directory}: fold {fold} {left_out}" for fold in found if fold > num_folds],
     )
     if not missing:
         table = pd.DataFrame(list(experiment.folds.values()))
-        experiment.mean = table.mean().to_dict()
+        experiment.mean = table.mean(skipna=False).to_dict()
         if len(table) > 1:
-            experiment.std = table.std().to_dict()
+            experiment.std = table.std(skipna=False).to_dict()
         rows = pd.concat(experiment.parts.values(), ignore_index=True)
         preds, labels = tensors(rows)
         ids, experiment.clusters = cluster_ids(rows)
@@ -165,11 +157,13 @@ def read_fold(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
         raise UserError(f"{path}: not there, the run is not done")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        flat = {f"{s}/{key}": result[s][key] for s in ("dev", "test") for key in result[s]}
-        flat |= {"hours": result["seconds"] / 3600, "peak_gib": result["peak_gib_measured"]}
-        flat |= {k: result[k] for k in ("best_epoch", "parameters_trainable", "num_folds")}
-        figures = {key: flat[key] for key in FIGURES}
-        wrong = [key for key in FIGURES if not math.isfinite(figures[key])]
+        result |= {f"{s}/{key}": result[s][key] for s in ("dev", "test") for key in result[s]}
+        result |= {"hours": result["seconds"] / 3600, "peak_gib": result["peak_gib_measured"]}
+        figures = {key: result[key] for key in FIGURES}
+        unlabelled = [key for key in FIGURES if "/" in key and figures[key] is None]
+        numbers = [key for key in FIGURES if key not in unlabelled]
+        wrong = [key for key in numbers if not math.isfinite(figures[key])]
+        figures |= dict.fromkeys(unlabelled, math.nan)
     except KeyError as error:
         raise UserError(f"{path}: has no {error}") from error
     except (OSError, TypeError, ValueError) as error:
@@ -186,8 +180,8 @@ def read_fold(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
 def cluster_ids(rows: pd.DataFrame) -> tuple[np.ndarray, str]:
     """Cluster of each row (N,) from 0, and what the clusters are: "10 speakers".
 
-    Speakers, or dialogues if fewer than MIN_CLUSTERS speakers are known, or else single
-    utterances. An utterance of unknown speaker (dialogue) is a cluster by itself.
+    Dialogues where fewer than MIN_CLUSTERS speakers are known, or else single utterances. An
+    utterance of unknown speaker (dialogue) is a cluster by itself.
     """
     names = {"speaker": "speakers", "dialog": "dialogues", "utt_id": "utterances"}
     for column in names:
@@ -200,27 +194,27 @@ def cluster_ids(rows: pd.DataFrame) -> tuple[np.ndarray, str]:
 
 
 def resampled_cccs(preds: Tensor, labels: Tensor, ids: np.ndarray) -> np.ndarray:
-    """CCC of each column of preds, labels (N, C) in each resample, (RESAMPLES, C).
+    """CCC of each column of preds, labels (N, C) in each resample of clusters, (RESAMPLES, C).
 
-    Clusters are drawn with all their utterances; ids (N,) as from cluster_ids. A CCC needs six sums
-    only, so a resample adds up its clusters' sums. The same draws on every call.
+    A CCC needs six sums only, so a resample adds up those of its clusters; ids (N,) as from
+    cluster_ids. The same draws on every call.
     """
     rows = moment_sums(preds[None], labels[None])  # (6, N, C), one utterance each
     size = int(ids.max()) + 1
     sums = torch.zeros(6, size, rows.shape[2], dtype=torch.float64)
     sums.index_add_(1, torch.from_numpy(ids), rows)
     rng = np.random.default_rng(SEED)
-    cccs = []
+    cccs, without = [], torch.where(labels.isnan().all(0), torch.nan, 0.0)  # columns without label
     for _ in range(0, RESAMPLES, 100):  # 100 at a time: bounded memory for 100 000 clusters
         times = rng.multinomial(size, np.full(size, 1 / size), size=100)  # (100, clusters)
         drawn = torch.einsum("rc,fct->frt", torch.from_numpy(times).double(), sums)
-        cccs.append(concordance(drawn))  # (100, C)
+        cccs.append(concordance(drawn) + without)  # (100, C)
     return torch.cat(cccs).numpy()
 
 
 def intervals(cccs: np.ndarray) -> dict[str, tuple[float, float]]:
     """95 % percentile interval per target and of their mean, from (RESAMPLES, 2)."""
-    cccs = np.column_stack((cccs, cccs.mean(1)))
+    cccs = np.column_stack((cccs, np.nanmean(cccs, 1)))
     low, high = np.quantile(cccs, (0.025, 0.975), axis=0).tolist()
     return dict(zip(CCCS, zip(low, high)))
 
@@ -228,14 +222,13 @@ def intervals(cccs: np.ndarray) -> dict[str, tuple[float, float]]:
 def test_rows(e: Experiment) -> pd.DataFrame:
     """Test rows of all folds by utt_id, in its order."""
     rows = pd.concat(e.parts.values()).drop_duplicates("utt_id")
-    return rows.set_index(rows["utt_id"].rename(None)).sort_index()
+    return rows.set_index("utt_id", drop=False).rename_axis(None).sort_index()
 
 
 def paired_difference(one: Experiment, two: Experiment) -> dict | str:
     """Pooled CCCs of `one` minus those of `two` on the test utterances of both, or why not.
 
-    "to" (name of `two`), "n", "clusters", "ccc_valence": (difference, low, high), ...; both share
-    every draw.
+    {"to": name of `two`, "n", "clusters", "ccc_valence": (difference, low, high), ...}
     """
     if not (one.parts and two.parts):
         return "no fold of one of them is there"
@@ -245,12 +238,14 @@ def paired_difference(one: Experiment, two: Experiment) -> dict | str:
         return "no test utterance in common"
     preds_one, labels = tensors(rows_one.loc[shared])
     preds_two, others = tensors(rows_two.loc[shared])
-    if not torch.allclose(labels, others):
+    if not torch.allclose(labels, others, equal_nan=True):
         return "their labels of the same utterances differ"
     ids, clusters = cluster_ids(rows_one.loc[shared])
     score_one, score_two = metrics(preds_one, labels), metrics(preds_two, labels)
-    cccs = resampled_cccs(torch.cat((preds_one, preds_two), 1), torch.cat((labels, labels), 1), ids)
-    ends = intervals(cccs[:, : len(TARGETS)] - cccs[:, len(TARGETS) :])
+    # the same draws for both
+    ends = intervals(
+        resampled_cccs(preds_one, labels, ids) - resampled_cccs(preds_two, labels, ids)
+    )
     differences = {key: (score_one[key] - score_two[key], *ends[key]) for key in ends}
     return {"to": two.name, "n": len(shared), "clusters": clusters, **differences}
 
@@ -267,11 +262,14 @@ def against_frozen(run: Path) -> str:
         others = read_json(path.with_name("args.json"))
         if path.parent == run or others.get("unfreeze") != "none":
             continue
-        compared = sorted(flags.keys() & others.keys() - FREE_IN_BASELINE)
-        differ = [flag for flag in compared if flags[flag] != others[flag]]
+        compared = sorted((flags.keys() & others.keys()) - FREE_IN_BASELINE)
+        differ = [
+            f"--{flag} ({others[flag]}, here {flags[flag]})"
+            for flag in compared
+            if flags[flag] != others[flag]
+        ]
         if differ:
-            values = [f"--{flag} ({others[flag]}, here {flags[flag]})" for flag in differ]
-            refused.append((len(differ), f" ({path.parent} differs in {', '.join(values)})"))
+            refused.append((len(differ), f" ({path.parent} differs in {', '.join(differ)})"))
             continue
         with contextlib.suppress(UserError):  # damaged
             baselines.append((read_fold(path.parent)[0]["dev/ccc_mean"], path.parent))
@@ -295,7 +293,9 @@ def against_frozen(run: Path) -> str:
 
 
 def signed(difference: tuple[float, float, float]) -> str:
-    """+0.012 [-0.003, +0.027]"""
+    """+0.012 [-0.003, +0.027], or - without one."""
+    if math.isnan(difference[0]):
+        return "-"
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
 
 
@@ -311,32 +311,31 @@ def separation(
     vectors (n, U), labels (n, 2), speakers (n); at most MAX_VECTORS evenly spaced rows are used.
     silhouette_<target>: of the two halves, -1..1. ks_<target>: the Kolmogorov-Smirnov distance,
     0..1, of the halves' positions along the direction of a linear probe that did not see them.
-    speaker_accuracy: mean over speakers of the share of utterances that a linear probe attributes
-    correctly; leakage if well above speaker_chance. Probes are logistic regressions in five-fold
-    cross-validation over consecutive rows. A target with fewer than five utterances in a half, and
-    speakers with fewer than five, are left out.
+    speaker_accuracy: mean over speakers of the share of utterances that a probe attributes to them;
+    leakage if well above speaker_chance. A half or a speaker with fewer than five is left out.
     """
     from scipy.stats import ks_2samp
-    from sklearn.metrics import recall_score, silhouette_score
+    from sklearn.metrics import balanced_accuracy_score, silhouette_score
 
     keep = evenly_spaced(len(vectors))
     vectors = np.asarray(vectors)[keep].astype(np.float64)
-    labels, speakers = np.asarray(labels)[keep], np.asarray(speakers, dtype=object)[keep]
+    labels, speakers = np.asarray(labels)[keep], pd.Series(speakers, dtype=object)[keep]
     result = {}
     for i, target in enumerate(TARGETS):
-        high = labels[:, i] > np.median(labels[:, i])
+        known = ~np.isnan(labels[:, i])
+        high = labels[known, i] > np.median(labels[known, i])
         if min(high.sum(), (~high).sum()) < 5:
             continue
-        positions = probe(vectors, high, "decision_function")
-        result[f"silhouette_{target}"] = float(silhouette_score(vectors, high))
+        positions = probe(vectors[known], high, "decision_function")
+        result[f"silhouette_{target}"] = float(silhouette_score(vectors[known], high))
         result[f"ks_{target}"] = float(ks_2samp(positions[high], positions[~high]).statistic)
-    counts = pd.Series(speakers).value_counts()
-    names = [name for name, count in counts.items() if count >= 5 and known_speaker(name)]
-    if len(names) > 1:
-        known = np.isin(speakers, names)
-        attributed = probe(vectors[known], speakers[known], "predict")
-        accuracy = recall_score(speakers[known], attributed, average="macro")
-        result |= {"speaker_accuracy": float(accuracy), "speaker_chance": 1 / len(names)}
+    frequent = speakers.map(speakers.value_counts()) >= 5
+    known = (frequent & speakers.map(known_speaker)).to_numpy()
+    truth = speakers[known].to_numpy()
+    count = len(set(truth))
+    if count > 1:
+        accuracy = balanced_accuracy_score(truth, probe(vectors[known], truth, "predict"))
+        result |= {"speaker_accuracy": float(accuracy), "speaker_chance": 1 / count}
     return result
 
 
@@ -346,7 +345,7 @@ def evenly_spaced(count: int) -> np.ndarray:
 
 
 def probe(vectors: np.ndarray, classes: np.ndarray, method: str) -> np.ndarray:
-    """What logistic regressions that have not seen a row (n, U) say of it."""
+    """What logistic regressions say of rows (n, U) that they have not seen: 5 consecutive parts."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_predict
     from sklearn.pipeline import make_pipeline
@@ -400,6 +399,8 @@ def fold_sections(e: Experiment) -> list[Section]:
     for key, name in zip(CCCS, (*TARGETS, "mean")):
         low, high = e.interval[key]
         row = {"pooled": name, "CCC": e.pooled[key], "95 % interval": f"[{low:.3f}, {high:.3f}]"}
+        if math.isnan(low):
+            row["95 % interval"] = None
         for metric in ("pcc", "rmse"):
             row[metric.upper()] = e.pooled.get(f"{metric}_{name}")
         rows.append(row)
@@ -420,10 +421,11 @@ def breakdown(rows: pd.DataFrame, column: str) -> list[Section]:
     shown = []
     for name in sorted(groups.size().nlargest(MAX_GROUPS).index):
         preds, labels = tensors(groups.get_group(name))
-        scores, bias = metrics(preds, labels), (preds - labels).mean(0).tolist()
+        scores, bias = metrics(preds, labels), (preds - labels).nanmean(0).tolist()
         row = {column: name, "n": len(labels)}
         for i, target in enumerate(TARGETS):  # a CCC against two label values says little
-            enough = len(labels) >= MIN_UTTERANCES and len(labels[:, i].unique()) > 2
+            known = labels[:, i][~labels[:, i].isnan()]
+            enough = len(known) >= MIN_UTTERANCES and len(known.unique()) > 2
             row[f"CCC {target}"] = scores[f"ccc_{target}"] if enough else None
             row[f"RMSE {target}"] = scores[f"rmse_{target}"]
             row[f"bias {target}"] = f"{bias[i]:+.3f}"
@@ -555,68 +557,9 @@ def as_html(sections: list[Section]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Watching
-
-
-def status_section(directory: Path, asked: list[int] | None = None) -> Section:
-    """Where each fold is now, and why some have ended."""
-    columns = ["fold", "state", "epoch", "step", "best dev CCC", "time left", "written"]
-    rows, notes = [], []
-    for fold in asked or found_folds(directory):
-        row, reason = fold_status(directory / f"fold{fold}", time.time())
-        rows.append({"fold": fold} | row)
-        if reason:
-            notes.append(f"fold {fold}: {reason}")
-    return Section(str(directory), table_of(rows, columns), notes)
-
-
-def fold_status(directory: Path, now: float) -> tuple[dict[str, object], str]:
-    """(cells of the status table; why the fold ended, or "").
-
-    A fold is running if its status says so and its process lives or, if that cannot be seen
-    (another machine, no status.json), if it wrote something in the last SILENT seconds.
-    """
-    files = [directory / name for name in ("metrics.jsonl", "status.json", "args.json")]
-    written = [path.stat().st_mtime for path in files if path.is_file()]
-    if not written:
-        return {"state": "missing"}, ""
-    status, age = read_json(directory / "status.json"), now - max(written)
-    code = status.get("exit_code")
-    state, reason = "running", ""
-    if (directory / "result.json").exists():
-        state = "done"
-    elif isinstance(code, int):
-        state = "stopped" if code == 75 else "failed"
-        reason = f"exit code {code}: {status.get('reason') or 'see train.log'}"
-    elif isinstance(status.get("pid"), int) and status.get("host") == socket.gethostname():
-        if not Path(f"/proc/{status['pid']}").exists():
-            state, reason = "failed", f"its process {status['pid']} is gone without an exit code"
-    elif age > SILENT:
-        state, reason = "stopped", f"nothing written for {clock(age)}"
-
-    records = read_records(directory)
-    last = next((r for r in reversed(records) if r["event"] == "train"), {})
-    step, total = last.get("step", 0), last.get("total_steps", "?")
-    epochs = read_json(directory / "args.json").get("epochs", "?")
-    row = {"state": state, "epoch": f"{last.get('epoch', 0):.2f}/{epochs}"}
-    row |= {"step": f"{step}/{total}", "written": f"{clock(age)} ago"}
-    dev = [r["dev/ccc_mean"] for r in records if "dev/ccc_mean" in r]
-    row["best dev CCC"] = max(dev, default=None)
-    if state == "running" and {"total_steps", "ms_per_step"} <= last.keys():
-        row["time left"] = clock((total - step) * last["ms_per_step"] / 1000)
-    return row, reason
-
-
-def clock(seconds: float) -> str:
-    """0:41:07"""
-    return str(datetime.timedelta(seconds=max(0, round(seconds))))
-
-
-# ---------------------------------------------------------------------------------------------
 # Pictures, in colours of Okabe and Ito, which the colour-blind can tell apart, and cividis
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "o^sDv<>"
 
 
 def plot_run(directory: Path, split: str, vectors: Tensor) -> None:
@@ -704,7 +647,7 @@ def plot_scatter(rows: pd.DataFrame) -> "Figure":
         limits = [min(true.min(), pred.min()), max(true.max(), pred.max())]
         axis.plot(limits, limits, color="black", lw=1, zorder=3)
         plot_dots(axis, true, pred, colour)
-        title = f"CCC {scores[f'ccc_{target}']:.3f}, {len(true)} utterances"
+        title = f"CCC {scores[f'ccc_{target}']:.3f}, {true.count()} utterances"
         axis.set(xlabel=f"true {target}", ylabel=f"predicted {target}", aspect="equal", title=title)
     return figure
 
@@ -744,17 +687,15 @@ def plot_embedding(vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame
         row = axes[len(panels) * i : len(panels) * (i + 1)]
         for axis, what in zip(row, panels):
             axis.set(
-                title=f"{name}: {what}", xlabel=f"PC 1 ({one:.0%})", ylabel=f"PC 2 ({two:.0%})"
+                xlabel=f"PC 1 ({one:.0%})", ylabel=f"PC 2 ({two:.0%})", title=f"{name}: {what}"
             )
-            if what in TARGETS:
-                dots = axis.scatter(x, y, c=rows[what], s=10, cmap="cividis")
-                figure.colorbar(dots, ax=axis)
+        for axis, target in zip(row, TARGETS):
+            figure.colorbar(axis.scatter(x, y, c=rows[target], s=10, cmap="cividis"), ax=axis)
         speakers = rows["speaker"].replace("", "unknown").str.slice(0, 24)
         frequent = speakers.value_counts().index[: len(COLOURS) - 1]
         speakers = speakers.where(speakers.isin(frequent), "others")
-        for (speaker, mine), colour, marker in zip(speakers.groupby(speakers), COLOURS, MARKERS):
-            xs, ys = x[mine.index], y[mine.index]
-            row[-1].scatter(xs, ys, s=10, color=colour, marker=marker, label=speaker)
+        for (speaker, mine), colour in zip(speakers.groupby(speakers), COLOURS):
+            row[-1].scatter(x[mine.index], y[mine.index], s=10, color=colour, label=speaker)
         row[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -775,7 +716,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory holding fold1, ...")
     p.add_argument("--folds", type=fold_list, help="1-5, or 1,3,5, or a mix; default: all")
     p.add_argument("--failed", type=fold_list, help="folds to show as missing in any case")
-    p.add_argument("--status", action="store_true", help="show where each fold is now, and stop")
     p.add_argument("--out", type=Path, metavar="DIR",
         help="write report.html, of several RUNs experiment_comparison.md too; default: . for "
         "several RUNs, nowhere for one")  # fmt: skip
@@ -787,9 +727,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Writes the report's files and prints it; 0, or 1 where a fold is missing."""
-    if args.status:
-        print(as_text([status_section(run, args.folds) for run in args.runs]))
-        return 0
     experiments = [read_experiment(run, args.folds, args.failed) for run in args.runs]
     experiments.sort(key=lambda e: -e.mean["test/ccc_mean"] if e.mean else 2)  # missing ones last
     for e in experiments[1:]:
@@ -809,6 +746,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"written: {out / 'report.html'}", file=sys.stderr)
     if args.json:
         figures = [{k: v for k, v in vars(e).items() if k != "parts"} for e in experiments]
+        figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # null for NaN
         print(json.dumps(figures))
     else:
         print(as_text(sections))

@@ -14,8 +14,10 @@ import contextlib
 import logging
 import math
 import re
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +32,11 @@ from model import (
     ModelConfig,
     loss_from_sums,
     moment_sums,
+    target_weights,
     track_dialogues,
 )
 from util import distributed
 from util.files import UserError, digest, weights_digest
-from util.files import progress as progress_bar
 from wavlm import WavLM, WavLMError, load_wavlm, read_config
 
 log = logging.getLogger("vatune")
@@ -85,10 +87,19 @@ def stays_frozen(args: argparse.Namespace, epoch: int) -> bool:
     return all(is_frozen(args, stage) for first, stage in schedule if first <= epoch + 1)
 
 
+def same_frozen_part(args: argparse.Namespace) -> bool:
+    """True if what the last stage freezes has been frozen from the start."""
+    order = [stage for _, stage in parse_unfreeze(args.unfreeze)]
+    depth = {"none": 0, "transformer": math.inf, "all": math.inf}
+    trained = [depth[stage] if stage in depth else int(stage[4:]) for stage in order]
+    return trained[-1] == max(trained)
+
+
 def reads_cache(args: argparse.Namespace, stage: str) -> bool:
-    """True if the hidden states of this stage come from the cache."""
-    wanted = args.feature_cache == "on" or (args.feature_cache == "auto" and not args.augment)
-    return wanted and is_frozen(args, stage)
+    """True if what lies below the lowest trained block comes from the cache in this stage."""
+    wanted = args.feature_cache in ("on", "exact")
+    wanted = wanted or (args.feature_cache == "auto" and not args.augment)
+    return wanted and args.encoder == "wavlm" and (stage == "none" or stage.startswith("top:"))
 
 
 def set_trainable(model: EmotionModel, stage: str, train_only: str | None = None) -> None:
@@ -132,6 +143,7 @@ def build_model(
     settings["film"] = not args.no_film
     settings["speaker_dim"] = 0 if args.no_film else shape.speaker_dim
     settings["frame_dim"] = shape.frame_dim
+    settings["frame_rate"] = float(shape.rate) if shape.frame_dim else 0.0
     wavlm = None
     if args.encoder == "wavlm":
         source = (args.wavlm, args.wavlm_revision, args.wavlm_dropout)
@@ -147,16 +159,11 @@ def build_model(
 
 def set_checkpointing(model: EmotionModel, on: bool) -> None:
     """Sets --gradient_checkpointing; UserError if the encoder has none."""
-    if can_checkpoint(model):
-        encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
+    encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
+    if hasattr(encoder, "gradient_checkpointing"):
         encoder.gradient_checkpointing = on
     elif on:
         raise UserError(f"--encoder {model.config.encoder} has no --gradient_checkpointing")
-
-
-def can_checkpoint(model: EmotionModel) -> bool:
-    encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
-    return hasattr(encoder, "gradient_checkpointing")
 
 
 def compile_layers(model: EmotionModel) -> None:
@@ -182,26 +189,25 @@ def param_groups(model: EmotionModel, args: argparse.Namespace) -> list[dict]:
     WavLM trains at encoder_lr, the rest at lr; weight decay is on tensors of two dimensions or
     more. AdamW leaves alone what has no gradient, so the groups serve all stages.
     """
+    scale = args.global_batch_size / args.lr_reference_batch if args.lr_reference_batch else 1.0
+    rates = {"wavlm": args.encoder_lr * scale, "rest": args.lr * scale}
+    decays = {"decayed": args.weight_decay, "not decayed": 0.0}
+    groups = {
+        (part, kind): {
+            "name": f"{part}, {kind}", "params": [], "peak_lr": lr, "lr": lr, "weight_decay": decay
+        }
+        for part, lr in rates.items()
+        for kind, decay in decays.items()
+    }  # fmt: skip
     ever_trained = {}
     for stage in stages(args.unfreeze):
         set_trainable(model, stage, args.train_only)
         ever_trained |= {name: p for name, p in model.named_parameters() if p.requires_grad}
-    scale = args.global_batch_size / args.lr_reference_batch if args.lr_reference_batch else 1.0
-    rates = {"wavlm": args.encoder_lr * scale, "rest": args.lr * scale}
-    groups: dict[tuple[str, bool], dict] = {}
     for name, parameter in ever_trained.items():
         part = "wavlm" if name.startswith("encoder.wavlm.") else "rest"
-        decayed = parameter.ndim >= 2
-        if (part, decayed) not in groups:
-            groups[part, decayed] = {
-                "name": f"{part}, {'decayed' if decayed else 'not decayed'}",
-                "params": [],
-                "peak_lr": rates[part],
-                "lr": rates[part],
-                "weight_decay": args.weight_decay if decayed else 0.0,
-            }
-        groups[part, decayed]["params"].append(parameter)
-    return list(groups.values())
+        kind = "decayed" if parameter.ndim >= 2 else "not decayed"
+        groups[part, kind]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
 def build_optimizer(model: EmotionModel, args: argparse.Namespace) -> torch.optim.AdamW:
@@ -226,7 +232,7 @@ class Progress:
 
     step: int = 0  # optimizer updates done
     epoch: int = 0  # epochs done, with their evaluation
-    best_ccc: float = -math.inf  # mean dev CCC of best_epoch
+    best_ccc: float = -math.inf  # selection_score of best_epoch
     best_epoch: int = 0  # from 1
     bad_evals: int = 0  # evaluations since best_epoch
     plateau_evals: int = 0  # evaluations without a better CCC since lr_factor fell
@@ -235,7 +241,10 @@ class Progress:
     stopped: str = ""  # why the run ended before its last epoch
 
     def update(self, ccc: float, patience: int, scheduler: str) -> bool:
-        """Counts an evaluation for --patience and --scheduler plateau; True if it is the best."""
+        """Counts an evaluation for --patience and --scheduler plateau; True if it is the best.
+
+        `ccc`: the selection_score of dev.
+        """
         better = ccc > self.best_ccc
         if better:
             self.best_ccc, self.best_epoch = ccc, self.epoch
@@ -248,6 +257,22 @@ class Progress:
         if patience and self.bad_evals >= patience:
             self.stopped = "patience"
         return better
+
+
+def selection_score(scores: dict[str, float], valence_weight: float) -> float:
+    """The mean CCC of the targets that train, among the metrics of a split.
+
+    UserError if the split has a label of none of them.
+    """
+    trained = [target for target, weight in target_weights(valence_weight).items() if weight]
+    cccs = [scores[f"ccc_{target}"] for target in trained]
+    cccs = [ccc for ccc in cccs if not math.isnan(ccc)]
+    if not cccs:
+        raise UserError(
+            f"--valence_weight {valence_weight:g}: {' and '.join(trained)} alone trains, but dev "
+            "has no label of it, so no epoch is the best: give another weight or other labels"
+        )
+    return statistics.fmean(cccs)
 
 
 @dataclass
@@ -294,9 +319,10 @@ def train_step(
     """One update from this rank's micro-batches (all ranks participate).
 
     The loss is computed from moment sums over the global batch; in each micro-step only its own
-    share of them carries a gradient. With several micro-batches, a first forward of all of them
-    under the same random numbers gives the sums; one micro-batch finds them in its only forward,
-    and MSE needs no more than the number of utterances.
+    share of them carries a gradient. With several micro-batches, a forward of all of them gives the
+    sums first: the first one keeps its graph, the others are repeated under the same random numbers
+    from the lowest block that trains. One micro-batch finds the sums in its only forward, and MSE
+    needs no more than the number of labels.
     """
     device = next(ddp_model.parameters()).device
     batches = [to_device(batch, device) for batch in batches]
@@ -311,19 +337,26 @@ def train_step(
     last = len(batches) - 1
     exact = args.loss == "mse" or args.exact_ccc == "on"
     two_passes = exact and args.loss != "mse" and last > 0
-    total = zero_sums(device)
+    total, first_sums = zero_sums(device), None
     if two_passes:
+        model = getattr(ddp_model, "module", ddp_model)
         with torch.no_grad():
-            for micro_step in range(len(batches)):
+            with autocast(device, args.amp):
+                batches = [model.encode_frozen(batch) for batch in batches]
+            for micro_step in range(1, len(batches)):
                 total += forward(micro_step)
+        with distributed.synchronised(ddp_model, False):
+            first_sums = forward(0)
+        total += first_sums.detach()
         distributed.sum_over_ranks(total)
     elif args.loss == "mse":
-        total[0] = batches[0]["step_size"]
+        total[0] = torch.tensor(batches[0]["step_size"])
 
     seen = zero_sums(device)
     for micro_step in range(len(batches)):
         with distributed.synchronised(ddp_model, micro_step == last):
-            sums = forward(micro_step)
+            sums = forward(micro_step) if first_sums is None else first_sums
+            first_sums = None
             seen += sums.detach()
             if micro_step == last and not two_passes:
                 distributed.sum_over_ranks(seen)
@@ -352,10 +385,11 @@ def train_step(
 def make_loader(
     dataset: data.Batches, plan: object, args: argparse.Namespace, device: torch.device
 ) -> DataLoader:
-    """The batches of `plan` in order, decoded by num_workers processes; hidden states are read in
+    """The batches of `plan` in order, made by num_workers processes; cached vectors are read in
     this one."""
     workers = {}
-    num_workers = args.num_workers if dataset.hidden is None else 0
+    small = dataset.frozen is not None and not dataset.frozen.has_frames
+    num_workers = 0 if small else args.num_workers
     if num_workers:
         workers = {"prefetch_factor": data.PREFETCH, "persistent_workers": True}
         workers["worker_init_fn"] = distributed.start_worker
@@ -456,39 +490,73 @@ def frozen_states(
     args: argparse.Namespace,
     stage: str,
     device: torch.device,
-) -> data.PackedRows | None:
-    """WavLM's hidden states of all utterances if `stage` freezes it and they are cached, else None.
+) -> data.FrozenStates | None:
+    """What the frozen part of WavLM makes of all utterances, if this stage reads it from the cache.
 
-    Computed on first use, under a key of everything that decides them; folds share them. A clip
-    longer than max_seconds is represented by its beginning.
+    Computed on first use, under a key of everything that decides it; ranks and folds share it. A
+    clip longer than max_seconds is represented by its beginning. The model must be in this stage.
     """
     if not reads_cache(args, stage):
         return None
-    wavlm, pooled = model.encoder.wavlm, model.pooling.score is None
+    wavlm, lengths = model.encoder.wavlm, dataset.lengths
+    framewise = model.config.pooling == "attention"
     key = digest(
-        data.HIDDEN_VERSION, dataset.pack.key, len(dataset.lengths), args.max_seconds, args.amp,
-        weights_digest(wavlm), wavlm.config.to_dict(), list(model.encoder.layers), pooled,
+        data.FROZEN_VERSION, dataset.pack.key, len(lengths), args.max_seconds, args.amp,
+        args.feature_cache == "exact",
+        weights_digest({k: p for k, p in wavlm.named_parameters() if not p.requires_grad}),
+        wavlm.frozen_blocks, wavlm.config.to_dict(), list(model.encoder.layers), framewise,
     )  # fmt: skip
+    num_bytes = np.full(
+        len(lengths), cached_bytes(model, args, np.maximum(lengths, data.MIN_SAMPLES))
+    )
 
-    def encode(batch: dict) -> tuple[np.ndarray, list[int]]:
+    def encode(batch: dict) -> list[dict[str, np.ndarray]]:
         with autocast(device, args.amp):
-            states, mask = model.encoder(batch)
-            hidden = model.pooling.prepare(states, mask)
-        return hidden.half().cpu().numpy(), mask.sum(1).tolist()
+            batch = model.encode_frozen(batch)
+        counts = batch["frame_mask"].sum(1).tolist()
+        states = {name: batch[name] for name in ("stream", "hidden") if name in batch}
+        states = {name: to_numpy(values, name, args) for name, values in states.items()}
+        return [
+            {
+                name: values[i, :count] if name == "stream" or framewise else values[i]
+                for name, values in states.items()
+            }
+            for i, count in enumerate(counts)
+        ]
 
-    def compute() -> Iterator[tuple[int, np.ndarray]]:
-        rows = np.arange(len(dataset.lengths))
+    def compute(rows: np.ndarray) -> dict[str, list[np.ndarray]]:
+        found = {}
         plan = data.eval_plan(dataset, rows, 0, 1, model.sees_padding)
-        loader = distributed.with_timeout(make_loader(dataset, plan, args, device), args.timeout)
-        batches = progress_bar(loader, len(plan), "hidden states")
         with inference(model):
-            encoded = distributed.encode_in_pieces(encode, batches, device)
-            for batch_rows, (hidden, counts) in encoded:
-                for row, values, count in zip(batch_rows, hidden, counts):
-                    yield row, values if pooled else values[:count]
+            batches = (dataset.collate(spec) for spec in plan)
+            for batch_rows, states in distributed.encode_in_pieces(encode, batches, device):
+                found |= zip(batch_rows, states)
+        return {name: [found[row][name] for row in rows.tolist()] for name in found[rows[0]]}
 
-    vectors = len(dataset.lengths)  # one per utterance, or one per frame
-    if not pooled:
-        vectors = int(wavlm.frame_lengths(dataset.lengths).sum())
-    num_bytes = 2 * vectors * len(model.encoder.layers) * wavlm.config.hidden_size
-    return data.hidden_states(key, args.cache_dir, compute, num_bytes)
+    return data.frozen_states(key, args.cache_dir, lengths, num_bytes, compute)
+
+
+def cached_bytes(model: EmotionModel, args: argparse.Namespace, samples: Any) -> Any:
+    """Bytes in the cache of an utterance of `samples` (a number, or an array of them)."""
+    shapes = model.frozen_shapes(samples)
+    return sum(math.prod(s) * stored_dtype(name, args).itemsize for name, s in shapes.items())
+
+
+def stored_dtype(name: str, args: argparse.Namespace) -> torch.dtype:
+    """Precision in which the cache keeps `stream` or `hidden`: that of --amp is exact for the
+    stream; float32 becomes half unless --feature_cache exact."""
+    if name == "stream" and args.amp != "off":
+        return AUTOCAST[args.amp]
+    return torch.float32 if args.feature_cache == "exact" else torch.float16
+
+
+def to_numpy(states: Tensor, name: str, args: argparse.Namespace) -> np.ndarray:
+    """`stream` or `hidden` as the cache keeps them; bfloat16 as uint16."""
+    stored = states.to(stored_dtype(name, args))
+    if not stored.isfinite().all() and states.isfinite().all():
+        raise UserError(
+            "--feature_cache: WavLM's hidden states are beyond float16: give --feature_cache exact"
+        )
+    if stored.dtype == torch.bfloat16:
+        stored = stored.view(torch.uint16)
+    return stored.cpu().numpy()

@@ -41,12 +41,12 @@ import report
 import step
 from corpora import num_folds
 from flags import parse_args
-from model import EmotionModel, metrics
+from model import EmotionModel, metrics, target_weights
 from step import Progress
 from util import distributed, runs
 from util import log as logs
 from util.distributed import Ranks, Stopped
-from util.files import UserError
+from util.files import UserError, open_standard_streams, say_error
 from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
     ranks = distributed.find_ranks(args.device)
     logs.start_logging(None, console=ranks.rank == 0)
     fold = load_fold(args, ranks)
-    files = runs.open_run(args, writes=ranks.rank == 0 and not args.dry_run)
+    files = runs.open_run(args, fold, writes=ranks.rank == 0 and not args.dry_run)
     if files.writes:
         logs.start_logging(files.directory / "train.log", console=True)
     distributed.configure_device(ranks.device, args.tf32 == "on", args.memory_fraction)
@@ -124,6 +124,7 @@ def main(args: argparse.Namespace) -> int:
     )
     log.info(logs.startup_block(args, fold, run.plan, run.total_steps, ranks, run.git_commit))
     log.info(planned.line() + batch_note)
+    log.info(selection_note(args, fold))
     if args.dry_run:
         return 0
     begin(run, last)
@@ -210,8 +211,8 @@ def finish(run: Run) -> None:
     distributed.wait_for_ranks()  # best.pt is written
     best = runs.read_checkpoint(files.directory / "best.pt")
     runs.load_weights(run.model, best["model"], files.directory)
-    if not step.stays_frozen(args, epoch=args.epochs):
-        fold.dataset.hidden = None  # the best epoch's encoder may be another one
+    if not step.same_frozen_part(args):
+        fold.dataset.frozen = None  # that of the best epoch may have been another one
     scores = {}
     for split in ("dev", "test"):
         scores[split], evaluation = evaluate(run, split)
@@ -271,11 +272,24 @@ def load_fold(args: argparse.Namespace, ranks: Ranks) -> data.Fold:
         if not (args.resume or args.overwrite or args.dry_run):
             runs.refuse_existing(runs.run_dir(args))
         fold = data.load_fold(args)
+        selection_note(args, fold)
     except UserError as error:
         fault = error
     distributed.start_ranks(ranks, max(distributed.START_SECONDS, args.timeout))
     distributed.raise_together(fault)
     return fold
+
+
+def selection_note(args: argparse.Namespace, fold: data.Fold) -> str:
+    """What the best epoch is chosen by, for the log; UserError if dev has no label of it."""
+    weights = target_weights(args.valence_weight)
+    trained = " and ".join(target for target, weight in weights.items() if weight)
+    labels = fold.labels[fold.splits["dev"]]
+    perfect = step.selection_score(metrics(labels, labels), args.valence_weight)
+    note = f"the best epoch is that of the highest dev CCC of {trained}"
+    if perfect < 0.5:
+        note += ", which is always 0, since those labels are constant: epoch 1 counts as the best"
+    return note
 
 
 def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
@@ -304,7 +318,7 @@ def load_interrupted(args: argparse.Namespace, given: dict, files: RunFiles) -> 
     last = runs.load_last(files.directory, files.writes) if args.resume else None
     if last:
         decisive = {k: v for k, v in given.items() if k not in flags.FREE_ON_RESUME}
-        runs.check_resumable(decisive, last, files.directory, step.stays_frozen(args, epoch=0))
+        runs.check_resumable(decisive, last, files, step.stays_frozen(args, epoch=0))
     return last
 
 
@@ -322,7 +336,8 @@ def begin(run: Run, last: dict | None) -> None:
         content = {"model": runs.wavlm_weights(run.model), "args": run.given}
         run.files.save("frozen.pt", content)
     run.files.start(records, run.progress.step)
-    run.files.write_json("args.json", vars(run.args))
+    label_range = list(run.fold.corpus.label_range)
+    run.files.write_json("args.json", vars(run.args) | {"label_range": label_range})
     run.files.write_splits(run.fold.corpus, run.fold.splits)
     run.files.write_status(run.progress.step)
 
@@ -341,8 +356,8 @@ def begin_stage(run: Run, stage: str) -> None:
     run.optimizer.zero_grad(set_to_none=True)  # what is frozen now must not be updated
     step.set_trainable(run.model, stage, run.args.train_only)
     dataset = run.fold.dataset
-    dataset.hidden = None
-    dataset.hidden = step.frozen_states(run.model, dataset, run.args, stage, run.ranks.device)
+    dataset.frozen = None
+    dataset.frozen = step.frozen_states(run.model, dataset, run.args, stage, run.ranks.device)
     distributed.handle_signals(at_once=False)  # now all ranks stop at the same step, and save it
     log.info(f"epoch {run.progress.epoch + 1} | {logs.trainable_line(run.optimizer, stage)}")
 
@@ -369,7 +384,7 @@ def log_steps(run: Run) -> None:
     record["total_steps"] = run.total_steps
     log.info(logs.step_line(record, progress.step, run.scaler))
     run.files.record("train", progress.step, record)
-    logs.give_hints(run.args, run.files, cached=run.fold.dataset.hidden is not None)
+    logs.give_hints(run.args, run.files)
 
 
 def evaluate(run: Run, split: str) -> tuple[dict[str, float], step.Evaluation]:
@@ -394,7 +409,8 @@ def finish_epoch(run: Run, epoch: int) -> None:
     progress.epoch = epoch + 1
     if not due:
         return
-    better = progress.update(scores["ccc_mean"], args.patience, args.scheduler)
+    score = step.selection_score(scores, args.valence_weight)
+    better = progress.update(score, args.patience, args.scheduler)
     log.info(logs.score_line(f"epoch {epoch + 1:>3} | dev", scores) + (" | best" if better else ""))
     record = {"epoch": epoch + 1} | {f"dev/{name}": value for name, value in scores.items()}
     files.record("dev", progress.step, record)
@@ -436,6 +452,7 @@ def save(run: Run, epoch: int) -> None:
         "progress": asdict(run.progress),
         "meter": run.meter.state(),
         "args": run.given,
+        "data": run.files.data_digest,
         "world_size": run.ranks.world_size,
         "batch_size": run.args.batch_size,
         "global_batch_size": run.args.global_batch_size,
@@ -450,12 +467,13 @@ def save(run: Run, epoch: int) -> None:
 # Exit codes
 
 
-def run(argv: list[str] | None = None) -> int:
+def cli(argv: list[str] | None = None) -> int:
     """main with exit codes: 0 done, 75 resume me, 2 wrong flags or data, 1 anything else.
 
     Every rank prints its own reason, if it has one. Mistakes of the user and faults of the machine
     are one or two lines; everything else keeps its traceback.
     """
+    open_standard_streams()
     args = parse_args(argv)
     rank, code, reason = os.environ.get("RANK", "0"), 1, "done"
     try:
@@ -473,17 +491,17 @@ def run(argv: list[str] | None = None) -> int:
             code = distributed.RETRY_EXIT_CODE
         elif not reason:
             reason = f"{type(error).__name__}: {error}"
-            traceback.print_exc()
+            say_error(traceback.format_exc())
         distributed.kill_workers()  # freeing `error` frees the loader, which waits for its workers
     if code == distributed.RETRY_EXIT_CODE:
         reason = "stopped by a signal: continue with --resume"
     elif code:
         where = "" if rank == "0" else f"rank {rank}: "
-        print(f"train.py: error: {where}{reason}", file=sys.stderr)
+        say_error(f"train.py: error: {where}{reason}")
     runs.end_status(runs.run_dir(args), code, reason)
     distributed.kill_workers()
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(cli())

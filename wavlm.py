@@ -536,53 +536,91 @@ class WavLM(nn.Module):
         layers = [num_layers] if layers is None else layers
         if not layers or min(layers) < 0 or max(layers) > num_layers:
             raise ValueError(f"layers {list(layers)}: this WavLM has layers 0 to {num_layers}")
-        grad = torch.is_grad_enabled()
+        x, frame_mask, states = self.run_frozen(input_values, attention_mask, layers)
+        return states | self.run_trained(x, frame_mask, layers), frame_mask
 
-        with torch.set_grad_enabled(grad and self.frozen_blocks < 1):
-            if self.frozen_blocks < 1:
-                features = self.feature_extractor(input_values)  # (B, T, conv_dim)
-            else:
-                rows = max(1, CNN_SLICE_SAMPLES // input_values.shape[1])
-                features = torch.cat([self.feature_extractor(x) for x in input_values.split(rows)])
+    def run_frozen(
+        self, input_values: Tensor, attention_mask: Tensor | None, layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
+        """The part of forward below the lowest block that trains, which depends on the input alone.
 
-        num_frames = features.shape[1]
+        (what that block reads, frame_mask, hidden states of those of `layers` that lie below):
+        `run_trained` goes on from there. What it reads is the waveform if all blocks train, the
+        CNN's features (B, T, conv_dim) if all but the CNN do, else a hidden state (B, T, D).
+        """
         frame_mask = None
         if attention_mask is not None:
+            num_frames = self.frame_lengths(input_values.shape[1])
             lengths = self.frame_lengths(attention_mask.sum(1))
             frame_mask = torch.arange(num_frames, device=lengths.device) < lengths[:, None]
+        stop = min(self.frozen_blocks, 2 + max(layers))
+        with torch.no_grad():
+            x, states = self._run_blocks(input_values, frame_mask, layers, 0, stop)
+        return x, frame_mask, states
 
-        with torch.set_grad_enabled(grad and self.frozen_blocks < 2):
-            x = self.feature_projection(features)  # (B, T, D)
-            dtype = x.dtype  # what linear layers compute in: the weights' dtype or autocast's
-            if frame_mask is not None:
-                x = x.masked_fill(~frame_mask[..., None], 0.0)
-            x = self.encoder.embed(x)
+    def run_trained(
+        self, x: Tensor, frame_mask: Tensor | None, layers: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """The rest of forward from `run_frozen`'s x: the hidden states that were still missing."""
+        return self._run_blocks(x, frame_mask, layers, self.frozen_blocks, 2 + max(layers))[1]
 
-        states = {0: x} if 0 in layers else {}
-        if max(layers) > 0:
-            with torch.set_grad_enabled(grad and self.frozen_blocks < 3):
-                position = self.encoder.layers[0].attention.position_bias(num_frames)
-                width = position.shape[1] - num_frames + 1
-                if self.attention in ("sdpa", "eager"):
-                    position = dense_table(position.to(dtype), num_frames)
-            key_bias = None
-            if frame_mask is not None:
-                key_bias = x.new_zeros(len(x), 1, 1, width, dtype=dtype)
-                key_bias[..., :num_frames].masked_fill_(~frame_mask[:, None, None], PADDING_BIAS)
-        for i, layer in enumerate(self.encoder.layers[: max(layers)], start=1):
-            trains = grad and self.frozen_blocks < 2 + i
-            with torch.set_grad_enabled(trains):
-                if trains and self.gradient_checkpointing:
-                    x = checkpoint(
-                        layer, x, position, key_bias, self.attention, use_reentrant=False
-                    )
-                else:
-                    x = layer(x, position, key_bias, self.attention)
-                if i == num_layers and self._has_final_norm():
-                    x = layer_norm(self.encoder.layer_norm, x)
-            if i in layers:
-                states[i] = x
-        return states, frame_mask
+    def _run_blocks(
+        self, x: Tensor, frame_mask: Tensor | None, layers: Sequence[int], first: int, stop: int
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Blocks first..stop - 1 (0 the CNN, 1 the embedding, 1 + i layer i), all of them frozen or
+        all trained: what comes out, and those of `layers` that are among them."""
+        states: dict[int, Tensor] = {}
+        position = key_bias = None
+        for block in range(first, stop):
+            if block == 0:
+                x = self._features(x)  # (B, T, conv_dim)
+            elif block == 1:
+                x = self.feature_projection(x)  # (B, T, D)
+                if frame_mask is not None:
+                    x = x.masked_fill(~frame_mask[..., None], 0.0)
+                x = self.encoder.embed(x)
+            else:
+                if position is None:
+                    position, key_bias = self._biases(x, frame_mask)
+                x = self._layer(block - 1, x, position, key_bias)
+            if block - 1 in layers:
+                states[block - 1] = x
+        return x, states
+
+    def _features(self, input_values: Tensor) -> Tensor:
+        if self.frozen_blocks < 1:
+            return self.feature_extractor(input_values)
+        rows = max(1, CNN_SLICE_SAMPLES // input_values.shape[1])
+        return torch.cat([self.feature_extractor(x) for x in input_values.split(rows)])
+
+    def _biases(self, x: Tensor, frame_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What every layer adds to its scores: (position bias before gating, that of padding).
+
+        x has the dtype that linear layers compute in: the weights' dtype or autocast's.
+        """
+        num_frames = x.shape[1]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_blocks < 3):
+            position = self.encoder.layers[0].attention.position_bias(num_frames)
+            width = position.shape[1] - num_frames + 1
+            if self.attention in ("sdpa", "eager"):
+                position = dense_table(position.to(x.dtype), num_frames)
+        if frame_mask is None:
+            return position, None
+        key_bias = x.new_zeros(len(x), 1, 1, width)
+        key_bias[..., :num_frames].masked_fill_(~frame_mask[:, None, None], PADDING_BIAS)
+        return position, key_bias
+
+    def _layer(self, i: int, x: Tensor, position: Tensor, key_bias: Tensor | None) -> Tensor:
+        """Hidden state i from that of layer i - 1."""
+        layer = self.encoder.layers[i - 1]
+        trains = torch.is_grad_enabled() and self.frozen_blocks < 2 + i
+        if trains and self.gradient_checkpointing:
+            x = checkpoint(layer, x, position, key_bias, self.attention, use_reentrant=False)
+        else:
+            x = layer(x, position, key_bias, self.attention)
+        if i == len(self.encoder.layers) and self._has_final_norm():
+            x = layer_norm(self.encoder.layer_norm, x)
+        return x
 
     def frame_lengths(self, lengths: Any) -> Any:
         """Frames that the CNN makes of `lengths` samples (int, array or tensor; at least 400)."""

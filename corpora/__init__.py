@@ -7,15 +7,18 @@ One file per corpus. To add one, write a reader that returns a Corpus and name i
 Nothing here opens an audio file: that is in data.py.
 """
 
-import csv
-import io
+import itertools
+import math
+import operator
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from corpora.base import LABELS, Corpus, Skipped, Utterance, known_speaker, turn_order
+from corpora.base import LABELS, Corpus, Skipped, Utterance, known_speaker, to_float, turn_order
 from corpora.demo import read_demo
 from corpora.iemocap import read_iemocap
 from corpora.manifest import read_csv
@@ -24,8 +27,8 @@ from util.files import UserError, replace_text
 
 __all__ = [
     "LABELS", "MAX_SKIPPED", "READERS", "Corpus", "Skipped", "Utterance", "check_skipped",
-    "describe_splits", "known_speaker", "make_splits", "natural", "num_folds", "read_corpus",
-    "read_csv", "skipped_by_kind", "turn_order", "write_skipped",
+    "describe_splits", "is_table", "known_speaker", "make_splits", "natural", "num_folds",
+    "read_corpus", "read_csv", "skipped_by_kind", "turn_order", "write_skipped",
 ]  # fmt: skip
 
 READERS = {  # --data: what reads --data_dir, and the range of its labels
@@ -36,26 +39,30 @@ MAX_SKIPPED = 0.05  # share of utterances; with more left out, it is not the cor
 SPLITS = ("train", "dev", "test")
 
 
+def is_table(data: str) -> bool:
+    """True if --data names a manifest."""
+    return Path(data).suffix.lower() in (".csv", ".tsv", ".tab", ".txt")
+
+
 def read_corpus(
     data: str,
     data_dir: str | None,
     label_range: tuple[float, float] | None,
     cache_dir: str | Path = "cache",
 ) -> Corpus:
-    """The corpus named by --data: demo, one of READERS, or the path of a .csv.
+    """The corpus named by --data: demo, one of READERS, or the path of a .csv or .tsv.
 
     `data_dir` is required for READERS, and is the root of relative audio paths for a CSV
     (default: the folder of the CSV). Raises UserError.
     """
     if label_range is not None and not label_range[0] < label_range[1]:
         raise UserError(f"--label_range {label_range[0]:g} {label_range[1]:g}: LO must be below HI")
+    known = ", ".join(READERS)
     if data in READERS and not data_dir:
         raise UserError(f"--data {data} needs --data_dir, the folder of your licensed copy")
     if data == "demo" and data_dir:
-        known = ", ".join(READERS)
-        raise UserError(
-            f"--data demo is synthesised and reads no --data_dir: give --data, {known} or a .csv"
-        )
+        fault = "--data demo is synthesised and reads no --data_dir"
+        raise UserError(f"{fault}: give --data, {known} or a .csv")
     if data_dir and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir} is not a directory")
     try:
@@ -64,23 +71,43 @@ def read_corpus(
         elif data in READERS:
             read, its_range = READERS[data]
             corpus = read(Path(data_dir), label_range or its_range)
-        elif data.endswith(".csv"):
+        elif is_table(data):
             corpus = read_csv(Path(data), Path(data_dir) if data_dir else None, label_range)
         else:
-            known = ", ".join(("demo", *READERS))
-            raise UserError(f"--data {data}: not one of {known}, or a .csv file")
+            raise UserError(f"--data {data}: not one of demo, {known}, or a .csv or .tsv file")
     except OSError as error:
         raise UserError(f"{error.filename or data}: cannot be read ({error.strerror})") from None
     if not corpus.utterances:
         reasons = "; ".join(f"{s.utt_id}: {s.reason}" for s in corpus.skipped[:3])
-        where = data if data.endswith(".csv") else corpus.root
+        where = data if is_table(data) else corpus.root
         raise UserError(f"{where}: no usable utterance ({reasons or 'nothing found'})")
+    check_spelling(corpus)
+    for label in LABELS:
+        missing = sum(math.isnan(getattr(u, label)) for u in corpus.utterances)
+        if missing:
+            corpus.notes.append(f"{label} missing: {missing} utterances, kept for other targets")
     unknown = sum(not known_speaker(u.speaker) for u in corpus.utterances)
     if unknown:
         fault = "their speakers cannot be kept out of other splits"
         corpus.notes.append(f"speaker unknown: {unknown} utterances, {fault}")
     corpus.utterances.sort(key=turn_order)
     return corpus
+
+
+def check_spelling(corpus: Corpus) -> None:
+    """UserError if two speakers or two sessions are one, spelled in two ways."""
+    for attribute in ("speaker", "session"):
+        spelled: dict[object, Utterance] = {}
+        for u in corpus.utterances:
+            name = getattr(u, attribute)
+            key: object = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+            if not math.isnan(to_float(name)):
+                key = to_float(name)  # 7, 07 and 7.0
+            first = spelled.setdefault(key, u)
+            if getattr(first, attribute) != name:
+                both = f"{getattr(first, attribute)} in {first.place()} and {name} in {u.place()}"
+                fix = "give one name if they are one, else two that differ"
+                raise UserError(f"{corpus.name}: {attribute} {both} differ in spelling: {fix}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -106,7 +133,7 @@ def make_splits(corpus: Corpus, fold: int) -> dict[str, np.ndarray]:
 
     The corpus' own splits if it has them; else test = the fold-th session, dev = the next one
     (cyclic), train = the others. Raises UserError if that is impossible, a split is empty, or
-    a known speaker is in two splits.
+    a known speaker or the same audio is in two splits.
     """
     folds, names = num_folds(corpus), sessions(corpus)
     if corpus.utterances[0].split:
@@ -128,24 +155,72 @@ def make_splits(corpus: Corpus, fold: int) -> dict[str, np.ndarray]:
             if known_speaker(u.speaker) and found.setdefault(u.speaker, split) != split:
                 both = f"{found[u.speaker]} and {split} (there {u.utt_id})"
                 raise UserError(f"{corpus.name} fold {fold}: speaker {u.speaker} is in both {both}")
+    check_overlap(corpus, splits, f"{corpus.name} fold {fold}")
     return splits
 
 
+def check_overlap(corpus: Corpus, splits: dict[str, np.ndarray], where: str) -> None:
+    """UserError if a part of a recording is in two splits.
+
+    Two known speakers may talk at the same time: theirs must share half of the shorter one.
+    """
+    cuts = []
+    for split, rows in splits.items():
+        for row in rows.tolist():
+            u, end = corpus.utterances[row], 1e9  # the end of the file is not known yet
+            if corpus.seconds is not None:
+                end = u.start + corpus.seconds[row]
+            cuts.append((str(u.path), u.start, min(end, u.end or end), row, split))
+    for path, cuts_of_file in itertools.groupby(sorted(cuts), key=operator.itemgetter(0)):
+        latest: dict[tuple[str, str], tuple] = {}  # split, speaker -> what ends last of it
+        for _, start, end, row, split in cuts_of_file:
+            u = corpus.utterances[row]
+            for (other_split, speaker), (its_start, its_end, its_row) in latest.items():
+                shared, shorter = min(end, its_end) - start, min(end - start, its_end - its_start)
+                crosstalk = speaker != u.speaker and all(map(known_speaker, (speaker, u.speaker)))
+                if split != other_split and shared > (shorter / 2 if crosstalk else 0.02):
+                    both = f"{corpus.utterances[its_row].place()} in {other_split} and {u.place()}"
+                    fix = "remove one, or keep both in one split or session"
+                    fault = f"{both} in {split} are the same part of {path}: {fix}"
+                    raise UserError(f"{where}: {fault}")
+            if end > latest.get((split, u.speaker), (0, 0, 0))[1]:
+                latest[split, u.speaker] = (start, end, row)
+
+
 def describe_splits(corpus: Corpus, splits: dict[str, np.ndarray]) -> str:
-    """One table: split, utterances, hours (known after load_audio), genders, sessions, speakers."""
-    table = [("split", "utterances", "hours", "genders", "sessions", "speakers")]
+    """One table: split, utterances, hours (known after load_audio), genders, sessions, speakers;
+    then the label_notes."""
+    table = []
     for split, rows in splits.items():
         chosen = [corpus.utterances[row] for row in rows]
-        hours = "-" if corpus.seconds is None else f"{corpus.seconds[rows].sum() / 3600:.2f}"
         genders = sorted(Counter(u.gender or "?" for u in chosen).items())
-        genders = " ".join(f"{gender} {count}" for gender, count in genders)
-        speakers = shorten({u.speaker for u in chosen})
-        table.append(
-            (split, str(len(rows)), hours, genders, shorten({u.session for u in chosen}), speakers)
-        )
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths)) for line in table]
-    return "\n".join(line.rstrip() for line in lines)
+        line = {
+            "split": split,
+            "utterances": len(rows),
+            "hours": "-" if corpus.seconds is None else f"{corpus.seconds[rows].sum() / 3600:.2f}",
+            "genders": " ".join(f"{gender} {count}" for gender, count in genders),
+            "sessions": shorten({u.session for u in chosen}),
+            "speakers": shorten({u.speaker for u in chosen}),
+        }
+        table.append(line)
+    notes = [f"note: {note}" for note in label_notes(corpus, splits)]
+    return "\n".join([pd.DataFrame(table).to_string(index=False), *notes])
+
+
+def label_notes(corpus: Corpus, splits: dict[str, np.ndarray]) -> list[str]:
+    """For each split and target, what is wrong if its labels are none, one, or all the same."""
+    notes = []
+    for split, rows in splits.items():
+        for target in LABELS:
+            labels = pd.Series([getattr(corpus.utterances[row], target) for row in rows]).dropna()
+            if labels.nunique() > 1:
+                continue
+            found = f"all {len(labels)} labels of {target} are {labels.max():g}"
+            if len(labels) < 2:
+                found = f"{len(labels) or 'no'} label of {target}"
+            effect = "there is nothing to learn" if split == "train" else "its CCC says nothing"
+            notes.append(f"{split}: {found}: {effect}")
+    return notes
 
 
 def shorten(names: set[str], limit: int = 10) -> str:
@@ -181,6 +256,5 @@ def skipped_by_kind(corpus: Corpus) -> dict[str, list[Skipped]]:
 
 def write_skipped(path: Path, corpus: Corpus) -> None:
     """CSV of corpus.skipped: utt_id, file, reason."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([Skipped._fields, *corpus.skipped])
-    replace_text(path, text.getvalue())
+    table = pd.DataFrame(corpus.skipped, columns=Skipped._fields, dtype=object)  # any bytes
+    replace_text(path, table.to_csv(index=False))

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,10 @@ import numpy as np
 from util.files import UserError
 
 LABELS = ("valence", "arousal")  # fields of Utterance that hold ratings, columns of a manifest
+MISSING = {  # what tables write where they do not know, without punctuation: n/a, <unk>, -, ?
+    "", "nan", "na", "none", "null", "nil", "missing", "undefined", "unk", "unknown",
+    "unknownspeaker",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Utterance:
 
     utt_id: str
     path: Path
-    valence: float
+    valence: float  # NaN if it is missing; one label at least is not
     arousal: float
     start: float = 0.0  # seconds inside `path`
     end: float | None = None  # None = to the end of the file
@@ -37,6 +41,12 @@ class Utterance:
     emotion: str = ""
     split: str = ""
     onset: float = 0.0  # position of the turn in its dialogue; only used to sort
+    row: int = 0  # line of the manifest, the first one of several raters; 0 = no manifest
+    ratings: tuple[tuple, ...] = ()  # (rater, *LABELS) of each rater, where raters are known
+
+    def place(self) -> str:
+        """How messages name it."""
+        return f"row {self.row} ({self.utt_id})" if self.row else self.utt_id
 
 
 class Skipped(NamedTuple):
@@ -58,9 +68,10 @@ class Corpus:
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was changed or ignored, with counts
     seconds: np.ndarray | None = None  # (N,) durations, known after load_audio
+    audio: list[str] = field(default_factory=list)  # digests of the samples, known after it, too
 
     def labels(self, targets: Sequence[str]) -> np.ndarray:
-        """(N, len(targets)) float32 in [0, 1], columns in the order of `targets`."""
+        """(N, len(targets)) float32 in [0, 1], NaN if missing, in the order of `targets`."""
         lo, hi = self.label_range
         values = [[getattr(u, target) for target in targets] for u in self.utterances]
         return ((np.array(values, dtype=np.float64) - lo) / (hi - lo)).astype(np.float32)
@@ -74,8 +85,12 @@ def turn_order(u: Utterance) -> tuple[str, float, str]:
     return u.dialog, u.onset, u.utt_id
 
 
+def is_missing(text: str) -> bool:
+    return re.sub(r"[\W_]+", "", text.lower()) in MISSING
+
+
 def known_speaker(name: str) -> bool:
-    return name.lower() not in ("", "unknown")
+    return not is_missing(name) and to_float(name) != -1
 
 
 def to_float(text: str) -> float:
@@ -84,66 +99,88 @@ def to_float(text: str) -> float:
     return float(text) if number else math.nan
 
 
-def clip_labels(corpus: Corpus) -> None:
-    """Clip published labels that leave the nominal range, and note each value with its count.
+def is_damaged(text: str) -> bool:
+    """True for a label that is neither a number nor missing."""
+    return math.isnan(to_float(text)) and not is_missing(text)
 
-    IEMOCAP has 5.5 and 0.5. A label further out than a quarter of the range is a damaged number
-    and no rating: the utterance is skipped.
+
+def keep_usable(corpus: Corpus, candidates: Sequence[tuple[Utterance, str]]) -> None:
+    """Fills `corpus` with the first usable row of each utterance; the others are skipped by name.
+
+    `candidates`: every row of a published corpus, and a reason why it is unusable, or "". A label
+    somewhat outside the nominal range is clipped, and each such value noted with its count: IEMOCAP
+    has 5.5 and 0.5. One further out than a quarter of the range is a damaged number and no rating.
     """
     lo, hi = corpus.label_range
-    margin, outside, kept = (hi - lo) / 4, Counter[float](), []
-    for u in corpus.utterances:
-        labels = [getattr(u, label) for label in LABELS]
-        wrong = [x for x in labels if not lo <= x <= hi]
-        if any(not lo - margin <= x <= hi + margin for x in wrong):
-            corpus.skip(u.utt_id, u.path, f"label far outside {lo:g}..{hi:g} ({wrong[0]:g})")
+    margin, outside, kept = (hi - lo) / 4, Counter[float](), set()
+    for u, reason in candidates:
+        labels = {label: getattr(u, label) for label in LABELS}
+        wrong = [x for x in labels.values() if x < lo or x > hi]
+        if any(x < lo - margin or x > hi + margin for x in wrong):
+            reason = reason or f"label far outside {lo:g}..{hi:g} ({wrong[0]:g})"
+        elif all(map(math.isnan, labels.values())):
+            reason = reason or "no label"
+        elif u.utt_id in kept:
+            reason = reason or "listed twice, first one kept"
+        if reason:
+            corpus.skip(u.utt_id, u.path, reason)
             continue
+        kept.add(u.utt_id)
         outside.update(wrong)
-        clipped = dict(zip(LABELS, np.clip(labels, lo, hi).tolist()))
-        kept.append(dataclasses.replace(u, **clipped) if wrong else u)
-    corpus.utterances = kept
+        clipped = {label: float(np.clip(x, lo, hi)) for label, x in labels.items()}
+        corpus.utterances.append(dataclasses.replace(u, **clipped))
     for value, count in sorted(outside.items()):
         corpus.notes.append(f"label {value:g} outside {lo:g}..{hi:g} clipped: {count} utterances")
 
 
-def read_table(path: Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(row, cells by column) per line of a CSV; row is the line number in the file, header = 1.
+class Table(NamedTuple):
+    """A CSV file as text."""
+
+    columns: list[str]
+    separator: str
+    rows: list[tuple[int, list[str]]]  # line in the file, of which the header is the first; cells
+
+
+def read_table(path: Path) -> Table:
+    """A table separated by commas, semicolons, tabs or bars: by what its header has most of.
 
     Strict, because a stray quote or a truncated file would otherwise swallow rows in silence.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            check_columns(path, reader.fieldnames, required)
-            count = len(reader.fieldnames)
-            for cells in reader:
-                where = f"{path.name} row {reader.line_num}"
-                if None in cells:
-                    fix = "quote cells with a comma"
-                    raise UserError(f"{where}: more cells than columns ({count}); {fix}")
-                if None in cells.values():
-                    raise UserError(f"{where}: fewer cells than columns ({count})")
-                for column, text in cells.items():
+            header = file.readline()
+            separator = max(",;\t|", key=header.count)
+            file.seek(0)
+            lines = csv.reader(file, delimiter=separator, skipinitialspace=True, strict=True)
+            columns = [name.strip() for name in next(lines, [])]
+            table = Table(columns, separator, [])
+            for cells in filter(None, lines):
+                where = f"{path.name} row {lines.line_num}"
+                if len(cells) != len(columns):
+                    more = "fewer" if len(cells) < len(columns) else "more"
+                    fault = f"{more} cells than columns ({len(columns)})"
+                    raise UserError(f"{where}: {fault}; quote cells that hold a {separator!r}")
+                for column, text in zip(columns, cells):
                     if re.search(r"[\x00-\x1f\x7f]", text):
                         fault = "holds a line break or control character (a stray quote?)"
                         raise UserError(f"{where}: column {column} {fault}")
-                yield reader.line_num, {column: text.strip() for column, text in cells.items()}
+                table.rows.append((lines.line_num, [text.strip() for text in cells]))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path.name}: not a UTF-8 CSV file ({error}): save it as one") from None
-
-
-def check_columns(path: Path, columns: Sequence[str], required: Sequence[str]) -> None:
-    """UserError if a required column is missing, or any occurs twice."""
-    found = ", ".join(columns) or "none"
     for column, count in Counter(columns).items():
         if column and count > 1:
-            raise UserError(f"{path.name}: column {column} occurs twice (found: {found})")
+            raise UserError(f"{path.name}: column {column} occurs twice ({found(columns)})")
+    return table
+
+
+def require(path: Path, required: Sequence[str], there: Sequence[str], columns: list[str]) -> None:
+    """UserError if a required column is not `there`; it names the `columns` of the file."""
     for column in required:
-        if column not in columns:
-            fault = f"{path.name}: column {column} is missing (found: {found})"
-            if ";" in found or "\t" in found:
-                fault += ": separate the cells with commas"
-            raise UserError(fault)
+        if column not in there:
+            raise UserError(f"{path.name}: column {column} is missing ({found(columns)})")
+
+
+def found(columns: list[str]) -> str:
+    return f"found: {', '.join(columns) or 'none'}"

@@ -4,7 +4,7 @@ import math
 import re
 from pathlib import Path
 
-from corpora.base import Corpus, Utterance, clip_labels, to_float
+from corpora.base import Corpus, Utterance, is_damaged, keep_usable, to_float
 from util.files import UserError
 
 # [onset - end] utt_id emotion [valence, arousal, dominance]
@@ -16,13 +16,11 @@ def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemo
     """The corpus below `root`. Utterances of emotion `xxx` (no majority) have valid ratings."""
     if (root / "IEMOCAP_full_release").is_dir():
         root = root / "IEMOCAP_full_release"
-    corpus = Corpus(name, root, label_range, [])
+    corpus, candidates = Corpus(name, root, label_range, []), []
     # *.txt of this folder only: its subfolders repeat every turn once per evaluator
-    tables = sorted(root.glob("Session*/dialog/EmoEvaluation/*.txt"))
-    tables = [path for path in tables if not is_resource_fork(path)]
+    tables = without_forks(root, "Session*/dialog/EmoEvaluation/*.txt")
     if not tables:
         raise UserError(f"{root}: no Session*/dialog/EmoEvaluation/*.txt (set --data_dir)")
-    seen = set()
     for table in tables:
         session, dialog = table.parents[2].name, table.stem
         lines = table.read_text("utf-8", errors="replace").splitlines()
@@ -38,29 +36,27 @@ def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemo
             utt_id, emotion = match[3], match[4]
             onset, end, valence, arousal = map(to_float, match.group(1, 2, 5, 6))
             gender = genders[-1]  # not the letter of the prefix, which names the dialogue
+            speaker = f"Ses{re.sub('[^0-9]', '', session).zfill(2)}{gender}"
             wav = root / session / "sentences" / "wav" / dialog / f"{utt_id}.wav"
-            if utt_id in seen:
-                corpus.skip(utt_id, wav, "annotated twice, first one kept")
-            elif not math.isfinite(onset + end + valence + arousal):
-                corpus.skip(utt_id, wav, "label or time is not a number")
-            elif not wav.is_file():
-                corpus.skip(utt_id, wav, "audio file missing")
-            else:
-                speaker = f"Ses{re.sub('[^0-9]', '', session).zfill(2)}{gender}"
-                u = Utterance(
-                    utt_id, wav, valence=valence, arousal=arousal,
-                    session=session, dialog=dialog, speaker=speaker,
-                    gender=gender, emotion=emotion, onset=onset,
-                )  # fmt: skip
-                corpus.utterances.append(u)
-            seen.add(utt_id)
-    for wav in sorted(root.glob("Session*/sentences/wav/*/*.wav")):
-        if wav.stem not in seen and not is_resource_fork(wav):
+            reason = "" if wav.is_file() else "audio file missing"
+            if not math.isfinite(onset + end):
+                reason = "time is not a number"
+            elif any(map(is_damaged, match.group(5, 6))):
+                reason = "label is not a number"
+            u = Utterance(
+                utt_id, wav, valence=valence, arousal=arousal,
+                session=session, dialog=dialog, speaker=speaker,
+                gender=gender, emotion=emotion, onset=onset,
+            )  # fmt: skip
+            candidates.append((u, reason))
+    keep_usable(corpus, candidates)
+    annotated = {u.utt_id for u, _ in candidates}
+    for wav in without_forks(root, "Session*/sentences/wav/*/*.wav"):
+        if wav.stem not in annotated:
             corpus.skip(wav.stem, wav, "no annotation")
-    clip_labels(corpus)
     return corpus
 
 
-def is_resource_fork(path: Path) -> bool:
-    """True for files that the Mac which packed the release left beside the real ones."""
-    return path.name.startswith("._")
+def without_forks(root: Path, pattern: str) -> list[Path]:
+    """Files in order, without those that the Mac which packed the release left beside them."""
+    return sorted(path for path in root.glob(pattern) if not path.name.startswith("._"))

@@ -1,7 +1,8 @@
 """A CSV of your own: utt_id, path, valence, arousal[, start, end, session, dialog, ...].
 
-Unlike a published corpus it is the user's to repair, so nothing is skipped: the first fault raises
-UserError with its row.
+Columns are known by their usual other names, too, and cells may be separated by commas, semicolons
+or tabs. Unlike a published corpus it is the user's to repair: the first fault raises UserError with
+its row. Only rows without any label are skipped.
 """
 
 import dataclasses
@@ -11,16 +12,53 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from corpora.base import LABELS, Corpus, Utterance, known_speaker, read_table, to_float
+import numpy as np
+
+from corpora.base import (
+    LABELS,
+    Corpus,
+    Table,
+    Utterance,
+    is_damaged,
+    is_missing,
+    known_speaker,
+    read_table,
+    require,
+    to_float,
+)  # fmt: skip
 from util.files import UserError
 
-NAMES = ("session", "dialog", "speaker", "gender", "emotion")  # optional columns of free text
-COLUMNS = {"", "utt_id", "path", *LABELS, "start", "end", "split", *NAMES}
+OTHER_NAMES = {  # of a column, without case, blanks, - and _
+    "utt_id": "id name utt utterance utteranceid segment segmentid clip clipid",
+    "path": "file filename filepath fname wav wavfile wavpath audio audiofile audiopath",
+    "valence": "val v emoval",
+    "arousal": "aro a act activation emoact",
+    "dominance": "dom d emodom",
+    "start": "onset begin starttime begintime onsettime tmin xmin",
+    "end": "offset stop endtime stoptime offsettime tmax xmax",
+    "duration": "dur",
+    "split": "splitset partition subset",
+    "session": "sessionid",
+    "dialog": "dialogue dialogid dialogueid conversation conversationid",
+    "speaker": "spk spkid spkr spkrid speakerid speakername subject subjectid actor actorid "
+    "participant participantid",
+    "gender": "sex",
+    "emotion": "emo emoclass",
+    "rater": "raterid annotator annotatorid evaluator worker workerid coder",
+}
+NAMES = ("session", "dialog", "speaker", "gender", "emotion")  # columns of free text
+TIMES = ("start", "end", "duration")
+COLUMNS = ("utt_id", "path", *LABELS, *TIMES, "split", "rater", *NAMES)
 SPLITS = {
-    "train": "train", "dev": "dev", "development": "dev", "validation": "dev", "valid": "dev",
-    "test": "test",
-}  # fmt: skip
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("dev", "development", "val", "valid", "validation"), "dev"),
+    **dict.fromkeys(("eval", "evaluation"), "dev"),  # refused beside another name of dev
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 LATEST = 1e6  # seconds; a start or end behind it is taken for a damaged number [guess]
+CLOCK = re.compile(  # 0 days 01:02:03.5, 1:02:03.5, 62:03.5
+    r"(?:(?:([0-9]+) days? )?([0-9]+):(?=[0-5]?[0-9]:))?([0-9]+):([0-5]?[0-9](?:\.[0-9]+)?)"
+)
 
 
 def read_csv(
@@ -36,108 +74,271 @@ def read_csv(
     files.
     """
     root = (root or path.parent).resolve()
-    lo, hi = label_range or (0.0, 1.0)
-    corpus = Corpus(path.stem, root, (lo, hi), [])
+    corpus = Corpus(path.stem, root, label_range or (0.0, 1.0), [])
     targets = LABELS if labelled else ()
-    rows: dict[str, int] = {}  # utt_id -> row
+    table = read_table(path)
+    columns = match_columns(path, table.columns, targets, corpus.notes)
+    point_decimals(path, table, [columns[c] for c in (*targets, *TIMES) if c in columns], corpus)
+    ratings: dict[str, list[Utterance]] = {}  # utt_id -> its row, or that of each rater
+    unlabelled: list[Utterance] = []
     sessions: dict[str, str] = {}  # dialog -> session
-    starts: dict[str, list[float | None]] = defaultdict(list)  # dialog -> start if it is given
-    files: dict[str, set[Path]] = defaultdict(set)  # dialog -> files
-    columns: set[str] = set()
-    for row, cells in read_table(path, ("utt_id", "path", *targets)):
-        columns |= cells.keys()
+    for row, texts in table.rows:
+        cells = {column: texts[i] for column, i in columns.items()}
         try:
-            u = read_row(cells, root, targets)
-            if rows.setdefault(u.utt_id, row) != row:
-                raise UserError(f"utt_id {u.utt_id} is already used in row {rows[u.utt_id]}")
+            u = dataclasses.replace(read_row(cells, root, targets), row=row)
+            if labelled and all(math.isnan(getattr(u, target)) for target in targets):
+                unlabelled.append(u)
+                continue
+            if u.utt_id in ratings:
+                check_rating(u, ratings[u.utt_id], cells.get("rater"))
         except UserError as error:
             raise UserError(f"{path.name} row {row}: {error}") from None
         if "session" in cells and sessions.setdefault(u.dialog, u.session) != u.session:
             # the dialogues of each session are numbered anew
             u = dataclasses.replace(u, dialog=f"{u.session}_{u.dialog}")
-        starts[u.dialog].append(u.start if cells.get("start") else None)
-        files[u.dialog].add(u.path)
-        corpus.utterances.append(u)
-
-    # Turns are sorted by start if all starts of a dialogue are given and are on a common clock, in
-    # fewer files than there are turns; otherwise they stay in the order of the file.
-    for i, u in enumerate(corpus.utterances):
-        given = set(starts[u.dialog])
-        turns = len(starts[u.dialog])
-        if None in given or len(given) < turns or len(files[u.dialog]) == turns:
-            corpus.utterances[i] = dataclasses.replace(u, onset=rows[u.utt_id])
-    check_range(corpus, path, rows, targets, label_range)
-    if columns - COLUMNS:
-        corpus.notes.append(f"columns not used: {', '.join(sorted(columns - COLUMNS))}")
+        ratings.setdefault(u.utt_id, []).append(u)
+    check_splits(path, table, columns)
+    check_range(corpus, path, ratings, targets, label_range)
+    for u in unlabelled:
+        if "rater" not in columns or u.utt_id not in ratings:
+            corpus.skip(u.utt_id, u.path, "no label")
+    corpus.utterances = with_onsets([mean_rating(rows) for rows in ratings.values()])
+    several = sum(len(rows) > 1 for rows in ratings.values())
+    if several:
+        corpus.notes.append(f"several raters: {several} utterances, the mean of them is taken")
     return corpus
+
+
+# ---------------------------------------------------------------------------------------------
+# Columns
+
+
+def match_columns(
+    path: Path, columns: list[str], targets: Sequence[str], notes: list[str]
+) -> dict[str, int]:
+    """{column: its position in the file}, with what was taken and what was left out in `notes`.
+
+    UserError if one is missing or could be either of two.
+    """
+    column_of = {plain(column): column for column in COLUMNS}
+    for column in COLUMNS:
+        column_of |= dict.fromkeys(OTHER_NAMES.get(column, "").split(), column)
+    candidates: dict[str, list[str]] = defaultdict(list)
+    for name in columns:
+        if plain(name) in column_of:
+            candidates[column_of[plain(name)]].append(name)
+    taken = {}
+    for column, names in candidates.items():
+        exact = [name for name in names if plain(name) == plain(column)]
+        first, *others = exact or names
+        if others and (column in targets or column not in LABELS):
+            both = f"columns {first} and {others[0]} can both be {column}"
+            raise UserError(f"{path.name}: {both}: rename one")
+        taken[column] = first
+    if plain(taken.get("end", "")) == "offset" and "start" not in taken:
+        fault = "column offset can be a start or an end"
+        raise UserError(f"{path.name}: {fault}: rename it to start or end")
+    for name in columns:
+        for column in ("start", "end"):
+            words = {column, *OTHER_NAMES[column].split()} & set(words_of(name))
+            if words and column not in taken and name not in taken.values():
+                fault = f"column {name} is not understood"
+                raise UserError(f"{path.name}: {fault}: rename it to {column}, in seconds")
+    require(path, ("utt_id", "path", *targets), list(taken), columns)
+    renamed = [f"{name} as {column}" for column, name in taken.items() if name != column]
+    unused = [name for name in columns if name and name not in taken.values()]
+    for what, names in (("taken", renamed), ("not used", sorted(unused))):
+        if names:
+            notes.append(f"columns {what}: {', '.join(names)}")
+    return {column: columns.index(name) for column, name in taken.items()}
+
+
+def words_of(name: str) -> list[str]:
+    """StartTime, start_time, "start time (s)" -> start, time."""
+    words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).strip().casefold())
+    words = [word for word in words if word]
+    units = ("s", "sec", "secs", "second", "seconds")
+    return words[:-1] if len(words) > 1 and words[-1] in units else words
+
+
+def plain(name: str) -> str:
+    return "".join(words_of(name))
+
+
+def point_decimals(path: Path, table: Table, positions: list[int], corpus: Corpus) -> None:
+    """Writes 2,5 as 2.5 in these columns where commas do not separate cells; UserError if the file
+    has both kinds."""
+    if table.separator == ",":
+        return
+    commas, points = [], []
+    for row, cells in table.rows:
+        for i in positions:
+            if "." in cells[i]:
+                points.append(row)
+            elif re.search(r"[0-9],[0-9]", cells[i]):
+                commas.append(row)
+                cells[i] = cells[i].replace(",", ".")
+    if commas and points:
+        fault = f"decimal commas (row {commas[0]}) and points (row {points[0]})"
+        raise UserError(f"{path.name}: {fault}: use one of them")
+    if commas:
+        corpus.notes.append(f"decimal commas read as points: {len(commas)} cells")
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows
+
+
+def to_seconds(text: str) -> float:
+    """Seconds of 83.5, 1:23.5, 0:01:23.5 or "0 days 00:01:23.5"; NaN if it is none of them."""
+    match = CLOCK.fullmatch(text)
+    if not match:
+        return to_float(text)
+    days, hours, minutes, seconds = map(float, match.groups(default="0"))
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def read_row(cells: dict[str, str], root: Path, targets: Sequence[str]) -> Utterance:
     """The utterance of one line; UserError without the file's name and the row."""
-    numbers = dict.fromkeys(LABELS, math.nan) | {"start": 0.0, "end": math.inf}
-    for column in (*targets, "start", "end"):
-        if cells.get(column) or column in targets:
-            numbers[column] = to_float(cells[column])
-            if not math.isfinite(numbers[column]):
-                raise UserError(f"{column} {cells[column]!r} is not a number")
-    start, end = numbers["start"], numbers["end"]
-    if not 0 <= start < min(end, LATEST) or LATEST < end < math.inf:
+    labels = dict.fromkeys(LABELS, math.nan)
+    for target in targets:
+        labels[target] = to_float(cells[target])
+        if is_damaged(cells[target]):
+            raise UserError(f"{target} {cells[target]!r} is not a number")
+    times = dict.fromkeys(TIMES, math.nan)
+    for column in TIMES:
+        if not is_missing(cells.get(column, "")):
+            times[column] = to_seconds(cells[column])
+            if math.isnan(times[column]):
+                raise UserError(f"{column} {cells[column]!r} is not a number of seconds or h:mm:ss")
+    start = 0.0 if math.isnan(times["start"]) else times["start"]
+    end = times["end"]
+    if math.isnan(end) and "start" in cells:
+        end = start + times["duration"]
+    if not 0 <= start < LATEST or end <= start or end > LATEST:
         raise UserError(f"start {start:g} and end {end:g} must satisfy 0 <= start < end, in s")
 
     utt_id = cells["utt_id"]
     if not re.fullmatch(r"[^./\\][^/\\]*", utt_id) or len(utt_id.encode()) > 200:
         fault = "must name a file: no slash, no leading dot, 1 to 200 bytes"
         raise UserError(f"utt_id {utt_id!r} {fault}")
-    try:
-        audio = (root / cells["path"]).resolve()
-        exists, is_file = audio.exists(), audio.is_file()
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, to Python 3.12
-        raise UserError(f"path {cells['path']} cannot be followed ({error})") from None
-    if not audio.is_relative_to(root):
-        fault = f"leaves the data root {root} for {audio} (set --data_dir?)"
-        raise UserError(f"path {cells['path']} {fault}")
-    if not is_file:
-        fault = "is not a file" if exists else "does not exist (set --data_dir?)"
-        raise UserError(f"audio file {audio} {fault}")
-
-    names = {column: cells.get(column, "") for column in NAMES}
     split = cells.get("split", "").lower()
     if "split" in cells and split not in SPLITS:
         raise UserError(f"split {cells['split']!r} is not one of train, dev, test")
+    names = {column: cells.get(column, "") for column in NAMES}
     if "session" not in cells:
         names["session"] = names["speaker"]  # each speaker is a session
         if targets and "speaker" in cells and not split and not known_speaker(names["speaker"]):
             fault = "is unknown: without a column session or split, each speaker is a session"
             raise UserError(f"speaker {names['speaker']!r} {fault}")
-    elif not names["session"]:
-        raise UserError("session is empty")
+    elif targets and not split and not known_speaker(names["session"]):
+        raise UserError(f"session {names['session']!r} is unknown, but each session is a fold")
+    names = {column: name if known_speaker(name) else "" for column, name in names.items()}
     names["dialog"] = names["dialog"] or utt_id
-    labels = {label: numbers[label] for label in LABELS}
-    end = None if end == math.inf else end
-    split = SPLITS.get(split, "")
+    rating = (cells["rater"], *labels.values()) if "rater" in cells else ()
     return Utterance(
-        utt_id, audio, **labels, start=start, end=end, onset=start, split=split, **names
-    )
+        utt_id, audio_file(cells["path"], root), **labels, start=start,
+        end=None if math.isnan(end) else end, onset=times["start"], split=SPLITS.get(split, ""),
+        ratings=(rating,) if rating else (), **names,
+    )  # fmt: skip
+
+
+def audio_file(text: str, root: Path) -> Path:
+    """The resolved path of a cell; UserError if it is no file below the root."""
+    try:
+        audio = (root / text).resolve()
+        exists, is_file = audio.exists(), audio.is_file()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, to Python 3.12
+        raise UserError(f"path {text} cannot be followed ({error})") from None
+    if not audio.is_relative_to(root):
+        fault = f"leaves the data root {root} for {audio} (set --data_dir?)"
+        raise UserError(f"path {text} {fault}")
+    if not is_file:
+        fault = "is not a file" if exists else "does not exist (set --data_dir?)"
+        raise UserError(f"audio file {audio} {fault}")
+    return audio
+
+
+def check_rating(u: Utterance, others: list[Utterance], rater: str | None) -> None:
+    """UserError if `u` is no other rater's row of the same utterance."""
+    first = others[0]
+    used = f"utt_id {u.utt_id} is already used in row {first.row}"
+    if rater is None:
+        raise UserError(f"{used} (a column rater would make it another rating)")
+    if is_missing(rater) or rater in {name for other in others for name, *_ in other.ratings}:
+        raise UserError(f"{used}, with rater {rater!r}: give each rater a name and one row")
+    for column in ("path", "start", "end", "session", "speaker", "split"):
+        if getattr(u, column) != getattr(first, column):
+            raise UserError(f"{used}, with another {column}: raters must rate the same clip")
+
+
+def mean_rating(rows: list[Utterance]) -> Utterance:
+    """The utterance with the mean of its raters' labels, and their ratings."""
+    if len(rows) == 1:
+        return rows[0]
+    means = {}
+    for label in LABELS:
+        given = [getattr(u, label) for u in rows if not math.isnan(getattr(u, label))]
+        means[label] = float(np.mean(given)) if given else math.nan
+    return dataclasses.replace(rows[0], **means, ratings=tuple(u.ratings[0] for u in rows))
+
+
+def with_onsets(utterances: list[Utterance]) -> list[Utterance]:
+    """Turns are sorted by start if all starts of a dialogue are given and are on a common clock, in
+    fewer files than there are turns; otherwise they stay in the order of the file."""
+    dialogues: dict[str, list[Utterance]] = defaultdict(list)
+    for u in utterances:
+        dialogues[u.dialog].append(u)
+    in_file_order = set()
+    for dialog, turns in dialogues.items():
+        onsets = {u.onset for u in turns}
+        one_clock = len({u.path for u in turns}) < len(turns) == len(onsets)
+        if not one_clock or any(map(math.isnan, onsets)):
+            in_file_order.add(dialog)
+    return [
+        dataclasses.replace(u, onset=u.row) if u.dialog in in_file_order else u for u in utterances
+    ]
+
+
+# ---------------------------------------------------------------------------------------------
+# The table as a whole
+
+
+def check_splits(path: Path, table: Table, columns: dict[str, int]) -> None:
+    """UserError if eval stands beside another name of dev: one of them is a test split."""
+    if "split" not in columns:
+        return
+    words = {cells[columns["split"]].lower() for _, cells in table.rows}
+    dev = sorted(word for word in words if SPLITS[word] == "dev")
+    if len(dev) > 1 and {"eval", "evaluation"} & set(dev):
+        both = f"splits {dev[0]} and {dev[1]}"
+        raise UserError(f"{path.name}: {both}: rename one of them to test or to the other")
 
 
 def check_range(
     corpus: Corpus,
     path: Path,
-    rows: dict[str, int],
+    ratings: dict[str, list[Utterance]],
     targets: Sequence[str],
     label_range: tuple[float, float] | None,
 ) -> None:
     """UserError on a label outside the range; a note if all are in a corner of it."""
     lo, hi = corpus.label_range
-    ratings = [getattr(u, target) for u in corpus.utterances for target in targets]
-    if ratings and 0 < max(ratings) - min(ratings) < (hi - lo) / 4:
-        found = f"{min(ratings):g}..{max(ratings):g} of {lo:g}..{hi:g}"
-        corpus.notes.append(f"labels lie in {found}: is --label_range right?")
-    lowest, highest = min([lo if label_range else 1, *ratings]), max([hi, *ratings])
-    better = f"--label_range {math.floor(lowest)} {math.ceil(highest)}"
-    for u in corpus.utterances:
-        for target in targets:
-            x = getattr(u, target)
-            if not lo <= x <= hi:
-                where = f"{path.name} row {rows[u.utt_id]}: {target} {x:g}"
-                raise UserError(f"{where} is outside {lo:g}..{hi:g} (set {better}?)")
+    labels = [
+        (getattr(u, target), target, u.row)
+        for rows in ratings.values()
+        for u in rows
+        for target in targets
+        if not math.isnan(getattr(u, target))
+    ]
+    if not labels:
+        return
+    lowest, highest = min(labels)[0], max(labels)[0]
+    if 0 < highest - lowest < (hi - lo) / 4:
+        corner = f"{lowest:g}..{highest:g} of {lo:g}..{hi:g}"
+        corpus.notes.append(f"labels lie in {corner}: is --label_range right?")
+    low, high = math.floor(min(lo if label_range else 1, lowest)), math.ceil(max(hi, highest))
+    for x, target, row in labels:
+        if not lo <= x <= hi:
+            where = f"{path.name} row {row}: {target} {x:g}"
+            raise UserError(f"{where} is outside {lo:g}..{hi:g} (set --label_range {low} {high}?)")

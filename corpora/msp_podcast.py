@@ -3,13 +3,11 @@
 Test2 is read but is in no split; Test3 has no labels.
 """
 
-import math
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
-from corpora.base import Corpus, Utterance, clip_labels, read_table, to_float
+from corpora.base import Corpus, Utterance, is_damaged, keep_usable, read_table, require, to_float
 from util.files import UserError
 
 SPLITS = {
@@ -29,43 +27,40 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
     if not folders:
         raise UserError(f"{root}: no Audio or Audios folder (set --data_dir)")
     table, folder = tables[0], folders[0]
-    corpus = Corpus("msp_podcast", root, label_range, [])
+    corpus, candidates = Corpus("msp_podcast", root, label_range, []), []
     audio = {name for name in os.listdir(folder) if name[0] != "."}
-    counts = Counter[str]()  # rows per split
-    seen = set()
-    for row, cells in read_table(table, ("FileName", "EmoAct", "EmoVal", "Split_Set")):
+    named, without_labels = set(), 0
+    columns, _, rows = read_table(table)
+    require(table, ("FileName", "EmoAct", "EmoVal", "Split_Set"), columns, columns)
+    for row, texts in rows:
+        cells = dict(zip(columns, texts))
         name, split = cells["FileName"], SPLITS.get(cells["Split_Set"].lower())
         if split is None:
             fault = f"Split_Set {cells['Split_Set']!r} is none of {', '.join(SPLITS)}"
             raise UserError(f"{table.name} row {row}: {fault}")
-        twice = name in seen
-        seen.add(name)
+        named.add(name)
         if split == "test3":
-            counts[split] += 1
+            without_labels += 1
             continue
         arousal, valence = to_float(cells["EmoAct"]), to_float(cells["EmoVal"])
-        utt_id = Path(name).stem or f"row {row}"
-        if twice:
-            corpus.skip(utt_id, folder / name, "in the table twice, first one kept")
-        elif not math.isfinite(valence + arousal):
-            corpus.skip(utt_id, folder / name, "label is not a number")
-        elif name not in audio:
-            corpus.skip(utt_id, folder / name, "audio file missing")
-        else:
-            counts[split] += 1
-            podcast = re.match(r"MSP-PODCAST_\d+", name)
-            u = Utterance(
-                utt_id, folder / name, valence=valence, arousal=arousal,
-                split=split, dialog=podcast[0] if podcast else utt_id,
-                speaker=cells.get("SpkrID", ""), gender=cells.get("Gender", ""),
-                emotion=cells.get("EmoClass", ""),
-            )  # fmt: skip
-            corpus.utterances.append(u)
-    if counts["test2"]:
-        corpus.notes.append(f"Test2: {counts['test2']} utterances are read but are in no split")
-    if counts["test3"]:
-        corpus.notes.append(f"Test3: {counts['test3']} utterances have no labels")
-    if audio - seen:
-        corpus.notes.append(f"{len(audio - seen)} audio files have no row in {table.name}")
-    clip_labels(corpus)
+        utt_id, podcast = Path(name).stem or f"row {row}", re.match(r"MSP-PODCAST_\d+", name)
+        u = Utterance(
+            utt_id, folder / name, valence=valence, arousal=arousal,
+            split=split, dialog=podcast[0] if podcast else utt_id,
+            speaker=cells.get("SpkrID", ""), gender=cells.get("Gender", ""),
+            emotion=cells.get("EmoClass", ""),
+        )  # fmt: skip
+        reason = "" if name in audio else "audio file missing"
+        if is_damaged(cells["EmoAct"]) or is_damaged(cells["EmoVal"]):
+            reason = "label is not a number"
+        candidates.append((u, reason))
+    keep_usable(corpus, candidates)
+    test2 = sum(u.split == "test2" for u in corpus.utterances)
+    for count, note in (
+        (test2, f"Test2: {test2} utterances are read but are in no split"),
+        (without_labels, f"Test3: {without_labels} utterances have no labels"),
+        (len(audio - named), f"{len(audio - named)} audio files have no row in {table.name}"),
+    ):
+        if count:
+            corpus.notes.append(note)
     return corpus

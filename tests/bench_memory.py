@@ -8,6 +8,7 @@ of every allocation, which includes the workspaces of CPU kernels that no plan k
 """
 
 import argparse
+import functools
 import gc
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ import data
 import flags
 import memory
 import step
+from util import distributed
 
 
 def grid(cuda: bool, quick: bool) -> list[list[str]]:
@@ -64,17 +66,15 @@ def measured_bytes(
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated(device)
     model = step.build_model(args, shape).to(device)
-    run, optimizer = memory.real_step(model, args, shape, args.unfreeze, device)
+    optimizer = step.build_optimizer(model, args)
+    run = functools.partial(memory.random_step, model, optimizer, args, shape, args.unfreeze)
     run()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - held
     states = [t for state in optimizer.state.values() for t in state.values()]
-    frozen = model if step.reads_cache(args, args.unfreeze) else None
-    batch = memory.make_batch(args, shape, args.batch_size, torch.device("meta"), frozen)
-    inputs = [t for t in batch.values() for _ in range(args.gradient_accumulation_steps)]
-    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *states, *inputs))
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *states))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     live = peak = 0
@@ -116,7 +116,7 @@ def main() -> None:
         f"errors {errors.min():+.2f} % to {errors.max():+.2f} % over {len(table)} settings; ",
         end="",
     )
-    print(memory.device_name(device.type == "cuda"), f"torch {torch.__version__}")
+    print(distributed.device_name(device), f"torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from matplotlib.figure import Figure
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +74,13 @@ def quick_flags(corpus, small_wavlm, directory):
 
 
 @pytest.fixture
-def flags(corpus, small_wavlm, tmp_path):
+def no_pictures(monkeypatch):
+    """They are half of a small run's time."""
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+
+
+@pytest.fixture
+def flags(corpus, small_wavlm, tmp_path, no_pictures):
     return quick_flags(corpus, small_wavlm, tmp_path)
 
 

@@ -90,7 +90,7 @@ def fork(argv, log, env, fault=None, method="fork"):
     Figure.savefig = lambda *_, **__: None  # most of a small run's time; torchrun's ranks draw
     if fault:
         fault[0](*fault[1:])
-    sys.exit(train.run(argv))
+    sys.exit(train.cli(argv))
 
 
 def run_ranks(argv, log, ranks, fault=None, seconds=120):

@@ -3,13 +3,12 @@
 Odd and broken input is in test_input_faults.py.
 """
 
+import contextlib
 import itertools
 import os
 import pickle
-import subprocess
-import sys
+import re
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,7 +32,6 @@ from util import files
 from util.files import UserError
 
 TARGETS = ("valence", "arousal")
-REPO = Path(data.__file__).parent
 
 
 def tone(seconds, rate=SAMPLE_RATE, pitch=200.0):
@@ -141,11 +139,18 @@ def test_iemocap_is_read_with_exact_counts_speakers_order_and_labels(iemocap):
     assert "label 0.5 outside 1..5 clipped: 1 utterances" in corpus.notes
 
 
-def test_a_folder_that_is_not_iemocap_is_refused(tmp_path):
-    with pytest.raises(UserError, match="EmoEvaluation"):
-        corpora.read_corpus("iemocap", str(tmp_path), None)
-    with pytest.raises(UserError, match="needs --data_dir"):
-        corpora.read_corpus("iemocap", None, None)
+@pytest.mark.parametrize(
+    ("kind", "folder", "fault"),
+    [
+        ("iemocap", True, "no Session.*EmoEvaluation"),
+        ("iemocap", False, "needs --data_dir"),
+        ("demo", True, "reads no --data_dir: give --data, iemocap"),
+        ("nothing", True, "--data nothing: not one of demo, iemocap, msp_podcast, or a .csv"),
+    ],
+)
+def test_a_wrong_data_or_data_dir_is_refused(tmp_path, kind, folder, fault):
+    with pytest.raises(UserError, match=fault):
+        corpora.read_corpus(kind, str(tmp_path) if folder else None, None, tmp_path)
 
 
 # ---------------------------------------------------------------- MSP-Podcast
@@ -206,20 +211,16 @@ def test_a_csv_without_label_range_must_hold_labels_in_0_to_1(tmp_path):
     assert read(tmp_path, HEADER + "a,a.wav,0.2,1\n").label_range == (0.0, 1.0)
     with pytest.raises(UserError, match="LO must be below HI"):
         read(tmp_path, HEADER + "a,a.wav,0.2,1\n", label_range=(5.0, 1.0))
-
-
-def test_a_csv_with_its_own_splits_accepts_the_common_words(tmp_path):
-    text = "utt_id,path,valence,arousal,split\n"
-    text += "a,a.wav,3,3,train\nb,b.wav,3,3,Validation\nc,a.wav,3,3,test\n"
-    corpus = read(tmp_path, text, label_range=(1, 5))
-    assert corpora.num_folds(corpus) == 1
-    splits = {s: r.tolist() for s, r in corpora.make_splits(corpus, 1).items()}
-    assert splits == {"train": [0], "dev": [1], "test": [2]}
+    text = HEADER + "a,a.wav,1,5\nb,b.wav,2,3\n"
+    notes = read(tmp_path, text, label_range=(0, 100)).notes
+    assert notes[0] == "labels lie in 1..5 of 0..100: is --label_range right?"
+    assert "lie in" not in "".join(read(tmp_path, text, label_range=(1, 5)).notes)
 
 
 def test_without_sessions_each_speaker_is_one_and_without_speakers_it_is_an_error(tmp_path):
-    rows = "".join(f"u{i},a.wav,3,3,p{i % 12}\n" for i in range(24))
-    corpus = read(tmp_path, "utt_id,path,valence,arousal,speaker\n" + rows, label_range=(1, 5))
+    clips = [f"{i}.wav" for i in range(24)]
+    rows = "".join(f"u{i},{i}.wav,3,3,p{i % 12}\n" for i in range(24))
+    corpus = read(tmp_path, "utt_id,path,valence,arousal,speaker\n" + rows, clips, (1, 5))
     assert corpora.num_folds(corpus) == 12
     test = corpora.make_splits(corpus, 3)["test"]
     assert {corpus.utterances[row].speaker for row in test} == {"p2"}  # p2 before p10
@@ -228,46 +229,25 @@ def test_without_sessions_each_speaker_is_one_and_without_speakers_it_is_an_erro
         corpora.make_splits(corpus, 1)
 
 
-def test_dialogues_numbered_anew_in_each_session_are_kept_apart(tmp_path):
-    text = "utt_id,path,valence,arousal,session,dialog\n"
-    text += "".join(f"u{i},a.wav,3,3,s{i % 2},1\n" for i in range(4))
-    turns = [(u.dialog, u.utt_id) for u in read(tmp_path, text, label_range=(1, 5)).utterances]
-    assert turns == [("1", "u0"), ("1", "u2"), ("s1_1", "u1"), ("s1_1", "u3")]
+TURNS = [  # columns, cells of each row after the labels -> (dialogue, turn) in order
+    # the dialogues of each session are numbered anew
+    ("session,dialog", ("s0,1", "s1,1", "s0,1", "s1,1"), "1:0 1:2 s1_1:1 s1_1:3"),
+    ("speaker,dialog", ("A,d", "B,d", "A,d", "B,d"), "d:0 d:1 d:2 d:3"),
+    # without times on a common clock, turns keep the order of the file
+    ("start,dialog", (",d", ",d", ",d"), "d:0 d:1 d:2"),
+    ("start,dialog", ("0,d", "0,d", "0,d"), "d:0 d:1 d:2"),
+    ("start,dialog", ("0.1,d", ",d", "0,d"), "d:0 d:1 d:2"),
+    ("start,dialog", ("2,d", "1,d", "0,d"), "d:0 d:1 d:2"),
+]
 
 
-def test_a_dialogue_of_two_speakers_stays_one_without_sessions(tmp_path):
-    text = "utt_id,path,valence,arousal,speaker,dialog\n"
-    text += "".join(f"u{i},a.wav,3,3,{'AB'[i % 2]},d\n" for i in range(4))
-    turns = [(u.dialog, u.utt_id) for u in read(tmp_path, text, label_range=(1, 5)).utterances]
-    assert turns == [("d", f"u{i}") for i in range(4)]
-
-
-@pytest.mark.parametrize("starts", [("", "", ""), ("0", "0", "0"), ("0.1", "", "0"), "210"])
-def test_turns_without_times_on_a_common_clock_keep_the_order_of_the_file(tmp_path, starts):
-    names = ("t1", "t2", "t10")
-    text = "utt_id,path,valence,arousal,start,dialog\n"
-    text += "".join(f"{n},{n}.wav,3,3,{start},d\n" for n, start in zip(names, starts))
-    corpus = read(tmp_path, text, [f"{n}.wav" for n in names], (1, 5))
-    assert tuple(u.utt_id for u in corpus.utterances) == names
-
-
-@pytest.mark.parametrize("speaker", ["", "Unknown"])
-def test_an_unknown_speaker_is_no_session(tmp_path, speaker):
-    text = f"utt_id,path,valence,arousal,speaker\na,a.wav,3,3,A\nb,a.wav,3,3,{speaker}\n"
-    with pytest.raises(UserError, match=r"row 3: speaker '.*' is unknown: without a column"):
-        read(tmp_path, text, label_range=(1, 5))
-
-
-def test_labels_in_a_corner_of_their_range_are_noted(tmp_path):
-    text = HEADER + "a,a.wav,1,5\nb,b.wav,2,3\n"
-    notes = read(tmp_path, text, label_range=(0, 100)).notes
-    assert notes[0] == "labels lie in 1..5 of 0..100: is --label_range right?"
-    assert "lie in" not in "".join(read(tmp_path, text, label_range=(1, 5)).notes)
-
-
-def test_the_demo_reads_no_folder(tmp_path):
-    with pytest.raises(UserError, match="reads no --data_dir: give --data, iemocap"):
-        corpora.read_corpus("demo", str(tmp_path), None, tmp_path)
+@pytest.mark.parametrize(("columns", "cells", "order"), TURNS)
+def test_turns_are_in_order_and_dialogues_of_sessions_apart(tmp_path, columns, cells, order):
+    clips = [f"{i}.wav" for i in range(len(cells))]
+    rows = [f"{i},{i}.wav,3,3,{more}\n" for i, more in enumerate(cells)]
+    text = f"utt_id,path,valence,arousal,{columns}\n" + "".join(rows)
+    corpus = read(tmp_path, text, clips, (1, 5))
+    assert " ".join(f"{u.dialog}:{u.utt_id}" for u in corpus.utterances) == order
 
 
 # ---------------------------------------------------------------- splits
@@ -288,49 +268,54 @@ def test_test_is_the_folds_session_and_dev_the_next_one_and_no_speaker_is_in_two
             corpora.make_splits(corpus, fold)
 
 
-def test_a_speaker_in_two_splits_and_an_empty_split_are_refused_by_name(tmp_path):
-    text = "utt_id,path,valence,arousal,session,speaker\n"
-    text += "".join(f"u{i},a.wav,3,3,s{i},{p}\n" for i, p in enumerate(["anna", "ben", "anna"]))
-    with pytest.raises(UserError, match="speaker anna is in both"):
-        corpora.make_splits(read(tmp_path, text, label_range=(1, 5)), 1)
-    text = "utt_id,path,valence,arousal,split\na,a.wav,3,3,train\nb,b.wav,3,3,test\n"
-    with pytest.raises(UserError, match="the dev split is empty"):
-        corpora.make_splits(read(tmp_path, text, label_range=(1, 5)), 1)
+SPLITS = [  # columns after the labels; path and cells of each row; error of fold 1, or none
+    ("split", ("a,train", "b,Valid", "c,TESTING"), ""),
+    ("split", ("a,training", "b,val", "c,test"), ""),
+    ("split", ("a,train", "b,eval", "c,test"), ""),
+    ("split", ("a,train", "b,dev", "c,eval"), "splits dev and eval: rename one"),
+    ("split", ("a,train", "b,test"), "the dev split is empty"),
+    ("session,speaker", ("a,0,anna", "b,1,ben", "c,2,anna"), "speaker anna is in both"),
+    ("session", ("a,s1", "b,S1", "c,s2"), r"s1 in row 2 \(u0\) and S1 in row 3 .*in spelling"),
+    ("speaker", ("a,ANNA", "b,ben", "c,anna"), r"ANNA in row 2 \(u0\) and anna in row 4"),
+    ("speaker", ("a,1", "b,2", "c,01"), "speaker 1 in row 2 .* and 01 in row 4"),
+    ("speaker", ("a,José", "b,2", "c,Jose\u0301"), "differ in spelling"),
+    # the same audio in two splits
+    ("split", ("a,train", "a,dev", "c,test"), r"row 2 \(u0\) in train and row 3 \(u1\) in dev are"),
+    ("split", ("a,train", "b,dev", "../corpus/a,test"), "row 2 .* in train and row 4 .* in test"),
+    ("split", ("a,train", "link,dev", "c,test"), "the same part of .*/a.wav: remove one"),
+    ("split,start,end", ("a,train,0,.3", "a,dev,.2,.5", "c,test,0,.5"), "the same part of"),
+    ("split,start,end", ("a,train,,", "b,dev,,", "a,test,.3,.4"), "row 2 .* and row 4 .* in test"),
+    ("split,start,end", ("a,train,0,.3", "a,dev,.3,.5", "c,test,0,.5"), ""),
+    ("session,start,end", ("a,0,0,.3", "b,1,0,.3", "a,2,.2,.4"), "the same part of"),
+    # two people who talk at the same time, and one clip that is said to be of two
+    ("speaker,start,end", ("a,0,0,.3", "b,1,0,.3", "a,2,.2,.5"), ""),
+    ("speaker,start,end", ("a,0,0,.3", "b,1,0,.3", "a,2,.1,.4"), "the same part of"),
+    ("speaker", ("a,0", "b,1", "a,2"), "the same part of"),
+]
+
+
+@pytest.mark.parametrize(("columns", "rows", "fault"), SPLITS)
+def test_splits_that_share_a_speaker_or_audio_are_refused_by_name(tmp_path, columns, rows, fault):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/link.wav").symlink_to("a.wav")
+    text = f"utt_id,path,valence,arousal,{columns}\n"
+    for i, row in enumerate(rows):
+        path, _, cells = row.partition(",")
+        text += f"u{i},{path}.wav,{i},3,{cells}\n"
+    expected = pytest.raises(UserError, match=fault) if fault else contextlib.nullcontext()
+    with expected:
+        corpus = read(tmp_path / "corpus", text, ("a.wav", "b.wav", "c.wav"), (0, 5))
+        corpus, _ = data.load_audio(corpus, tmp_path / "cache")
+        splits = corpora.make_splits(corpus, 1)
+        if columns == "split":
+            assert {s: r.tolist() for s, r in splits.items()} == {
+                "train": [0],
+                "dev": [1],
+                "test": [2],
+            }
 
 
 # ---------------------------------------------------------------- audio pack
-
-FORMATS = {
-    "plain.wav": (16_000, 1, {}),
-    "stereo.wav": (44_100, 2, {}),
-    "phone.wav": (8_000, 1, {}),
-    "deep.wav": (16_000, 1, {"subtype": "PCM_24"}),
-    "float.wav": (48_000, 1, {"subtype": "FLOAT"}),
-    "lossless.flac": (22_050, 1, {}),
-    "lossy.ogg": (16_000, 1, {}),
-    "lossy.mp3": (44_100, 2, {}),
-    "high.flac": (96_000, 2, {"subtype": "PCM_24"}),
-}
-
-
-def test_every_format_comes_out_as_the_same_mono_16_khz_tone(tmp_path):
-    for name, (rate, channels, options) in FORMATS.items():
-        audio = np.repeat(tone(1.5, rate)[:, None], channels, axis=1)
-        soundfile.write(tmp_path / name, audio, rate, **options)
-    text = HEADER + "".join(f"{n},{n},0.5,0.5\n" for n in FORMATS)
-    corpus, pack = data.load_audio(read(tmp_path, text, clips=()), tmp_path / "cache")
-    assert len(corpus.utterances) == len(FORMATS)
-    for row, u in enumerate(corpus.utterances):
-        audio = pack.read(row)
-        assert audio.dtype == np.float32
-        slack = 0.08 if u.utt_id.endswith("mp3") else 0.001  # mp3 pads its frames
-        assert len(audio) / SAMPLE_RATE == pytest.approx(1.5, abs=slack)
-        middle = audio[8000:16000]
-        spectrum = np.abs(np.fft.rfft(middle * np.hanning(8000)))
-        assert np.argmax(spectrum) * 2 == pytest.approx(200, abs=2)
-        assert np.sqrt(np.mean(middle**2)) == pytest.approx(0.2236, rel=0.05)
-    assert "audio resampled from 44100 Hz: 2 utterances" in corpus.notes
-    assert "audio mixed to mono from 2 channels: 3 utterances" in corpus.notes
 
 
 def test_sixteen_bit_samples_at_16_khz_are_kept_and_a_very_short_clip_is_padded(tmp_path):
@@ -388,40 +373,24 @@ def test_an_unusable_file_is_skipped_and_named_and_rows_stay_aligned(tmp_path):
         data.load_audio(all_rows, tmp_path / "cache")
 
 
-def test_nothing_is_left_of_a_cache_whose_building_failed(tmp_path):
-    def fail(aside):
-        (aside / "half").write_text("half")
-        raise RuntimeError("disk on fire")
-
-    with pytest.raises(RuntimeError):
-        files.build_dir(tmp_path / "cache" / "x", fail)
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".x.lock"]
-
-
 # ---------------------------------------------------------------- prosody, speakers, features
 
 
-def test_egemaps_equals_opensmile_called_directly_and_follows_the_audio(small):
+def test_egemaps_equals_opensmile_called_directly_in_one_process_and_in_several(tmp_path):
     opensmile = pytest.importorskip("opensmile")
-    corpus, pack, cache = small
-    rows = [0, 7, 23]
-    part, few = pack.part(rows), data.dataclasses.replace(corpus)
-    part.key = "three"
-    features = data.egemaps(few, part, cache)
+    corpus, pack = data.load_audio(corpus_of(tmp_path, [0.3] * 51), tmp_path / "cache")
+    features = data.egemaps(corpus, pack, tmp_path / "cache")  # 51 clips: several processes
+    assert features.shape == (51, 88) and features.dtype == np.float32
     smile = opensmile.Smile(opensmile.FeatureSet.eGeMAPSv02, opensmile.FeatureLevel.Functionals)
+    rows = [0, 20, 50]
+    part = pack.part(rows)
+    part.key = "three"
+    few = data.egemaps(corpus, part, tmp_path / "cache")
     for i, row in enumerate(rows):
         expected = smile.process_signal(pack.read(row), SAMPLE_RATE).to_numpy()[0]
-        np.testing.assert_array_equal(features[i], expected.astype(np.float32))
-    assert features.shape == (3, 88) and features.dtype == np.float32
-    np.testing.assert_array_equal(data.egemaps(few, part, cache), features)  # cached
-
-
-def test_egemaps_of_a_larger_corpus_by_processes_equals_one_process(tmp_path):
-    pytest.importorskip("opensmile")
-    corpus = corpus_of(tmp_path, [0.3] * 51)
-    corpus, pack = data.load_audio(corpus, tmp_path / "cache")
-    features = data.egemaps(corpus, pack, tmp_path / "cache")
-    np.testing.assert_array_equal(features[[0, 20, 50]], data.egemaps_of(pack.part([0, 20, 50])))
+        np.testing.assert_array_equal(features[row], expected.astype(np.float32))
+        np.testing.assert_array_equal(few[i], features[row])
+    np.testing.assert_array_equal(data.egemaps(corpus, part, tmp_path / "cache"), few)  # cached
 
 
 def tiny_xvector(folder, seed=0):
@@ -464,26 +433,36 @@ def write_features(corpus, folder):
         np.save(folder / f"{u.utt_id}.npy", array)
 
 
-def test_frame_features_give_their_width_and_lengths(small, tmp_path):
-    corpus, _, _ = small
-    write_features(corpus, tmp_path)
+@pytest.mark.parametrize("rate", [50, 100, 12.5])
+def test_seconds_of_feature_files_are_counted_at_their_own_rate(tmp_path, rate):
+    """The rate is that of frames and audio; windows, cap and evaluation batches follow it."""
+    corpus, _ = data.load_audio(corpus_of(tmp_path, [1.0, 2.0, 4.0] * 2), tmp_path / "cache")
+    for u in corpus.utterances:
+        frames = round(rate * soundfile.info(u.path).duration) - 1  # as convolutions leave it
+        np.save(tmp_path / f"{u.utt_id}.npy", np.arange(frames * 6.0).reshape(-1, 6))
     features = FrameFeatures(corpus, tmp_path)
-    assert features.dim == 6 and features.lengths.tolist() == list(range(5, 29))
-    assert features.read(3).shape == (8, 6) and features.read(3).dtype == np.float32
-    dataset = batches_of(corpus, None, features=features, max_seconds=0.2)
-    batch = dataset[BatchSpec(((0,), (20,)), epoch=1)]
-    assert batch["frames"].shape == (2, 10, 6)  # 0.2 s of 50 frames per second
-    assert batch["frame_mask"].sum(1).tolist() == [5, 10]
+    assert features.dim == 6 and features.rate == pytest.approx(rate, rel=0.05)
+    assert re.fullmatch(r"features: [\d.]+ frames per second", features.describe())
+    dataset = batches_of(corpus, None, features=features, max_seconds=2.5)
+    longest = np.argmax(features.lengths)
+    assert dataset.lengths[longest] == int(2.5 * features.rate) and dataset.num_cut == 2
+    batch = dataset[BatchSpec(((0,), (int(longest),)))]
+    assert batch["frames"].shape[1] == dataset.lengths[longest]
+    assert batch["frame_mask"].sum(1).tolist() == dataset.lengths[[0, longest]].tolist()
+    assert batch["audio_seconds"] == pytest.approx(3.5, rel=0.1)
+    assert len(data.eval_plan(dataset, np.arange(6), 0, 1)) == 1  # 64 s of audio
+    twice = FrameFeatures(corpus, tmp_path, 2 * rate)  # --feature_rate wins
+    assert batches_of(corpus, None, features=twice, max_seconds=2.5).num_cut == 0
     with pytest.raises(UserError, match="--augment works on waveforms"):
         batches_of(corpus, None, features=features, augment=True)
 
 
-def test_missing_feature_files_are_counted_and_the_way_out_is_named(small, tmp_path):
+def test_feature_files_that_do_not_follow_the_audio_are_said_to(small, tmp_path):
     corpus, _, _ = small
-    with pytest.raises(UserError) as error:
-        FrameFeatures(corpus, tmp_path)
-    for fragment in ("24 of 24 missing", "u000.npy", "--features_dir", "faces.py"):
-        assert fragment in str(error.value)
+    for u in corpus.utterances:
+        np.save(tmp_path / f"{u.utt_id}.npy", np.zeros((16, 6)))
+    said = FrameFeatures(corpus, tmp_path).describe()
+    assert re.search(r"frames per second, but \d+.* to \d+.* do they belong to this audio", said)
 
 
 # ---------------------------------------------------------------- batches
@@ -535,8 +514,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row_and_absent_in_evaluati
         dataset = batches_of(corpus, pack, augment=augment, seed=seed)
         return dataset[BatchSpec(((row,),), epoch)]["input_values"][0]
 
-    same = [torch.equal(audio(epoch), audio(epoch)) for epoch in range(4)]
-    assert all(same)
+    assert all(torch.equal(audio(epoch), audio(epoch)) for epoch in range(4))
+    rngs = map(np.random.default_rng, range(20))
     drawn = [audio(epoch, seed) for epoch in range(4) for seed in range(3)]
     assert len({tuple(a.tolist()) for a in drawn}) > 8
     np.testing.assert_array_equal(audio(-1), pack.read(20))
@@ -544,6 +523,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row_and_absent_in_evaluati
     for waveform in drawn:
         assert waveform.isfinite().all() and waveform.abs().max() <= 1
         assert 0.9 < len(waveform) / pack.lengths[20] < 1.12
+    silence = [data.augment_waveform(np.zeros(4000, np.float32), rng) for rng in rngs]
+    assert np.isfinite(np.concatenate(silence)).all()
 
 
 def test_augmented_audio_never_exceeds_max_seconds_nor_falls_below_400_samples(small, tmp_path):
@@ -566,12 +547,6 @@ def test_training_draws_a_window_and_evaluation_takes_the_first(small):
     np.testing.assert_array_equal(first, pack.read(23)[:8000])
     drawn = {tuple(dataset[BatchSpec(((23,),), e)]["input_values"][0].tolist()) for e in range(5)}
     assert len(drawn) == 5 and {len(window) for window in drawn} == {8000}
-
-
-def test_silence_survives_augmentation():
-    for seed in range(20):
-        audio = data.augment_waveform(np.zeros(4000, np.float32), np.random.default_rng(seed))
-        assert np.isfinite(audio).all()
 
 
 def test_spawned_workers_give_the_same_batches_and_pickles_carry_no_audio(small, tmp_path):
@@ -604,7 +579,8 @@ def iemocap_like():
 
 
 def plan(world, batch_size=8, accumulation=1, context=1, rank=0, world_size=1, seed=0):
-    return TrainPlan(*world, batch_size, accumulation, context, rank, world_size, seed)
+    labelled = np.ones((len(world[0]), 2), bool)
+    return TrainPlan(*world, batch_size, accumulation, context, rank, world_size, seed, labelled)
 
 
 def rows_of(spec):
@@ -731,16 +707,17 @@ def test_evaluation_covers_each_row_once_in_batches_that_world_size_does_not_cha
     assert max(loads) < 1.01 * min(loads)
 
 
-def test_an_utterance_longer_than_the_evaluation_budget_is_a_batch_of_its_own():
-    clips = SimpleNamespace(lengths=np.array([32, 65, 32]), rate=1)
-    specs = data.eval_plan(clips, np.arange(3), 0, 1)
-    assert sorted(tuple(rows_of(spec)) for spec in specs) == [(0, 2), (1,)]
-
-
-def test_an_evaluation_without_padding_has_one_length_in_a_batch():
-    clips = SimpleNamespace(lengths=np.array([5, 7, 5, 6]), rate=1)
-    specs = data.eval_plan(clips, np.arange(4), 0, 1, unpadded=True)
-    assert sorted(tuple(rows_of(spec)) for spec in specs) == [(0, 2), (1,), (3,)]
+@pytest.mark.parametrize(
+    ("lengths", "unpadded", "batches"),
+    [
+        ([32, 65, 32], False, [(0, 2), (1,)]),  # longer than the budget: alone
+        ([5, 7, 5, 6], True, [(0, 2), (1,), (3,)]),
+    ],
+)
+def test_evaluation_batches_keep_to_64_seconds_or_to_one_length(lengths, unpadded, batches):
+    clips = SimpleNamespace(lengths=np.array(lengths), rate=1)
+    specs = data.eval_plan(clips, np.arange(len(lengths)), 0, 1, unpadded)
+    assert sorted(tuple(rows_of(spec)) for spec in specs) == batches
 
 
 # ---------------------------------------------------------------- demo corpus
@@ -789,30 +766,28 @@ def test_the_demo_corpus_has_five_sessions_of_two_speakers_in_iemocap_layout(dem
 # ---------------------------------------------------------------- command line
 
 
-def cli(*argv):
-    command = [sys.executable, str(REPO / "data.py"), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-def test_the_command_line_prints_what_one_wants_to_know_before_training(tmp_path):
+def test_the_command_line_prints_what_one_wants_to_know_before_training(tmp_path, capfd):
     corpus_of(tmp_path, [0.2 + 0.01 * i for i in range(24)])
+    flags = data.parse_args(
+        ["--data", str(tmp_path / "c.csv"), "--cache_dir", str(tmp_path / "cache")]
+    )
+
+    def inspect():
+        return files.run_script("data.py", lambda: data.inspect(flags)), *capfd.readouterr()
+
+    code, _, fault = inspect()
+    assert code == 2 and "arousal is 0.5 everywhere, nothing to learn" in fault
+    assert len(fault.splitlines()) == 1
     (tmp_path / "u000.wav").write_text("this is no audio")
     lines = (tmp_path / "c.csv").read_text().splitlines()
     varied = [line.replace(",0.5,", f",{i % 10 / 10},") for i, line in enumerate(lines)]
     (tmp_path / "c.csv").write_text("\n".join(varied))
-    done = cli("--data", tmp_path / "c.csv", "--cache_dir", tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    said = ("utterances  23", "3 speakers", "seconds     mean", "####", "fold 3", "skipped     1")
-    for text in (*said, "u000", "correlation of valence and arousal"):
-        assert text in done.stdout
-    assert done.stderr == ""  # no progress bar without a terminal
-
-
-def test_the_command_line_ends_with_2_and_one_line_on_a_corpus_that_cannot_be_trained_on(tmp_path):
-    read(tmp_path, HEADER + "a,a.wav,0.2,0.4\nb,b.wav,0.3,0.8\n")
-    done = cli("--data", tmp_path / "manifest.csv", "--cache_dir", tmp_path / "cache")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and "column split" in done.stderr
+    code, said, fault = inspect()
+    assert (code, fault) == (0, "")  # no progress bar without a terminal
+    for text in ("utterances  23", "3 speakers", "seconds     mean", "####", "skipped     1"):
+        assert text in said
+    assert "(u000)" in said and "correlation of valence and arousal" in said
+    assert re.search(r"fold 3\nsplit +utterances.*\ntrain +\d+ +0.00 .*\n +dev ", said)
 
 
 # ---------------------------------------------------------------- faces.py

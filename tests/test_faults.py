@@ -30,19 +30,12 @@ from fault_kills import (
     real_fp16,
     run_ranks,
 )
-from matplotlib.figure import Figure
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
-from train import main, parse_args, run
+from train import cli, main, parse_args
 from util.runs import load_last, read_checkpoint, save_checkpoint
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """They are most of a small run's time."""
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -173,22 +166,26 @@ def test_no_damage_to_a_checkpoint_is_silent(flags, tmp_path, capsys, count):
     assert main(parse_args(other.flags)) == 0
     capsys.readouterr()
 
-    def resumed(*damaged):
+    def resumed(*damaged, until="done in"):
         directory = tmp_path / "case"
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(tmp_path / "stopped", directory)
         victim = Run(flags, directory)
         for name, harm in damaged:
             harm(victim.directory / name)
-        code = run([*victim.flags, "--resume"])
+        with raise_on(until):
+            code = cli([*victim.flags, "--resume"])
         return victim, code, capsys.readouterr()
 
     kinds = damages(0, count)
-    for kind, harm in kinds.items():
-        victim, code, said = resumed(("last.pt", harm))
-        assert code == 0, (kind, said.err)
+    for i, (kind, harm) in enumerate(kinds.items()):
+        to_the_end = i == 0 or count > 1  # the others begin from the same older checkpoint
+        until = "done in" if to_the_end else "^vatune"
+        victim, code, said = resumed(("last.pt", harm), until=until)
+        assert code == (0 if to_the_end else 75), (kind, said.err)
         assert "last.pt" in said.out and "continuing from" in said.out, kind
-        assert_same_outcome(whole, victim)
+        if to_the_end:
+            assert_same_outcome(whole, victim)
 
     def swap(path):
         shutil.copy(other.directory / path.name, path)
@@ -223,11 +220,8 @@ def test_a_resume_from_the_spare_keeps_the_spare_until_there_is_a_better_one(fla
         (r"^step +2/", 0, "metrics.jsonl", 0),
         ("best.pt", 0, "predictions_dev.csv", 0),
         ("last.pt", 0, "status.json", 3),
-        (r"^epoch +2 . dev.* best$", 100_000, "best.pt", 3),
         (r"^epoch +2 . dev", 400_000, "last.pt", 3),
-        (r"^best epoch . . test", 0, "predictions_test.csv", 6),
         ("predictions_test.csv", 0, "embedding_test.npy", 6),
-        ("embedding_test.npy", 0, "metrics.jsonl", 6),
     ],
 )
 def test_a_full_disk_spares_what_is_there_and_the_run_goes_on_after(
@@ -250,16 +244,43 @@ def test_a_full_disk_spares_what_is_there_and_the_run_goes_on_after(
     with monkeypatch.context() as patch, OnLine(when, fill_disk):
         patch.setattr(os, "replace", replace_and_fill)
         try:
-            assert run(victim.flags) == 1
+            assert cli(victim.flags) == 1
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"/{file}: File too large: free disk space" in said, said
+    assert said.count("\n") == 1 and f"/{file}: File too large: raise the limit" in said, said
     exists = (victim.directory / "last.pt").exists()
     assert (progress_of(victim)["step"] if exists else 0) == saved
-    assert run([*victim.flags, "--resume"]) == 0
+    assert cli([*victim.flags, "--resume"]) == 0
     assert_same_outcome(whole, victim)
     assert not list(victim.directory.glob(".*"))
+
+
+def lose_streams(kind, *numbers):
+    """What the shell does for `| head`, `> /dev/full` and `>&-`."""
+    for number in numbers:
+        if kind == "closed":
+            setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+            os.close(number)
+        elif kind == "full":
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+        else:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, number)
+
+
+@pytest.mark.parametrize("kind", ["closed", "full", "without a reader"])
+def test_a_run_goes_on_when_its_output_is_closed_or_full_and_an_error_keeps_its_code(
+    flags, tmp_path, kind
+):
+    victim = Run([*flags, "--epochs", "1"], tmp_path)
+    assert run_ranks(victim.flags, victim.log, 1, (lose_streams, kind, 1)) == [0]
+    log = (victim.directory / "train.log").read_text()
+    assert "done in" in log and (victim.directory / "result.json").exists()
+    assert ("stdout cannot be written" in log) == (kind != "closed")
+    assert run_ranks(victim.flags, victim.log, 1, (lose_streams, kind, 0, 1, 2)) == [2]
+    assert victim.console() == ""
 
 
 # --- signals
@@ -273,36 +294,31 @@ def test_a_full_disk_spares_what_is_there_and_the_run_goes_on_after(
 def test_a_run_stopped_while_it_evaluates_resumes_bit_for_bit(flags, tmp_path, whole, line, epoch):
     parted = Run(flags, tmp_path)
     with raise_on(line):
-        assert run(parted.flags) == 75
+        assert cli(parted.flags) == 75
     assert progress_of(parted)["epoch"] == epoch
     assert parted.status()["exit_code"] == 75
-    assert run([*parted.flags, "--resume"]) == 0
+    assert cli([*parted.flags, "--resume"]) == 0
     assert_same_outcome(whole, parted)
 
 
-def stop_in_evaluation(which):
-    """SIGTERM to rank `which` in the second of its batches of evaluation, which are small."""
+def stop_in_evaluation():
+    """SIGTERM to rank 1 in the second of its batches of evaluation, which are small."""
     data.EVAL_SECONDS, batches = 3, []
 
     def stop(module, inputs):
         if type(module).__name__ == "WavLMEncoder" and not module.training:
             batches.append(inputs)
-            if len(batches) == 2 and os.environ["RANK"] == which:
+            if len(batches) == 2 and os.environ["RANK"] == "1":
                 signal.raise_signal(signal.SIGTERM)
 
     register_module_forward_pre_hook(stop)
 
 
 def test_ranks_stop_together_in_the_middle_of_an_evaluation(flags, tmp_path):
-    flags = [*flags, "--batch_size", "4", "--epochs", "1"]
-    whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
-    assert run_ranks(whole.flags, whole.log, 2, (stop_in_evaluation, "none")) == [0, 0]
-    assert run_ranks(parted.flags, parted.log, 2, (stop_in_evaluation, "1")) == [75, 75]
+    parted = Run([*flags, "--batch_size", "4", "--epochs", "1"], tmp_path)
+    assert run_ranks(parted.flags, parted.log, 2, (stop_in_evaluation,)) == [75, 75]
     progress = progress_of(parted)
     assert (progress["step"], progress["epoch"]) == (3, 0)
-    again = [*parted.flags, "--resume"]
-    assert run_ranks(again, parted.log, 2, (stop_in_evaluation, "none")) == [0, 0]
-    assert_same_outcome(whole, parted)
 
 
 def stop_in(monkeypatch, name):
@@ -331,11 +347,10 @@ def test_a_signal_in_a_start_is_75_and_the_next_start_is_like_the_first(
     flags, tmp_path, monkeypatch, whole, phase
 ):
     parted = Run(flags, tmp_path)
-    for _ in range(2):
-        with monkeypatch.context() as patch:
-            stop_in(patch, phase)
-            assert run([*parted.flags, "--resume"]) == 75
-    assert run([*parted.flags, "--resume"]) == 0
+    with monkeypatch.context() as patch:
+        stop_in(patch, phase)
+        assert cli([*parted.flags, "--resume"]) == 75
+    assert cli([*parted.flags, "--resume"]) == 0
     assert_same_outcome(whole, parted)
     assert not list(parted.directory.glob(".*"))
 
@@ -352,15 +367,15 @@ def test_a_signal_while_a_cache_fills_leaves_no_half_of_it(flags, tmp_path, monk
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", stopping)
-            assert run([*flags, "--resume"]) == 75
+            assert cli([*flags, "--resume"]) == 75
         assert not [path for path in cache.glob(".*") if path.is_dir()]
         assert not list(cache.glob(f"{what}-*"))
-    assert run([*flags, "--resume"]) == 0
+    assert cli([*flags, "--resume"]) == 0
 
 
 def test_a_signal_at_any_moment_saves_and_the_run_ends_the_same(flags, tmp_path):
     """To all processes of the run at once, as a terminal does: workers live on."""
-    flags = [*flags, "--num_workers", "1", "--epochs", "16", "--log_every", "2"]
+    flags = [*flags, "--num_workers", "1", "--epochs", "8", "--log_every", "2"]
     whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
     assert whole.start().wait() == 0, whole.console()
     rng = random.Random(0)
@@ -416,10 +431,21 @@ def two_ranks(flags, tmp_path):
     return Run([*flags, *more], tmp_path / "two", ranks=2)
 
 
+def signal_in_step(number):
+    """A signal to rank 1 in its fourth step."""
+    steps = []
+
+    def count(*_):
+        steps.append(1)
+        if len(steps) == 4 and os.environ["RANK"] == "1":
+            signal.raise_signal(number)
+
+    register_optimizer_step_post_hook(count)
+
+
 def test_a_signal_to_one_rank_stops_both_at_one_step(two_ranks):
-    two_ranks.start("--save_every", "1000000")
-    os.kill(under_way(two_ranks)[1], signal.SIGTERM)
-    assert ended_by(two_ranks.process, 10) < 10
+    argv = [*two_ranks.flags, "--save_every", "1000000"]
+    assert run_ranks(argv, two_ranks.log, 2, (signal_in_step, signal.SIGTERM)) == [75, 75]
     assert two_ranks.status()["exit_code"] == 75, two_ranks.console()
     last = progress_of(two_ranks)
     assert last["step"] == two_ranks.status()["step"] == two_ranks.records()[-1]["step"]
@@ -537,10 +563,10 @@ def test_a_dead_or_stalled_worker_is_one_line_that_names_it(flags, tmp_path, fau
 
 @pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_that_were_not_forked_end_with_their_rank(flags, tmp_path, method):
-    victim = Run([*flags, "--num_workers", "2", *LONG], tmp_path, method=method)
+    victim = Run([*flags, "--num_workers", "1", *LONG], tmp_path, method=method)
     victim.start()
     assert victim.until(lambda: len(victim.records()) > 4), victim.console()
-    assert len(processes_of(tmp_path)) > 2
+    assert len(processes_of(tmp_path)) > 1
     os.kill(victim.process.pid, signal.SIGKILL)
     gone(tmp_path, 10)  # a worker that is still starting ends when it has imported torch
 
@@ -570,16 +596,8 @@ def test_a_rank_whose_data_is_bad_says_so_and_all_ranks_end(flags, tmp_path, wor
     if fault == "missing":
         (tmp_path / "bad" / "frames" / "s1d0t0.npy").unlink()
     more = ["--encoder", "transformer", "--features_dir", "frames", "--d_model", "64"]
-    more += [
-        "--num_layers",
-        "1",
-        "--batch_size",
-        "4",
-        "--num_workers",
-        workers,
-        "--unfreeze",
-        "none",
-    ]
+    more += ["--num_layers", "1", "--batch_size", "4", "--unfreeze", "none"]
+    more += ["--num_workers", workers]
     victim = Run([*flags, *more], tmp_path / "run")
     begin = time.monotonic()
     codes = run_ranks(victim.flags, victim.log, 2, (look_elsewhere, str(tmp_path)), seconds=60)
@@ -657,9 +675,9 @@ def test_what_is_not_finite_is_named_weights_apart_from_moments(flags, where, sa
 
 
 def test_twenty_skipped_steps_in_a_row_are_an_error(flags, monkeypatch):
-    """test_watch has a run that skips fewer."""
+    """test_resume has a run that skips fewer."""
     real_fp16(monkeypatch.setattr, init_scale=2.0**127, backoff_factor=0.9999)
-    more = ["--amp", "fp16", "--device", "auto", "--epochs", "8"]
+    more = ["--amp", "fp16", "--device", "auto", "--epochs", "8", "--eval_every", "8"]
     with pytest.raises(FloatingPointError, match=r"step 20: loss .* scale 1.*e\+38 on s3"):
         main(parse_args([*flags, *more]))
 
@@ -698,12 +716,11 @@ def test_a_step_has_at_most_three_collectives(flags, tmp_path):
 # --- two runs, and kills
 
 
-@pytest.mark.parametrize("more", [["--resume"], ["--overwrite"]])
-def test_of_two_runs_in_one_directory_exactly_one_wins(flags, tmp_path, more):
+def test_of_two_runs_in_one_directory_exactly_one_wins(flags, tmp_path):
     one, two = Run(flags, tmp_path), Run(flags, tmp_path)
     two.log = tmp_path / "second.log"
-    one.start(*more)
-    two.start(*more)
+    one.start("--resume")
+    two.start("--overwrite")
     codes = [one.wait(), two.wait()]
     assert sorted(codes) == [0, 2], one.console() + two.console()
     loser = two if codes[1] else one
@@ -711,6 +728,7 @@ def test_of_two_runs_in_one_directory_exactly_one_wins(flags, tmp_path, more):
     assert one.status()["exit_code"] == 0 and len(one.records()) == 9
 
 
+@pytest.mark.slow
 def test_four_kills_change_nothing(flags, tmp_path):
     flags = [*flags, *EVERYTHING, "--save_every", "1", "--epochs", "3"]
     kill_and_compare(flags, tmp_path, ranks=1, kills=4, rng=random.Random(0))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 BASE = {"util.files", "util.audio", "util.tracing", "util.distributed", "wavlm"}
 BELOW = {  # what a module may import of ours
     "util.files": set(),
-    "util.audio": set(),
+    "util.audio": {"util.files"},
     "util.tracing": {"util.files"},
     "util.distributed": {"util.files"},
     "wavlm": {"util.files"},

@@ -168,23 +168,17 @@ NAMES = (
 STEREO = np.c_[tone(), tone()]
 RATE, BYTES_PER_SECOND, CHANNELS, CODEC, ALIGN, BITS, DATA = 24, 28, 22, 20, 32, 34, 40  # offsets
 
+SUBTYPES = ("PCM_U8", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ALAW", "ULAW", "IMA_ADPCM")
+CONTAINERS = ("w64", "rf64", "aiff", "au")  # which say how long they are
+RATES = (4_000, 8_000, 11_025, 44_100, 96_000, 192_000)
+
+VIDEO = ("cannot be decoded (ffmpeg", "needs the program ffmpeg")  # with ffmpeg, and without
 AUDIO = [
     # valid, if rare: read as they are
-    ("8-bit wav", sound(subtype="PCM_U8"), KEPT, ""),
-    ("24-bit wav", sound(subtype="PCM_24"), KEPT, ""),
-    ("32-bit wav", sound(subtype="PCM_32"), KEPT, ""),
-    ("float wav", sound(subtype="FLOAT"), KEPT, ""),
-    ("64-bit float wav", sound(subtype="DOUBLE"), KEPT, ""),
-    ("A-law", sound(subtype="ALAW"), KEPT, ""),
-    ("mu-law", sound(subtype="ULAW"), KEPT, ""),
-    ("IMA ADPCM", sound(subtype="IMA_ADPCM"), KEPT, ""),
+    *((x, sound(subtype=x), KEPT, "") for x in SUBTYPES),
+    *((x, sound(f"x.{x}"), KEPT, "") for x in ("flac", "ogg", "mp3", *CONTAINERS, "caf")),
     ("wav extensible", sound(format="WAVEX"), KEPT, ""),
     ("big-endian wav", sound(endian="BIG"), KEPT, ""),
-    ("rf64", sound("x.rf64"), KEPT, ""),
-    ("w64", sound("x.w64"), KEPT, ""),
-    ("aiff", sound("x.aiff"), KEPT, ""),
-    ("au", sound("x.au"), KEPT, ""),
-    ("caf", sound("x.caf"), KEPT, ""),
     ("opus", sound("x.ogg", format="OGG", subtype="OPUS"), KEPT, ""),
     ("flac named wav", sound("x.wav", format="FLAC"), KEPT, ""),
     ("wav named mp3", sound("x.mp3", format="WAV"), KEPT, ""),
@@ -196,21 +190,16 @@ AUDIO = [
     ("one byte too many", header(tail=b"x"), KEPT, ""),
     ("broken chunk after the samples", header(tail=b"LIST\xff\xff\0\0junk"), KEPT, ""),
     ("link inside the data root", link("real.wav"), KEPT, ""),
+    ("times of NaN", times("nan", "NaN"), KEPT, ""),
     # mended and counted
     ("stereo", sound(samples=STEREO), FIXED, "mixed to mono from 2 channels"),
     ("6 channels", sound(samples=np.c_[STEREO, STEREO, STEREO]), FIXED, "mixed to mono from 6"),
     ("a silent channel", sound(samples=STEREO * [1, 0]), FIXED, "mixed to mono from 2 channels"),
     ("opposite phases", sound(samples=STEREO * [1, -1]), FIXED, "the first one taken"),
-    ("4 kHz", sound(rate=4_000), FIXED, "resampled from 4000 Hz"),
-    ("8 kHz", sound(rate=8_000), FIXED, "resampled from 8000 Hz"),
-    ("11.025 kHz", sound(rate=11_025), FIXED, "resampled from 11025 Hz"),
-    ("44.1 kHz", sound(rate=44_100), FIXED, "resampled from 44100 Hz"),
-    ("96 kHz", sound(rate=96_000), FIXED, "resampled from 96000 Hz"),
-    ("192 kHz", sound(rate=192_000), FIXED, "resampled from 192000 Hz"),
+    *((f"{x} Hz", sound(rate=x), FIXED, f"resampled from {x} Hz") for x in RATES),
     ("float of 1.5", sound(samples=tone() * 5, subtype="FLOAT"), FIXED, "above full scale"),
     ("overdriven", sound(samples=(tone() * 9).clip(-1, 1)), FIXED, "clipped when it was recorded"),
-    ("100 samples", sound(samples=tone()[:100]), FIXED, "padded to 400 samples"),
-    ("399 samples", sound(samples=tone()[:399]), FIXED, "padded to 400 samples"),
+    *((f"{n} samples", sound(samples=tone()[:n]), FIXED, "padded to 400") for n in (100, 399)),
     ("wav without its last 5 %", cut("x.wav", 0.95), FIXED, "a little shorter than"),
     ("mp3 without its last 5 %", cut("x.mp3", 0.95), FIXED, "a little shorter than"),
     ("end a little behind the file", times("0", "1.05"), FIXED, "a little shorter than"),
@@ -221,13 +210,8 @@ AUDIO = [
     # skipped and named
     ("half a wav", cut("x.wav", 0.5), SKIPPED, "samples missing (50 %)"),
     ("half a float wav", cut("x.wav", 0.5, subtype="FLOAT"), SKIPPED, "samples missing (50 %)"),
-    ("half a w64", cut("x.w64", 0.5), SKIPPED, "samples missing (50 %)"),
-    ("half an rf64", cut("x.rf64", 0.5), SKIPPED, "samples missing (50 %)"),
-    ("half an aiff", cut("x.aiff", 0.5), SKIPPED, "samples missing (50 %)"),
-    ("half an au", cut("x.au", 0.5), SKIPPED, "samples missing (50 %)"),
-    ("half a caf", cut("x.caf", 0.5), SKIPPED, "cannot be decoded"),
-    ("half a flac", cut("x.flac", 0.5), SKIPPED, "cannot be decoded"),
-    ("half an ogg", cut("x.ogg", 0.5), SKIPPED, "cannot be decoded"),
+    *((f"half a {x}", cut(f"x.{x}", 0.5), SKIPPED, "missing (50 %)") for x in CONTAINERS),
+    *((f"half a {x}", cut(f"x.{x}", 0.5), SKIPPED, "be decoded") for x in ("caf", "flac", "ogg")),
     ("ogg without its last page", cut("x.ogg", 0.95), SKIPPED, "no samples"),
     ("half an opus", cut("x.opus", 0.5, format="OGG", subtype="OPUS"), SKIPPED, "cannot be"),
     ("half an mp3", cut("x.mp3", 0.5), SKIPPED, "samples missing"),
@@ -242,7 +226,7 @@ AUDIO = [
     ("zero bytes", raw(bytes(32_000)), SKIPPED, "cannot be decoded"),
     ("random bytes", raw(random.Random(0).randbytes(32_000)), SKIPPED, "cannot be decoded"),
     ("fLaC and zeros", raw(b"fLaC" + bytes(1000), "x.flac"), SKIPPED, "cannot be decoded"),
-    ("a video", raw(b"\0\0\0\x20ftypisom" + bytes(5000), "x.mp4"), SKIPPED, "cannot be decoded"),
+    ("a damaged video", raw(b"\0\0\0\x20ftypisom" + bytes(5000), "x.mp4"), SKIPPED, VIDEO),
     ("headerless", raw(bytes(32_000), "x.raw"), SKIPPED, "cannot be decoded"),
     ("all zero", sound(samples=np.zeros(16_000)), SKIPPED, "no sound"),
     ("a constant", sound(samples=np.full(16_000, 0.5)), SKIPPED, "no sound"),
@@ -287,7 +271,7 @@ AUDIO = [
     ("closed folder", locked(0o644, 0), REFUSED, "cannot be followed"),
     ("end before start", times("0.5", "0.2"), REFUSED, "start 0.5 and end 0.2"),
     ("negative start", times("-1", ""), REFUSED, "start -1"),
-    ("start of NaN", times("nan", ""), REFUSED, "start 'nan' is not a number"),
+    ("start in words", times("soon", ""), REFUSED, "start 'soon' is not a number"),
     ("start of 1e290", times("1e290", "1e300"), REFUSED, "start 1e+290"),
     ("end of 1e308", times("0", "1e308"), REFUSED, "end 1e+308"),
 ]
@@ -296,23 +280,21 @@ AUDIO = [
 
 HEADER = "utt_id,path,valence,arousal\n"
 MORE = "utt_id,path,valence,arousal,{}\na,a.wav,3,3,{}\n"
+SEMI = HEADER.replace(",", ";")
+RATED, CUTS = HEADER[:-1] + ",rater\n", HEADER[:-1] + ",rater,end\n"
+UNKNOWN = ("", "nan", "N/A", "None", "unk", "<UNK>", "-", "?", "-1", "-1.0", "unknown")
 CSV = [
     ("column missing", "utt_id,path,valence\n", REFUSED, "column arousal is missing (found:"),
     ("no header", "", REFUSED, "column utt_id is missing (found: none)"),
     ("column twice", "utt_id,path,valence,arousal,valence\n", REFUSED, "valence occurs twice"),
-    ("optional column twice", MORE.format("session,session", "1,2"), REFUSED, "session occurs"),
-    ("semicolons", "utt_id;path;valence;arousal\n", REFUSED, "(found: utt_id;path"),
     ("no rows", HEADER, REFUSED, "no usable utterance"),
     ("not UTF-8", HEADER.encode() + b"\xe4,a.wav,3,3\n", REFUSED, "not a UTF-8 CSV"),
     ("UTF-16", (HEADER + "a,a.wav,3,3\n").encode("utf-16"), REFUSED, "not a UTF-8 CSV"),
     ("label out of range", HEADER + "a,a.wav,7.2,3\n", REFUSED, "row 2: valence 7.2 is outside"),
     ("label in words", HEADER + "a,a.wav,high,3\n", REFUSED, "row 2: valence 'high' is not"),
-    ("label NaN", HEADER + "a,a.wav,3,nan\n", REFUSED, "row 2: arousal 'nan' is not a number"),
     ("label infinite", HEADER + "a,a.wav,inf,3\n", REFUSED, "row 2: valence 'inf' is not a number"),
-    ("label empty", HEADER + "a,a.wav,,3\n", REFUSED, "row 2: valence '' is not a number"),
     ("label with underscore", HEADER + "a,a.wav,1_2,3\n", REFUSED, "row 2: valence '1_2' is not"),
     ("label in Arabic digits", HEADER + "a,a.wav,٣,3\n", REFUSED, "is not a number"),
-    ("decimal comma", HEADER + 'a,a.wav,"2,5",3\n', REFUSED, "row 2: valence '2,5' is not"),
     ("decimal comma unquoted", HEADER + "a,a.wav,2,5,3\n", REFUSED, "row 2: more cells than"),
     ("cut off in a row", HEADER + "a,a.wav,3,3\nb,a.w", REFUSED, "row 3: fewer cells than columns"),
     ("stray quote", HEADER + 'a,a.wav,3,"3\nb,a.wav,3,3\n', REFUSED, "not a UTF-8 CSV file"),
@@ -324,14 +306,151 @@ CSV = [
     ("utt_id ..", HEADER + "..,a.wav,3,3\n", REFUSED, "utt_id '..' must name a file"),
     ("utt_id empty", HEADER + ",a.wav,3,3\n", REFUSED, "utt_id '' must name a file"),
     ("utt_id too long", HEADER + "a" * 201 + ",a.wav,3,3\n", REFUSED, "1 to 200 bytes"),
-    ("bad split", MORE.format("split", "eval"), REFUSED, "row 2: split 'eval' is not one of train"),
     ("empty split", MORE.format("split", ""), REFUSED, "row 2: split '' is not one of"),
-    ("empty session", MORE.format("session", ""), REFUSED, "row 2: session is empty"),
-    ("start in words", MORE.format("start", "x"), REFUSED, "row 2: start 'x' is not a number"),
-    ("column nobody reads", MORE.format("Session", "1"), FIXED, "columns not used: Session"),
+    (
+        "decimal comma",
+        HEADER + 'a,a.wav,"2,5",3\n',
+        REFUSED,
+        "row 2: valence '2,5' is not a number",
+    ),
+    (
+        "decimal commas and points",
+        SEMI + "a;a.wav;2,5;3.5\n",
+        REFUSED,
+        "commas (row 2) and points (r",
+    ),
+    ("decimal commas", SEMI + "a;a.wav;2,5;3\n", FIXED, "decimal commas read as points: 1 cells"),
+    ("one label empty", HEADER + "a,a.wav,,3\n", FIXED, "valence missing: 1 utterances"),
+    ("one label nan", HEADER + "a,a.wav,3,NaN\n", FIXED, "arousal missing: 1 utterances"),
+    ("one label n/a", HEADER + "a,a.wav,n/a,3\n", FIXED, "valence missing: 1 utterances"),
+    ("no label", HEADER + "b,a.wav,,nan\na,a.wav,3,3\n", SKIPPED, "no label"),
+    ("unlabelled row first", HEADER + "a,a.wav,,\na,a.wav,3,3\n", SKIPPED, "no label"),
+    (
+        "split of its own",
+        MORE.format("split", "held-out"),
+        REFUSED,
+        "row 2: split 'held-out' is not",
+    ),
+    ("column nobody reads", MORE.format("colour", "1"), FIXED, "columns not used: colour"),
+    ("column in another case", MORE.format("Session", "1"), FIXED, "columns taken: Session as"),
+    (
+        "column twice but for case",
+        MORE.format("Start,START", "0,1"),
+        REFUSED,
+        "Start and START can",
+    ),
+    (
+        "two names of a column",
+        MORE.format("begin,onset", "0,1"),
+        REFUSED,
+        "begin and onset can both",
+    ),
+    ("two names of the path", "id,file,wav,v,a\n", REFUSED, "file and wav can both be path"),
+    ("offset alone", MORE.format("offset", "1"), REFUSED, "offset can be a start or an end"),
+    (
+        "start in ms",
+        MORE.format("start_ms,end_ms", "1,9"),
+        REFUSED,
+        "start_ms is not understood: re",
+    ),
+    (
+        "end in samples",
+        MORE.format("start,endSample", "0,9"),
+        REFUSED,
+        "endSample is not understood",
+    ),
+    (
+        "start in words",
+        MORE.format("start", "x"),
+        REFUSED,
+        "row 2: start 'x' is not a number of sec",
+    ),
+    ("time of 61 minutes", MORE.format("end", "1:61:00"), REFUSED, "row 2: end '1:61:00' is not"),
+    (
+        "time of 75 seconds",
+        MORE.format("end", "0:75"),
+        REFUSED,
+        "row 2: end '0:75' is not a number",
+    ),
+    ("time with frames", MORE.format("end", "0:00:01:12"), REFUSED, "end '0:00:01:12' is not"),
+    (
+        "duration of 0",
+        MORE.format("start,duration", "0,0"),
+        REFUSED,
+        "start 0 and end 0 must satisfy",
+    ),
+    *((f"session {x}", MORE.format("session", x), REFUSED, "row 2: session") for x in UNKNOWN),
+    *((f"speaker {x}", MORE.format("speaker", x), REFUSED, "row 2: speaker") for x in UNKNOWN),
+    (
+        "rater twice",
+        RATED + "a,a.wav,3,3,A\na,a.wav,2,2,A\n",
+        REFUSED,
+        "row 3: utt_id a is already",
+    ),
+    (
+        "rater unknown",
+        RATED + "a,a.wav,3,3,A\na,a.wav,2,2,\n",
+        REFUSED,
+        "give each rater a name and",
+    ),
+    (
+        "raters of two cuts",
+        CUTS + "a,a.wav,3,3,A,1\na,a.wav,2,2,B,.5\n",
+        REFUSED,
+        "with another end",
+    ),
+    ("two raters", RATED + "a,a.wav,1,5,A\na,a.wav,4,,B\n", FIXED, "several raters: 1 utterances"),
+    (
+        "rating out of range",
+        RATED + "a,a.wav,1,5,A\na,a.wav,9,5,B\n",
+        REFUSED,
+        "row 3: valence 9 is",
+    ),
     ("spaces and byte-order mark", "\ufeffutt_id, path ,valence,arousal\na, a.wav,3,3\n", KEPT, ""),
     ("Windows line ends", HEADER.replace("\n", "\r\n") + "a,a.wav,3,3\r\n", KEPT, ""),
 ]
+
+ROW = ",".join(["a", "a.wav", "3", "2"])
+VALUES = [  # a manifest, and what is read of its first row
+    ("Utt_ID,PATH,Valence,AROUSAL,Speaker\n" + ROW + ",Eve\n", {"speaker": "Eve"}),
+    ("name,file,v,a,spk\n" + ROW + ",Eve\n", {"speaker": "Eve"}),
+    ("ID,FileName,EmoVal,EmoAct,SpkrID\n" + ROW + ",Eve\n", {"speaker": "Eve"}),
+    (
+        "id,audio_path,val,aro,speaker_id,sex\n" + ROW + ",Eve,F\n",
+        {"speaker": "Eve", "gender": "F"},
+    ),
+    (HEADER[:-1] + ",split,speaker\n" + ROW + ",Training,n/a\n", {"split": "train", "speaker": ""}),
+    (HEADER[:-1] + ",Begin Time (s),End Time (s)\n" + ROW + ",.2,.9\n", {"start": 0.2, "end": 0.9}),
+    (HEADER[:-1] + ",onset,offset\n" + ROW + ",.2,.9\n", {"start": 0.2, "end": 0.9}),
+    (HEADER[:-1] + ",StartTime,StopTime\n" + ROW + ",.2,.9\n", {"start": 0.2, "end": 0.9}),
+    (HEADER[:-1] + ",start,duration\n" + ROW + ",.2,.7\n", {"start": 0.2, "end": 0.9}),
+    (HEADER[:-1] + ",duration\n" + ROW + ",9\n", {"start": 0.0, "end": None}),
+    (HEADER[:-1] + ",start,end\n" + ROW + ",0:00,0:00:00.900\n", {"start": 0.0, "end": 0.9}),
+    (HEADER[:-1] + ",start,end\n" + ROW + ",1:02:03,62:04.5\n", {"start": 3723, "end": 3724.5}),
+    (HEADER[:-1] + ",start,end\n" + ROW + ",0 days 00:00:00.2,1 days 00:00:01\n", {"end": 86401}),
+    (HEADER.replace(",", "\t") + "a\ta.wav\t3\t2\n", {}),
+    (HEADER.replace(",", "|") + "a|a.wav|3|2\n", {}),
+    (SEMI[:-1] + ";end\n" + "a;a.wav;3;2,0;0:00,5\n", {"end": 0.5}),
+    (RATED + "a,a.wav,1,1,A\nb,b.wav,1,1,A\na,a.wav,5,,B\na,a.wav,3,3,C\n", {}),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), VALUES)
+@pytest.mark.parametrize("suffix", ["csv", "CSV", "tsv"])
+def test_a_manifest_is_read_by_any_usual_name_of_its_columns(tmp_path, text, expected, suffix):
+    for name in "ab":
+        sound(f"{name}.wav")(tmp_path)
+    (tmp_path / f"m.{suffix}").write_text(text, encoding="utf-8")
+    corpus = corpora.read_corpus(str(tmp_path / f"m.{suffix}"), None, (1, 5))
+    u = corpus.utterances[0]
+    assert (u.utt_id, u.path.name, u.valence, u.arousal) == ("a", "a.wav", 3, 2)
+    assert {name: getattr(u, name) for name in expected} == pytest.approx(expected)
+    if "rater" in text:
+        assert [u.utt_id for u in corpus.utterances] == ["a", "b"]
+        np.testing.assert_array_equal(
+            [ratings for _, *ratings in u.ratings], [[1, 1], [5, np.nan], [3, 3]]
+        )
+
 
 # ---------------------------------------------------------------- published corpora: an edited tree
 
@@ -390,21 +509,31 @@ def in_place_of(name, make_it):
 
 FIRST, SECOND = "Ses01F_impro01_F000", "Ses01F_impro01_F001"
 CLIP = "MSP-PODCAST_0001_0001.wav"
+OUT, BAD = TURN.format(0).replace("[2.", "[2"), TURN.format(0).replace("[2.5", "[2.S")
+MISSING_ROW = MSP_ROWS.splitlines()[0].replace("2,6,4", ",,") + "\n"
 IEMOCAP = [
     ("Windows line ends", annotation("\n\n", "\r\n"), KEPT, ""),
     ("label of 5.5", annotation("[2.5000,", "[5.5000,"), FIXED, "label 5.5 outside 1..5 clipped:"),
     ("label of 0.5", annotation("3.5000", "0.5000"), FIXED, "label 0.5 outside 1..5 clipped: 1"),
     ("point lost in a label", annotation("[2.5000", "[25000"), SKIPPED, "far outside 1..5 (25000)"),
-    ("label NaN", annotation("[2.5000", "[nan"), SKIPPED, "label or time is not a number"),
-    ("label with a letter", annotation("3.5000", "3.5O00"), SKIPPED, "label or time is not"),
-    ("four labels", annotation("[2.5000", "[2.5, 2.5"), SKIPPED, "label or time is not a number"),
+    ("label NaN", annotation("[2.5000", "[nan"), FIXED, "valence missing: 1 utterances"),
+    ("no labels", annotation("[2.5000, 3.5000", "[nan, nan"), SKIPPED, "no label"),
+    ("twice, first far out", annotation(TURN.format(0), OUT + TURN.format(0)), SKIPPED, "(25000)"),
+    (
+        "twice, first damaged",
+        annotation(TURN.format(0), BAD + TURN.format(0)),
+        SKIPPED,
+        "not a num",
+    ),
+    ("label with a letter", annotation("3.5000", "3.5O00"), SKIPPED, "label is not a number"),
+    ("four labels", annotation("[2.5000", "[2.5, 2.5"), SKIPPED, "label is not a number"),
     ("two labels", annotation(", 2.5000]", "]"), SKIPPED, "annotation not understood"),
     ("time with two points", annotation("0.5 -", "0.5.5 -"), SKIPPED, "time is not a number"),
     ("opening bracket lost", annotation("[0.5", "0.5"), SKIPPED, "annotation not understood"),
     ("closing bracket lost", annotation("2.5000]", "2.5000"), SKIPPED, "annotation not understood"),
     ("spaces for tabs", annotation("\t", "    "), SKIPPED, "annotation not understood"),
     ("no speaker in the turn", annotation(FIRST, "turn"), SKIPPED, "annotation not understood"),
-    ("turn annotated twice", annotation(SECOND, FIRST), SKIPPED, "annotated twice, first one kept"),
+    ("turn annotated twice", annotation(SECOND, FIRST), SKIPPED, "listed twice, first one kept"),
     ("turn renamed", annotation(FIRST, "Ses01F_impro01_F099"), SKIPPED, "audio file missing"),
     ("line lost", annotation(TURN.format(0), ""), SKIPPED, "no annotation"),
     ("cut off in a line", annotation(TURNS[-60:], ""), SKIPPED, "annotation not understood"),
@@ -419,9 +548,12 @@ IEMOCAP = [
 MSP = [
     ("label of 7.5", podcast("2,6", "2,7.5"), FIXED, "label 7.5 outside 1..7 clipped: 1"),
     ("label of 70", podcast("2,6", "2,70"), SKIPPED, "label far outside 1..7 (70)"),
-    ("label empty", podcast("2,6", "2,"), SKIPPED, "label is not a number"),
-    ("label NaN", podcast("2,6", "nan,6"), SKIPPED, "label is not a number"),
-    ("clip in the table twice", podcast("0000", "0001"), SKIPPED, "in the table twice, first one"),
+    ("label empty", podcast("2,6", "2,"), FIXED, "valence missing: 1 utterances"),
+    ("label NaN", podcast("2,6", "nan,6"), FIXED, "arousal missing: 1 utterances"),
+    ("no labels", podcast("2,6", ","), SKIPPED, "no label"),
+    ("label with a letter", podcast("2,6", "2,6O"), SKIPPED, "label is not a number"),
+    ("twice, first unlabelled", podcast(MSP_HEADER, MSP_HEADER + MISSING_ROW), SKIPPED, "no label"),
+    ("clip in the table twice", podcast("0000", "0001"), SKIPPED, "listed twice, first one kept"),
     ("no name", podcast("MSP-PODCAST_0001_0000.wav", ""), SKIPPED, "audio file missing"),
     ("name with ..", podcast("MSP-PODCAST_0001_0000", "../x"), SKIPPED, "audio file missing"),
     ("unknown split", podcast("Train", "Trian"), REFUSED, "row 2: Split_Set 'Trian' is none of"),
@@ -502,7 +634,7 @@ NPY = [
         REFUSED,
         "not a plain",
     ),
-    ("missing", lambda path: None, REFUSED, "1 of 4 missing (u003.npy)"),
+    ("missing", lambda path: None, REFUSED, "1 of 4 missing (u003.npy); faces.py makes"),
     ("folder", Path.mkdir, REFUSED, "1 of 4 missing (u003.npy)"),
     ("pipe", os.mkfifo, REFUSED, "1 of 4 missing (u003.npy)"),
 ]
@@ -573,7 +705,7 @@ def load(fault, root):
         np.save(root / f"u00{i}.npy", np.ones((4, 6) if fault.source == "features" else 6))
     fault.make(root / "u003.npy")
     if fault.source == "features":
-        data.FrameFeatures(corpus, root).read(3)
+        data.FrameFeatures(data.load_audio(corpus, cache)[0], root).read(3)
     else:
         data.speaker_embeddings(corpus, None, str(root), cache)
     return corpus, None
@@ -613,6 +745,8 @@ def test_each_fault_has_the_outcome_that_its_row_states(tmp_path, fault):
             text = " | ".join([s.reason for s in corpus.skipped] or corpus.notes)
             outcome = SKIPPED if corpus.skipped else FIXED if corpus.notes else KEPT
     assert outcome == fault.outcome, text
+    if "first" in fault.name and "one kept" not in text:  # what was skipped hides no good row
+        assert len(corpus.utterances) == {"CSV": 1}.get(fault.source, 3)
     expected = (fault.expected,) if isinstance(fault.expected, str) else fault.expected
     assert any(part in text for part in expected), text
     if outcome == SKIPPED:
@@ -621,7 +755,7 @@ def test_each_fault_has_the_outcome_that_its_row_states(tmp_path, fault):
     if outcome != REFUSED and fault.source == "audio":
         check_audio(fault, corpus, pack)
     if outcome == FIXED:
-        assert re.search(r"\b1\b", text) or "columns not used" in text  # it is counted
+        assert re.search(r"\b1\b", text) or "columns" in text  # it is counted
 
 
 # a damaged line leaves two traces: the line, and the audio that has no annotation now
@@ -682,21 +816,20 @@ def test_skipped_csv_survives_any_name(tmp_path):
     assert list(corpora.skipped_by_kind(corpus)) == ["samples missing", "not a file"]
 
 
-def test_too_many_skipped_utterances_are_an_error_wherever_they_were_lost(tmp_path):
+def test_too_many_skipped_utterances_are_an_error_wherever_they_were_lost(tmp_path, capfd):
     """Annotation lines count like audio files, and the way to see all of them is named."""
     (tmp_path / "tree").mkdir()
-    folder = annotation("[2.5000", "[nan")(tmp_path / "tree")
+    folder = annotation("[2.5000", "[2.S000")(tmp_path / "tree")
     corpus = corpora.read_corpus("iemocap", str(tmp_path / "tree"), None)
     fault = r"iemocap: 1 of 3 utterances cannot be used, more than 5 % \(.*not a number\)"
     with pytest.raises(UserError, match=fault):
         data.load_audio(corpus, tmp_path / "cache")
     (folder / f"{SECOND}.wav").write_bytes(b"")
-    command = [sys.executable, str(REPO / "data.py"), "--data", "iemocap"]
-    command += ["--data_dir", str(tmp_path / "tree"), "--cache_dir", str(tmp_path / "cache")]
-    command += ["--skipped", str(tmp_path / "skipped.csv")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "2 of 3" in done.stderr and "--skipped" in done.stderr
+    flags = ["--data", "iemocap", "--data_dir", str(tmp_path / "tree"), "--cache_dir"]
+    flags += [str(tmp_path / "cache"), "--skipped", str(tmp_path / "skipped.csv")]
+    assert files.run_script("data.py", lambda: data.inspect(data.parse_args(flags))) == 2
+    (fault,) = capfd.readouterr().err.splitlines()
+    assert "2 of 3" in fault and "--skipped" in fault
     rows = (tmp_path / "skipped.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["utt_id", FIRST, SECOND]
 
@@ -776,7 +909,7 @@ def cells_of(line):
 def fuzz_csv(root, seed, _):
     """Each line is read as a strict parser reads it, or the file is refused."""
     for i in range(4):
-        sound(f"u{i:02}.wav", samples=tone(seconds=0.1))(root)
+        (root / f"u{i:02}.wav").touch()
     content = mutated(FUZZ_CSV.encode(), seed)
     (root / "m.csv").write_bytes(content)
     try:
@@ -785,16 +918,22 @@ def fuzz_csv(root, seed, _):
         assert re.search(r"m\.csv|no usable utterance", str(error)), error
         return "refused"
     lines = [line for line in re.split("\r\n|\r|\n", content.decode("utf-8-sig")) if line]
-    columns = cells_of(lines[0])
-    expected = {}
+    columns = [column.lower() for column in cells_of(lines[0])]
+    expected, unlabelled = {}, 0
     for line in lines[1:]:
         row = dict(zip(columns, cells_of(line), strict=True))
-        assert re.fullmatch(NUMBER, row["valence"]) and re.fullmatch(NUMBER, row["arousal"])
-        path = str((root / row["path"]).resolve())
-        expected[row["utt_id"]] = (path, float(row["valence"]), float(row["arousal"]))
-    assert len(expected) == len(lines) - 1  # no line was lost
+        labels = []
+        for text in (row["valence"], row["arousal"]):
+            assert re.fullmatch(NUMBER, text) or not re.search(r"\w", text)
+            labels.append(float(text) if re.fullmatch(NUMBER, text) else math.nan)
+        if np.isnan(labels).all():
+            unlabelled += 1
+        else:
+            expected[row["utt_id"]] = (str((root / row["path"]).resolve()), *labels)
+    assert len(expected) + unlabelled == len(lines) - 1  # no line was lost
     found = {u.utt_id: (str(u.path), u.valence, u.arousal) for u in corpus.utterances}
-    assert found == expected
+    np.testing.assert_equal(found, expected)
+    assert len(corpus.skipped) == unlabelled
     return "kept"
 
 
@@ -808,7 +947,7 @@ def fuzz_iemocap(root, seed, _):
     table.parent.mkdir(parents=True)
     text = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
     for i, turn in enumerate(turns):
-        sound(f"{turn}.wav", samples=tone(seconds=0.05))(folder)
+        (folder / f"{turn}.wav").touch()
         text += f"[{i}.5000 - {i}.9000]\t{turn}\tneu\t[2.{i + 10}00, 3.{i + 10}00, 2.5000]\n"
         text += "C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
     table.write_bytes(mutated(text.encode(), seed))
@@ -834,6 +973,7 @@ def fuzz_npy(root, seed, _):
     (root / "u.npy").write_bytes(content)
     sound("u.wav")(root)
     corpus = corpora.Corpus("c", root, (0, 1), [corpora.Utterance("u", root / "u.wav", 0.5, 0.5)])
+    corpus.seconds = np.ones(1)
     try:
         features = data.FrameFeatures(corpus, root)
         frames = features.read(0)
@@ -880,10 +1020,10 @@ def test_random_mutations_never_crash_hang_or_give_a_wrong_label(tmp_path, kind,
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Path of a CSV of 12 clips of 0.4 s."""
+    """Path of a CSV of 6 clips of 0.4 s."""
     root = tmp_path_factory.mktemp("clips")
     rows = [("utt_id", "path", "valence", "arousal", "session")]
-    for i in range(12):
+    for i in range(6):
         samples = tone(seconds=0.4) * (i + 1) / 12
         sound(f"u{i:02}.wav", samples=samples)(root)
         rows.append((f"u{i:02}", f"u{i:02}.wav", i / 12, 1 - i / 12, f"s{i % 3}"))
@@ -926,7 +1066,7 @@ def test_processes_that_fill_one_cache_at_once_all_read_what_one_alone_writes(
     pytest.importorskip("opensmile")
     alone = all_caches(clips, tmp_path / "alone")
     fork = multiprocessing.get_context("fork")
-    for attempt in range(3):
+    for attempt in range(2):
         cache, start = tmp_path / f"cache{attempt}", fork.Barrier(3)
         outs = [tmp_path / f"{attempt}-{i}.npz" for i in range(3)]
         children = [
@@ -978,23 +1118,18 @@ def test_a_cache_that_was_damaged_afterwards_is_refused_whichever_file_and_damag
             shutil.rmtree(tmp_path / "copy")
 
 
-def test_one_flipped_bit_in_a_file_of_100_mb_is_found_and_an_intact_cache_is_hashed_once(tmp_path):
-    def fill(aside):
-        (aside / "values.bin").write_bytes(bytes(10**8))
-
+def test_an_intact_cache_is_hashed_once_and_again_when_its_size_or_time_has_changed(tmp_path):
     cache = tmp_path / "cache" / "x"
-    files.build_cache(cache, fill)
-    began = time.perf_counter()
-    files.build_cache(cache, fill)
-    assert time.perf_counter() - began < 0.02  # sizes and times alone
-    with open(cache / "values.bin", "r+b") as file:
-        file.seek(8 * 10**7)
-        file.write(b"\1")
+    files.build_cache(cache, lambda aside: (aside / "values.bin").write_bytes(bytes(1000)))
+    values, fill = cache / "values.bin", None
+    times = values.stat().st_atime_ns, values.stat().st_mtime_ns
+    flip(values, 0)
+    os.utime(values, ns=times)
+    assert files.build_cache(cache, fill) == cache  # sizes and times alone
+    os.utime(values)
     with pytest.raises(UserError, match="x is damaged: delete it"):
         files.build_cache(cache, fill)
-    with open(cache / "values.bin", "r+b") as file:
-        file.seek(8 * 10**7)
-        file.write(b"\0")
+    flip(values, 0)
     assert files.build_cache(cache, fill) == cache  # another time, the same bytes
 
 
@@ -1007,70 +1142,34 @@ def test_a_cache_that_does_not_fit_the_disk_is_refused_before_anything_is_comput
         data.hidden_states("key", tmp_path / "new", compute, num_bytes=2**50)
 
 
-CHILD = """
-import sys, test_input_faults as t
-from pathlib import Path
-try:
-    t.all_caches(Path(sys.argv[1]), sys.argv[2])
-except t.UserError as error:
-    sys.exit(f"error: {error}")
-"""
+def fill_on_a_full_disk(path, cache, size):
+    """In a process of its own, whose files end at `size` bytes: the write beyond fails."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    sys.exit(files.run_script("data.py", lambda: all_caches(path, cache) and 0))
 
 
-def full_disk(command, cache, size):
-    """Runs the command where files end at `size` bytes; the write that would exceed it fails."""
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=REPO / "tests",
-        env=os.environ | {"PYTHONPATH": str(REPO)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )
-
-
-@pytest.mark.parametrize("size", [3_000, 20_000])
+@pytest.mark.parametrize("size", [1_500, 20_000])
 def test_a_write_that_fails_in_a_cache_is_one_line_and_leaves_nothing_half_written(
-    clips, tmp_path, size
+    clips, tmp_path, size, capfd
 ):
     cache = tmp_path / "cache"
-    if size == 3_000:  # the pack is there; eGeMAPS, 4,352 bytes, does not fit
+    if size == 1_500:  # the pack is there; eGeMAPS, 2,240 bytes, does not fit
         pytest.importorskip("opensmile")
         data.load_audio(corpora.read_corpus(str(clips), None, None), cache)
     there = sorted(cache.iterdir()) if cache.exists() else []
-    done = full_disk([sys.executable, "-c", CHILD, str(clips), str(cache)], cache, size)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: --cache_dir {cache}: ") and "free disk space there" in last
+    target = (clips, cache, size)
+    child = multiprocessing.get_context("fork").Process(target=fill_on_a_full_disk, args=target)
+    child.start()
+    child.join(60)
+    fault = capfd.readouterr().err
+    assert child.exitcode == 2 and "Traceback" not in fault
+    last = fault.splitlines()[-1]
+    assert last.startswith(f"data.py: error: --cache_dir {cache}: ") and "free disk space" in last
     assert "cannot be written (File too large)" in last
     assert [p for p in sorted(cache.iterdir()) if not p.name.endswith(".lock")] == [
         p for p in there if not p.name.endswith(".lock")
     ]
-    assert len(all_caches(clips, cache)["audio"]) == 12  # with room it goes on
-
-
-def can_mount():
-    return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
-
-
-@pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="needs user namespaces")
-def test_a_full_disk_is_one_line_that_names_cache_dir(tmp_path):
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    command = [sys.executable, str(REPO / "data.py"), "--data", "demo", "--cache_dir", str(cache)]
-    mount = 'mount -t tmpfs -o size=1m none "$0" && "$@"; code=$?; ls -A "$0" >&2; exit $code'
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", mount, str(cache), *command],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.splitlines()
-    assert lines[0].startswith(f"data.py: error: --cache_dir {cache}: ")
-    assert "No space left on device" in lines[0]
-    assert all(name.startswith(".") and name.endswith(".lock") for name in lines[1:])
+    assert len(all_caches(clips, cache)["audio"]) == 6  # with room it goes on
 
 
 # ---------------------------------------------------------------- processes of a loader, pipes
@@ -1078,12 +1177,12 @@ def test_a_full_disk_is_one_line_that_names_cache_dir(tmp_path):
 
 def write_training_corpus(root, clips=24, frames=6):
     """Path of a manifest with three sessions, and <utt_id>.npy of each utterance in npy/."""
-    sound("a.wav", samples=tone(seconds=0.3))(root)
     (root / "npy").mkdir()
     rows = [("utt_id", "path", "valence", "arousal", "session")]
     for i in range(clips):
         np.save(root / f"npy/u{i:02}.npy", np.random.default_rng(i).standard_normal((frames, 8)))
-        rows.append((f"u{i:02}", "a.wav", i / clips, 1 - i / clips, f"s{i % 3}"))
+        sound(f"{i}.wav", samples=tone(seconds=0.3))(root)
+        rows.append((f"u{i:02}", f"{i}.wav", i / clips, 1 - i / clips, f"s{i % 3}"))
     return manifest(root, *rows)
 
 
@@ -1098,7 +1197,7 @@ def test_nan_that_a_loader_process_finds_is_one_line_with_the_name_of_the_file(
     flags += ["--features_dir", str(tmp_path / "npy"), "--d_model", "256", "--num_layers", "1"]
     flags += ["--batch_size", "1", "--num_workers", num_workers, "--device", "cpu"]
     flags += ["--cache_dir", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
-    assert train.run(flags) == 2
+    assert train.cli(flags) == 2
     said = capfd.readouterr()
     assert said.err == f"train.py: error: {bad}: holds NaN or infinite values\n"
     assert f"decoded audio: writing 0.00 GiB to {tmp_path}/cache/audio-" in said.out

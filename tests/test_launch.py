@@ -281,10 +281,6 @@ def test_help_prints_the_usage_of_launch_and_of_train(box):
     assert code == 0 and "usage: train.py" in output and not box.attempts()
 
 
-def test_status_is_that_of_report(box):
-    assert box.run("status", "runs/a b") == (0, "report ['--status', 'runs/a b']\n")
-
-
 def test_shellcheck_finds_nothing():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")

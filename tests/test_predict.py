@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import quick_flags
 
 import predict
 import train
@@ -20,7 +21,7 @@ from util.files import UserError
 from wavlm import WavLM, WavLMConfig, load_wavlm, save_wavlm
 
 ROOT = Path(__file__).parent.parent
-DIALOGUES = ("--context", "4")
+DIALOGUES = ("--context", "4", "--prosody", "egemaps")
 COLUMNS = ("pred_valence", "pred_arousal")
 
 
@@ -31,9 +32,18 @@ def run(flags, *extra):
     return runs.run_dir(args)
 
 
-@pytest.fixture
-def trained(flags):
+@pytest.fixture(scope="module")
+def trained(corpus, small_wavlm, tmp_path_factory):
+    """A run on single utterances; no test changes it."""
+    flags = quick_flags(corpus, small_wavlm, tmp_path_factory.mktemp("trained"))
     return run(flags, "--prosody", "egemaps")
+
+
+@pytest.fixture(scope="module", params=[(), ("--feedback",)], ids=["plain", "feedback"])
+def dialogues(request, corpus, small_wavlm, tmp_path_factory):
+    """A run on dialogues; no test changes it."""
+    flags = quick_flags(corpus, small_wavlm, tmp_path_factory.mktemp("dialogues"))
+    return run(flags, *DIALOGUES, *request.param)
 
 
 def rows(path):
@@ -118,20 +128,17 @@ def test_files_of_one_name_are_told_apart_by_the_shortest_end_of_their_paths(
     assert [row["utt_id"] for row in got] == names.split()
 
 
-@pytest.mark.parametrize("feedback", [(), ("--feedback",)], ids=["plain", "feedback"])
-def test_a_manifest_without_labels_tracks_the_turns_of_its_dialogues(
-    flags, corpus, tmp_path, feedback
-):
-    directory = run(flags, *DIALOGUES, *feedback)
-    expected = rows(directory / "predictions_test.csv")
+def test_a_manifest_without_labels_tracks_the_turns_of_its_dialogues(dialogues, corpus, tmp_path):
+    expected = rows(dialogues / "predictions_test.csv")
     manifest = manifest_of(expected, corpus, "unlabelled.csv")
-    got = predicted(["--checkpoint", directory, "--data", manifest], tmp_path / "out.csv")
+    got = predicted(["--checkpoint", dialogues, "--data", manifest], tmp_path / "out.csv")
     assert [row["utt_id"] for row in got] == [row["utt_id"] for row in expected]
     np.testing.assert_allclose(values(got), values(expected), atol=1.1e-6)
 
 
-def test_turns_are_tracked_in_time_order_and_come_back_in_the_manifests(flags, corpus, tmp_path):
-    directory = run(flags, *DIALOGUES)
+def test_turns_are_tracked_in_time_order_and_come_back_in_the_manifests(
+    dialogues, corpus, tmp_path
+):
     clip, rate = soundfile.read(corpus.parent / "s1d0t0.wav")
     soundfile.write(tmp_path / "long.wav", np.concatenate([clip] * 3), rate)
     third = len(clip) / rate
@@ -140,7 +147,7 @@ def test_turns_are_tracked_in_time_order_and_come_back_in_the_manifests(flags, c
     for order in ([0, 1, 2], [2, 0, 1]):
         text = "utt_id,path,start,end,dialog,speaker\n" + "".join(lines[i] for i in order)
         (tmp_path / "m.csv").write_text(text)
-        argv = ["--checkpoint", directory, "--data", tmp_path / "m.csv"]
+        argv = ["--checkpoint", dialogues, "--data", tmp_path / "m.csv"]
         got.append(predicted(argv, tmp_path / "out.csv"))
     assert [row["utt_id"] for row in got[1]] == ["t2", "t0", "t1"]
     assert [row["dialog"] for row in got[1]] == ["d"] * 3  # of two speakers
@@ -148,8 +155,8 @@ def test_turns_are_tracked_in_time_order_and_come_back_in_the_manifests(flags, c
     assert len({row["pred_valence"] for row in got[0]}) == 3  # the same clip, another state
 
 
-def test_two_checkpoints_give_their_mean_and_spread(flags, corpus, tmp_path):
-    runs = [run(flags, "--seed", seed, "--name", seed) for seed in ("1", "2")]
+def test_two_checkpoints_give_their_mean_and_spread(trained, dialogues, corpus, tmp_path):
+    runs = [trained, dialogues]
     clip = corpus.parent / "s1d0t0.wav"
     single = values([predicted(["--checkpoint", r, clip], tmp_path / "1.csv")[0] for r in runs])
     each = [flag for directory in runs for flag in ("--checkpoint", directory)]
@@ -199,22 +206,20 @@ def test_out_of_memory_smaller_batches_give_the_same_numbers(
     np.testing.assert_allclose(values(got), values(expected), atol=1.1e-6)
 
 
-@pytest.mark.parametrize(
-    ("message", "kind", "said"),
-    [
+def test_too_little_memory_for_one_utterance_and_other_faults_are_not_hidden(
+    trained, corpus, tmp_path, monkeypatch
+):
+    for message, kind, said in (
         ("not enough memory", UserError, "lower --max_seconds"),
         ("an illegal memory access was encountered", RuntimeError, "illegal"),
-    ],
-)
-def test_too_little_memory_for_one_utterance_and_other_faults_are_not_hidden(
-    trained, corpus, tmp_path, monkeypatch, message, kind, said
-):
-    def fail(size):
-        raise RuntimeError(message)
+    ):
 
-    limit_layer_norm(monkeypatch, fail)
-    with pytest.raises(kind, match=said):
-        predicted(["--checkpoint", trained, corpus.parent / "s1d0t0.wav"], tmp_path / "out.csv")
+        def fail(size, message=message):
+            raise RuntimeError(message)
+
+        with monkeypatch.context() as patch, pytest.raises(kind, match=said):
+            limit_layer_norm(patch, fail)
+            predicted(["--checkpoint", trained, corpus.parent / "s1d0t0.wav"], tmp_path / "out.csv")
 
 
 # --- files and windows
@@ -236,13 +241,12 @@ def test_folders_are_searched_and_what_cannot_be_decoded_is_named(trained, tmp_p
     assert not (tmp_path / "none.csv").exists()
 
 
-def test_windows_cover_the_file_and_equal_the_same_cuts_of_a_manifest(flags, corpus, tmp_path):
-    directory = run(flags)
+def test_windows_cover_the_file_and_equal_the_same_cuts_of_a_manifest(trained, tmp_path):
     noise = np.random.default_rng(0).normal(0, 0.1, int(22_050 * 3.3))
     for folder, seconds in (("one", 3.3), ("two", 0.7)):
         (tmp_path / folder).mkdir()
         soundfile.write(tmp_path / folder / "a.wav", noise[: int(22_050 * seconds)], 22_050)
-    argv = ["--checkpoint", directory, "--window", 1.5, "--hop", 0.5, "--plot", tmp_path / "png"]
+    argv = ["--checkpoint", trained, "--window", 1.5, "--hop", 0.5, "--plot", tmp_path / "png"]
     got = predicted([*argv, tmp_path / "one", tmp_path / "two"], tmp_path / "out.csv")
     cuts = [(float(row["start"]), float(row["end"])) for row in got]
     long = [(0, 1.5), (0.5, 2), (1, 2.5), (1.5, 3), (1.8, 3.3)]
@@ -252,7 +256,7 @@ def test_windows_cover_the_file_and_equal_the_same_cuts_of_a_manifest(flags, cor
     with open(tmp_path / "cuts.csv", "w") as file:
         file.write("utt_id,path,start,end\n")
         file.writelines(f"{i},one/a.wav,{start},{end}\n" for i, (start, end) in enumerate(long))
-    by_hand = ["--checkpoint", directory, "--data", tmp_path / "cuts.csv"]
+    by_hand = ["--checkpoint", trained, "--data", tmp_path / "cuts.csv"]
     expected = predicted(by_hand, tmp_path / "cuts_out.csv")
     np.testing.assert_allclose(values(got)[:5], values(expected), atol=1.1e-6)
 
@@ -265,17 +269,15 @@ def test_windows_cover_the_file_and_equal_the_same_cuts_of_a_manifest(flags, cor
 # --- dialogues as they happen
 
 
-@pytest.mark.parametrize("feedback", [(), ("--feedback",)], ids=["plain", "feedback"])
 def test_a_stream_equals_the_batch_and_its_state_survives_the_process(
-    flags, corpus, tmp_path, capsys, monkeypatch, feedback
+    dialogues, corpus, tmp_path, capsys, monkeypatch
 ):
-    directory = run(flags, *DIALOGUES, *feedback, "--prosody", "egemaps")
     table = [{"utt_id": f"s1d{d}t{t}"} for d in (0, 1) for t in range(4)]
     manifest = manifest_of(table, corpus, "two.csv")
-    argv = ["--checkpoint", directory, "--data", manifest]
+    argv = ["--checkpoint", dialogues, "--data", manifest]
     expected = values(predicted(argv, tmp_path / "o.csv"))
     files = [str(corpus.parent / f"{row['utt_id']}.wav") for row in table]
-    run_flags = ["--checkpoint", directory]
+    run_flags = ["--checkpoint", dialogues]
 
     lines = "\n".join([*files[:4], "", "nowhere.wav", *files[4:]])
     whole, said = streamed(run_flags, capsys, monkeypatch, lines)
@@ -287,24 +289,25 @@ def test_a_stream_equals_the_batch_and_its_state_survives_the_process(
     parts = [streamed([*keep, *part], capsys, monkeypatch)[0] for part in (files[:1], files[1:4])]
     assert parts[0] + parts[1] == whole[:4]
     assert streamed([*keep, *files[4:]], capsys, monkeypatch)[0] != whole[4:]
-    assert streamed([*keep, "--reset", *files[4:6]], capsys, monkeypatch)[0] == whole[4:6]
     assert streamed(keep, capsys, monkeypatch, f"\n{files[0]}\n")[0] == whole[:1]
     assert streamed(keep, capsys, monkeypatch, "\n")[0] == []
     assert streamed([*keep, *files[4:]], capsys, monkeypatch)[0] == whole[4:]
 
 
-def test_a_state_of_another_checkpoint_or_of_nobody_is_refused(
-    flags, corpus, tmp_path, capsys, monkeypatch
-):
-    first, second = (run(flags, *DIALOGUES, "--seed", s, "--name", s) for s in ("1", "2"))
-    clip = corpus.parent / "s1d0t0.wav"
-    keep = ["--state", tmp_path / "state", clip]
-    streamed(["--checkpoint", first, *keep], capsys, monkeypatch)
-    with pytest.raises(UserError, match="another checkpoint"):
-        streamed(["--checkpoint", second, *keep], capsys, monkeypatch)
-    (tmp_path / "state").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="not a state"):
-        streamed(["--checkpoint", first, *keep], capsys, monkeypatch)
+def test_a_state_of_another_checkpoint_or_of_nobody_is_refused(dialogues, corpus, tmp_path):
+    clip, state = corpus.parent / "s1d0t0.wav", tmp_path / "state"
+    for content, said in (
+        ({"checkpoint": "another", "state": None}, "of another checkpoint"),
+        ({"model": {}}, "not a state"),
+        (None, "not a state"),
+    ):
+        if content is None:
+            state.write_bytes(b"nonsense")
+        else:
+            runs.save_checkpoint(state, content)
+        argv = ["--checkpoint", dialogues, "--stream", "--state", state, clip]
+        with pytest.raises(UserError, match=said):
+            predict.main(predict.parse_args(list(map(str, argv))))
 
 
 def test_a_run_on_single_utterances_carries_nothing(trained, corpus, tmp_path, capsys, monkeypatch):
@@ -370,46 +373,41 @@ def test_a_cnn_exports_without_a_wavlm_and_without_a_result_says_so(flags, tmp_p
     directory = run(flags, "--encoder", "baseline", "--base_channels", "4", "--num_blocks", "2")
     (directory / "result.json").unlink()
     predict.export(str(directory / "best.pt"), tmp_path / "model")
-    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
-        "README.md", "config.json", "model.safetensors",
-    ]  # fmt: skip
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors"}
     assert "not evaluated" in (tmp_path / "model/README.md").read_text()
 
 
 # --- personalisation
 
 
-@pytest.mark.parametrize("exported", [False, True])
-def test_a_run_or_an_export_is_personalised_without_repeating_its_flags(
-    flags, corpus, tmp_path, exported
-):
+def test_a_run_or_an_export_is_personalised_without_repeating_its_flags(flags, corpus, tmp_path):
     vectors = tmp_path / "vectors"
     vectors.mkdir()
     for row in rows(corpus):
         np.save(vectors / f"{row['utt_id']}.npy", np.ones(3, dtype=np.float32))
-    source = run(flags, "--speaker", str(vectors), "--max_seconds", "0.7", "--name", "first")
-    if exported:
-        predict.export(str(source), tmp_path / "model")
-        source = tmp_path / "model"
-    manifest = corpus.parent / f"new{exported}.csv"  # no column speaker: one is in all splits
+    trained = run(flags, "--speaker", str(vectors), "--max_seconds", "0.7", "--name", "first")
+    predict.export(str(trained), tmp_path / "model")
+    manifest = corpus.parent / "new.csv"  # no column speaker: one is in all splits
     with open(manifest, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["utt_id", "path", "valence", "arousal", "split"])
         for i, r in enumerate(rows(corpus)[:14]):
             split = "train" if i < 10 else "dev" if i < 12 else "test"
             writer.writerow([r["utt_id"], r["path"], r["valence"], r["arousal"], split])
-    argv = ["--init_from", str(source), "--train_only", "film", "--data", str(manifest)]
-    argv += ["--epochs", "5", "--num_workers", "0", "--name", "new", "--device", "cpu"]
-    argv += ["--out", str(tmp_path / "runs"), "--cache_dir", str(corpus.parent / "cache")]
-    args = train.parse_args(argv)
-    assert (args.max_seconds, args.d_hidden, args.speaker) == (0.7, 16, str(vectors))
-    assert train.parse_args([*argv, "--max_seconds", "2"]).max_seconds == 2
-    assert train.main(args) == 0
-    before, _ = runs.load_model(source, "")
-    after, _ = runs.load_model(runs.run_dir(args), "")
-    after = after.state_dict()
-    moved = {k.split(".")[0] for k, v in before.state_dict().items() if not v.equal(after[k])}
-    assert moved == {"film"}
+    for source in (trained, tmp_path / "model"):
+        argv = ["--init_from", str(source), "--train_only", "film", "--data", str(manifest)]
+        argv += ["--epochs", "5", "--num_workers", "0", "--name", source.name, "--device", "cpu"]
+        argv += ["--out", str(tmp_path / "runs"), "--cache_dir", str(corpus.parent / "cache")]
+        args = train.parse_args(argv)
+        assert (args.max_seconds, args.d_hidden, args.speaker) == (0.7, 16, str(vectors))
+        assert train.parse_args([*argv, "--max_seconds", "2"]).max_seconds == 2
+        assert train.main(args) == 0
+        before, _ = runs.load_model(source, "")
+        after, _ = runs.load_model(runs.run_dir(args), "")
+        after = after.state_dict()
+        moved = {k.split(".")[0] for k, v in before.state_dict().items() if not v.equal(after[k])}
+        assert moved == {"film"}
 
 
 # --- errors
@@ -423,20 +421,19 @@ def test_a_run_or_an_export_is_personalised_without_repeating_its_flags(
         (["--checkpoint", "CLIP", "CLIP"], "not a best.pt"),
         (["--checkpoint", "RUN", "CLIP", "--features_dir", "f"], "--features_dir f: .*remove it"),
         (["--checkpoint", "RUN", "CLIP", "--speaker", "xvector"], "--speaker xvector: .*remove it"),
+        (["--checkpoint", "RUN", "--data", "CSV"], r"--out .* is an input, or a folder"),
+        (["--checkpoint", "RUN", "CLIP"], r"--out .* is an input, or a folder"),
     ],
 )
-def test_wrong_input_is_named(trained, corpus, tmp_path, argv, said):
-    words = {"RUN": str(trained), "CLIP": str(corpus.parent / "s1d0t0.wav")}
+def test_wrong_input_is_named_and_what_is_read_is_not_written_over(
+    trained, corpus, tmp_path, argv, said
+):
+    words = {"RUN": str(trained), "CLIP": str(corpus.parent / "s1d0t0.wav"), "CSV": str(corpus)}
+    before, out = corpus.read_bytes(), corpus if "CSV" in argv else tmp_path / "out.csv"
+    if argv[1:] == ["RUN", "CLIP"]:
+        out.mkdir()
     with pytest.raises(UserError, match=said):
-        predicted([words.get(word, word) for word in argv], tmp_path / "out.csv")
-
-
-def test_what_is_read_is_not_written_over(trained, corpus, tmp_path):
-    before = corpus.read_bytes()
-    for out in (corpus, tmp_path / "folder.csv"):
-        (tmp_path / "folder.csv").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match=r"--out .* is an input, or a folder"):
-            predicted(["--checkpoint", trained, "--data", corpus], out)
+        predicted([words.get(word, word) for word in argv], out)
     assert corpus.read_bytes() == before
 
 
@@ -456,7 +453,6 @@ def test_what_is_read_is_not_written_over(trained, corpus, tmp_path):
         ("a.wav --out x.csv --data_dir d", "give --data"),
         ("a.wav --out x.csv --plot pictures", "give --window"),
         ("a.wav --out x.csv --state s", "--state needs --stream"),
-        ("--stream --reset", "--reset needs --state"),
         ("--stream --data b.csv", "--stream takes files"),
         ("--stream --checkpoint other", "one --checkpoint"),
         ("--export model a.wav", "--export takes a run alone"),

@@ -67,7 +67,6 @@ SAYS = {
     "data.py": r"fold 1\nsplit .*\ntrain ",
     "memory.py": "card must have .* GiB",
     "report.py": "CCC",
-    "status": r"fold +state[\s\S]*\n1 +done",
     "--help": "--unfreeze UNFREEZE",
 }
 

@@ -5,20 +5,26 @@
 
 A run is killed right after each of its saves and goes on with 0, 1 or 2 workers by turns; it must
 end like one that was never killed. All that is random or remembered is in play in one setting or
-another, and is asserted to be.
+another, and is asserted to be. And the data of a run that goes on must be that of its beginning.
 """
 
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
-from fault_kills import EVERYTHING, Run, assert_same_outcome, real_fp16, run_ranks
+import soundfile
+from conftest import quick_flags
+from fault_kills import EVERYTHING, Run, assert_same_outcome, raise_on, real_fp16, run_ranks
 
-from util.runs import read_checkpoint
+from train import cli
+from util.runs import read_checkpoint, save_checkpoint
 
 SETTINGS = {  # utterances of a step, flags
-    "dialogues, feedback, augmentation": (8, [*EVERYTHING, "--epochs", "3"]),
+    "dialogues, feedback, augmentation": (12, [*EVERYTHING, "--epochs", "2"]),
     "progressive, dropout": (8, ["--unfreeze", "1:none,2:top:1,3:all", "--epochs", "3"]),
     "scaler, accumulation": (
         8, ["--amp", "fp16", "--device", "auto", "--gradient_accumulation_steps", "2", "--augment",
@@ -89,3 +95,149 @@ def test_a_run_killed_after_every_save_ends_the_same(flags, tmp_path, setting, w
     steps = [(step, (step - 1) // in_epoch) for step in range(1, last + 1)]
     assert saved == sorted([*steps, *((in_epoch * epoch, epoch) for epoch in range(1, done + 1))])
     assert_same_outcome(whole, killed)
+
+
+# --- the data has changed
+
+TRANSFORMER = ["--encoder", "transformer", "--d_model", "64", "--num_layers", "1"]
+
+
+class Place:
+    """A manifest, its clips, frames and speaker vectors in a folder that can be moved or changed,
+    with a run that was stopped and the undisturbed one."""
+
+    def __init__(self, corpus, small_wavlm, root):
+        self.root, self.given = root / "here", []
+        self.flags = quick_flags(corpus, small_wavlm, root)
+        self.flags += ["--epochs", "1", "--save_every", "1", "--name", "run"]
+        self.flags += [*TRANSFORMER, "--unfreeze", "none"]
+        shutil.copytree(corpus.parent, self.root, ignore=shutil.ignore_patterns("cache"))
+        rng = np.random.default_rng(0)
+        for folder, shape in (("frames", (200, 96)), ("voices", (8,))):
+            (self.root / folder).mkdir()
+            for path in self.root.glob("*.wav"):
+                array = rng.standard_normal(shape).astype(np.float32)
+                np.save(self.root / folder / f"{path.stem}.npy", array)
+        self.run_dir = root / "runs/run/fold1"
+        assert cli([*self.options(self.root), "--out", str(root / "whole")]) == 0
+        with raise_on(r"^step +2/"):
+            assert cli(self.options(self.root)) == 75
+        shutil.copytree(root / "runs", root / "stopped")
+
+    def options(self, root):
+        folders = ["--features_dir", str(root / "frames"), "--speaker", str(root / "voices")]
+        return [*self.flags, "--data", str(root / "corpus.csv"), *folders]
+
+    def resume(self, root):
+        """Exit code of the stopped run, resumed with the data in another place."""
+        shutil.rmtree(self.run_dir.parents[1])
+        shutil.copytree(self.run_dir.parents[2] / "stopped", self.run_dir.parents[1])
+        return cli([*self.options(root), "--resume"])
+
+
+@pytest.fixture(scope="module")
+def place(corpus, small_wavlm, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+        yield Place(corpus, small_wavlm, tmp_path_factory.mktemp("place"))
+
+
+def edit(pattern, replacement):
+    """In every line of the manifest that holds `pattern`."""
+
+    def change(root):
+        lines = (root / "corpus.csv").read_text().splitlines()
+        lines = [replacement(line) if pattern in line else line for line in lines]
+        (root / "corpus.csv").write_text("\n".join(filter(None, lines)) + "\n")
+
+    return change
+
+
+def label(line):
+    return line.rpartition(",")[0] + ",0.123"
+
+
+def invert(line):
+    *cells, valence, arousal = line.split(",")
+    return ",".join([*cells, str(round(1 - float(valence), 3)), arousal])
+
+
+def backwards(root):
+    samples, rate = soundfile.read(root / "s2d1t1.wav")
+    soundfile.write(root / "s2d1t1.wav", samples[::-1], rate)
+
+
+def reverse_frames(root):
+    path = root / "frames/s1d0t0.npy"
+    np.save(path, np.load(path)[::-1])
+
+
+def reverse_rows(root):
+    head, *lines = (root / "corpus.csv").read_text().splitlines()
+    (root / "corpus.csv").write_text("\n".join([head, *lines[::-1]]) + "\n")
+
+
+def add_a_row(root):
+    for name in ("frames", "voices"):
+        shutil.copy(root / name / "s3d2t3.npy", root / name / "news3d2t3.npy")
+    edit("s3d2t3,", lambda line: f"{line}\nnew{line}")(root)
+
+
+def repeat_a_clip(root):
+    shutil.copy(root / "s3d0t0.wav", root / "s3d0t1.wav")
+
+
+def repeat_a_voice(root):
+    shutil.copy(root / "voices/s1d0t0.npy", root / "voices/s1d0t1.npy")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (edit("s3d", invert), r"valence of 24 utterances .*s3d0t0, 0\.\d+ before and 0\.\d+ now\)"),
+        (edit("s1d0t0,", label), r"arousal of 1 utter.*s1d0t0, 0\.\d+ before and 0\.123 now\)"),
+        (edit("s3d2t3,", lambda line: line.replace("3-2", "3-3")), r"dialog of 1 .*, 3-2 before"),
+        (reverse_rows, "rows are in another order"),  # which is that of the turns
+        (edit("s3d2t3,", lambda line: ""), r"1 rows are gone \(as s3d2t3\)"),
+        (add_a_row, r"1 rows are new \(as news3d2t3\)"),
+        (backwards, r"audio of 1 utterances has changed \(as s2d1t1\)"),
+        (repeat_a_clip, r"audio of 1 utterances has changed \(as s3d0t1\)"),
+        (reverse_frames, r"features of 1 utterances has changed \(as s1d0t0\)"),
+        (repeat_a_voice, r"speaker vector of 1 utterances has changed \(as s1d0t1\)"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data_and_says_what_differs(
+    place, tmp_path, capsys, change, said
+):
+    there = tmp_path / "there"
+    shutil.copytree(place.root, there)
+    change(there)
+    assert place.resume(there) == 2
+    line = capsys.readouterr().err
+    assert "--resume: the data differs from that of the interrupted run: " in line
+    assert re.search(said, line) and line.count("\n") == 1, line
+
+
+def test_data_that_was_only_moved_goes_on_to_the_same_end(place, tmp_path):
+    there = tmp_path / "there"
+    for name in ("", "frames", "voices"):  # other times of change, too
+        (there / name).mkdir()
+        for path in (place.root / name).iterdir():
+            if path.is_file():
+                shutil.copyfile(path, there / name / path.name)
+    assert place.resume(there) == 0
+    names = ("predictions_dev.csv", "predictions_test.csv")
+    whole = place.run_dir.parents[2] / "whole/run/fold1"
+    for name in names:
+        assert (place.run_dir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_checkpoint_that_knows_nothing_of_its_data_goes_on_with_a_line(place, capsys):
+    shutil.rmtree(place.run_dir.parents[1])
+    shutil.copytree(place.run_dir.parents[2] / "stopped", place.run_dir.parents[1])
+    last = read_checkpoint(place.run_dir / "last.pt")
+    del last["data"]
+    save_checkpoint(place.run_dir / "last.pt", last)
+    (place.run_dir / "data.csv").unlink()
+    assert cli([*place.options(place.root), "--resume"]) == 0
+    assert "whether the data has changed is not known" in capsys.readouterr().out

@@ -3,21 +3,39 @@
 What happens to each kind of odd or broken file is one table: tests/test_input_faults.py.
 """
 
+import errno
+import functools
 import math
 import os
 import re
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
+from types import ModuleType
+from typing import IO
 
 import numpy as np
 import soundfile
 import soxr
 
-VERSION = 3  # raise it with every change of decode: it is part of the cache key
+from util.files import UserError, optional_module, version_of
+
+VERSION = 5  # raise it with every change of decode: it is part of the cache key
 SAMPLE_RATE = 16_000
 MIN_SAMPLES = 400  # WavLM's CNN needs this many; shorter clips are zero-padded to it
 MAX_CLIP_SECONDS = 600  # a longer clip is taken for a forgotten start/end [guess]
 RATES = (4_000, 384_000)  # Hz; a header that says anything else is taken for a damaged one [guess]
 MAX_MISSING = 0.1  # share of a clip's samples; the label may belong to what is lost [guess]
+NO_DECODER = "needs the program ffmpeg or the package torchcodec"  # how such a reason begins
+
+# How files begin that libsndfile does not know: mp4, m4a, mov and 3gp; webm and mkv; avi; flv; wma;
+# amr; aac; ac3; wv; ape; tta; mpc; mpeg. Nothing else is handed on: a playlist names other files.
+FOREIGN = re.compile(
+    rb".{4}(ftyp|moov|mdat|free|skip|wide)|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV\x01|0&\xb2u|#!AMR"
+    rb"|\xff[\xf0\xf1\xf8\xf9]|ADIF|\x0bw|wvpk|MAC |TTA1|MP\+|MPCK|\x00\x00\x01\xba|G.{187}G",
+    re.DOTALL,
+)
 
 
 def check_header(text: str) -> tuple[float, str, list[str]]:
@@ -79,7 +97,11 @@ def decode(
             audio = file.read(last - first, dtype="float32", always_2d=True)  # (L, channels)
     # TypeError: a .raw file; UnicodeError: a name that is not UTF-8
     except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
-        return nothing, f"cannot be decoded ({str(error).split(': ')[-1]})", []
+        wav, how = foreign_wav(path)
+        if wav:
+            samples, reason, changes = decode(Path(wav.name), start, end)
+            return samples, reason, [] if reason else [how, *changes]
+        return nothing, how or f"cannot be decoded ({str(error).split(': ')[-1]})", []
     missing = 1 - len(audio) / (wanted - first)
     if missing > MAX_MISSING:
         return nothing, f"samples missing ({100 * missing:.0f} %)", []
@@ -121,3 +143,101 @@ def decoded_bytes(path: Path, start: float = 0.0, end: float | None = None) -> i
     except (soundfile.SoundFileError, OSError, TypeError, UnicodeError):
         end = start
     return 2 * round(SAMPLE_RATE * min(max(0.0, end - start), MAX_CLIP_SECONDS))
+
+
+def seconds_of(path: Path) -> float:
+    """Duration of a file, or 0 if it cannot be decoded."""
+    try:
+        return soundfile.info(path).duration
+    except (soundfile.SoundFileError, OSError, TypeError, UnicodeError):
+        wav, _ = foreign_wav(path)
+        return soundfile.info(wav.name).duration if wav else 0.0
+
+
+# ---------------------------------------------------------------------------------------------
+# Formats that libsndfile does not know
+
+
+def foreign_decoder() -> str:
+    """What is installed that decodes FOREIGN files, or ""."""
+    program = shutil.which("ffmpeg")
+    version = version_of("torchcodec", "torchcodec")
+    return program or (version and f"torchcodec {version}")
+
+
+def foreign_wav(path: Path) -> tuple[IO | None, str]:
+    """(temporary .wav of a FOREIGN file, how it was made), or (None, why not); "" of others.
+
+    The .wav, in $TMPDIR, is deleted when it is neither in use nor among the last that were made.
+    """
+    try:
+        stat = path.stat()
+        with open(path, "rb") as file:
+            known = FOREIGN.match(file.read(256))
+    except OSError:
+        known = None
+    return convert(path, stat.st_size, stat.st_mtime_ns) if known else (None, "")
+
+
+@functools.lru_cache(maxsize=8)  # utterances of one recording come one after the other
+def convert(path: Path, size: int, mtime: int) -> tuple[IO | None, str]:
+    """foreign_wav of a file that has this size and time of the last change."""
+    wav = tempfile.NamedTemporaryFile(prefix="vatune-", suffix=".wav")  # noqa: SIM115 returned
+    program = shutil.which("ffmpeg")
+    reason = by_ffmpeg(program, path, wav) if program else by_torchcodec(path, wav)
+    how = f"decoded by {'ffmpeg' if program else 'torchcodec'}"
+    return (None, reason) if reason else (wav, how)
+
+
+def by_ffmpeg(program: str, path: Path, wav: IO) -> str:
+    """Fills the .wav; the reason why it could not."""
+    source = ["-nostdin", "-nostats", "-protocol_whitelist", "file", "-i", f"file:{path}"]
+    target = ["-map", "0:a:0", "-c:a", "pcm_s16le", "-rf64", "auto", "-y", wav.name]
+    try:
+        done = subprocess.run([program, *source, *target], capture_output=True)
+    except OSError as error:
+        return f"cannot be decoded (ffmpeg: {error.strerror})"
+    said = done.stderr.decode(errors="replace")
+    if "matches no streams" in said:
+        return "cannot be decoded (there is no audio in it)"
+    if "No space left on device" in said:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), tempfile.gettempdir())
+    if done.returncode:
+        return f"cannot be decoded (ffmpeg: {(said.splitlines() or ['no message'])[-1]})"
+    duration = re.search(r"Duration: (\d+):(\d+):(\d+\.\d+)", said)
+    if duration and re.search("partial file|ended prematurely", said):
+        hours, minutes, seconds = map(float, duration.groups())
+        return missing_of(wav, 3600 * hours + 60 * minutes + seconds)
+    return ""
+
+
+@functools.cache  # a package that breaks takes its time, every time
+def torchcodec() -> tuple[ModuleType | None, str]:
+    """(torchcodec.decoders, ""), or (None, why not)."""
+    try:
+        return optional_module("torchcodec.decoders", "torchcodec", "it"), ""
+    except UserError as error:
+        return None, f"{NO_DECODER} ({error})" if foreign_decoder() else NO_DECODER
+
+
+def by_torchcodec(path: Path, wav: IO) -> str:
+    """Fills the .wav; the reason why it could not."""
+    decoders, reason = torchcodec()
+    if decoders is None:
+        return reason
+    try:
+        decoder = decoders.AudioDecoder(path)
+        samples = decoder.get_all_samples()
+    except (RuntimeError, OSError, ValueError) as error:
+        fault = str(error).partition("\n")[0][:120]
+        if "libtorchcodec" in fault:  # without FFmpeg's libraries it breaks when it is first used
+            return f"{NO_DECODER} (which is installed, but does not work: {fault})"
+        return f"cannot be decoded (torchcodec: {fault})"
+    soundfile.write(wav.name, samples.data.numpy().T, samples.sample_rate, "PCM_16")
+    return missing_of(wav, decoder.metadata.duration_seconds_from_header or 0.0)
+
+
+def missing_of(wav: IO, seconds: float) -> str:
+    """The reason to skip a recording of so many seconds if too few of them are in the .wav."""
+    missing = 1 - soundfile.info(wav.name).duration / max(seconds, 1e-3)
+    return f"samples missing ({100 * missing:.0f} %)" if missing > MAX_MISSING else ""

@@ -18,14 +18,16 @@ import platform
 import re
 import resource
 import select
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,17 +43,19 @@ log = logging.getLogger("vatune")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 RETRY_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal, resume me
 START_SECONDS = 1800  # time-out up to the first step: compiling, cold disks [guess]
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-DISK_BROKEN = {errno.EIO, errno.EROFS, errno.EACCES}
+SHARED_MEMORY = Path("/dev/shm")
+DISK_REMEDIES = {
+    errno.ENOSPC: "free disk space on {}",
+    errno.EDQUOT: "free disk space, your quota on {} is used up",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    **dict.fromkeys((errno.EIO, errno.EROFS, errno.EACCES), "make it writable"),
+}
 GIB = 2**30
-GPU_GIB = 24.0  # assumed size of a GPU that is not in this machine
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts
 
 stop_signals: list[int] = []  # received so far; ranks agree on them after a step
 raised_signals: list[int] = []  # those that raised Stopped, which a library may have replaced
-Averaged = torch.futures.Future[torch.Tensor]
-Result = TypeVar("Result")
 
 
 class Stopped(BaseException):
@@ -204,14 +208,6 @@ def any_rank(flag: bool) -> bool:
     return all_reduce(torch.tensor(float(flag))).item() > 0
 
 
-def smallest(number: int) -> int:
-    """The smallest of the ranks' numbers (all ranks participate)."""
-    tensor = torch.tensor(number)
-    if collectives.on:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
-    return int(tensor)
-
-
 def gather(value: object) -> list:
     """The values of all ranks, in their order (all ranks participate)."""
     values = [value] * world_size()
@@ -263,7 +259,7 @@ def sum_over_ranks(sums: Tensor) -> None:
     collectives.sums = True
 
 
-def average_bucket(state: None, bucket: dist.GradBucket) -> Averaged:
+def average_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's own average of a bucket of gradients, recorded."""
     collectives.buckets += 1
     return allreduce_hook(state, bucket)
@@ -281,9 +277,7 @@ def agree_on_step(fault: str = "") -> bool:
     return bool(stops)
 
 
-def guard_memory(
-    update: Callable[[], Result], ddp_model: torch.nn.Module, zero_sums: Tensor
-) -> Result:
+def guard_memory(update: Callable[[], Any], ddp_model: torch.nn.Module, zero_sums: Tensor) -> Any:
     """update(), a training step; StepTooLarge on all ranks if one of them runs out of memory.
 
     `zero_sums`: zeros like the sums that the step exchanges.
@@ -409,17 +403,6 @@ def device_name(device: torch.device) -> str:
     return f"{model[1] if model else platform.machine()} x {torch.get_num_threads()} threads"
 
 
-def capacity_gib(device: str, gpu_gib: float | None, memory_fraction: float) -> float:
-    """Memory there is to fill: --gpu_gib, or else the GPU here, or the free RAM of a CPU."""
-    if not uses_cuda(device):
-        free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(free[1]) * 1024 / GIB
-    gib = gpu_gib or GPU_GIB
-    if torch.cuda.is_available() and not gpu_gib:
-        gib = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[1] / GIB
-    return gib * (memory_fraction or 1.0)
-
-
 # ---------------------------------------------------------------------------------------------
 # Loader workers
 
@@ -500,9 +483,9 @@ def machine_fault(error: Exception, directory: Path, timeout: float) -> str:
         return text
     if is_out_of_memory(error):
         return f"out of memory: {first_line}"
-    if isinstance(error, OSError) and error.errno in DISK_FULL | DISK_BROKEN:
-        where = error.filename or directory
-        remedy = "free disk space" if error.errno in DISK_FULL else "make it writable"
+    if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
+        where = Path(error.filename or fullest_disk(directory))
+        remedy = DISK_REMEDIES[error.errno].format(disk_of(where))
         return f"{where}: {error.strerror}: {remedy}, then rerun with --resume"
     if text.startswith("DataLoader"):
         return f"{first_line.strip(' .')}{faulty_children()}: rerun with --resume"
@@ -512,6 +495,20 @@ def machine_fault(error: Exception, directory: Path, timeout: float) -> str:
             f"message, then rerun with --resume ({first_line[:120]})"
         )
     return ""
+
+
+def disk_of(path: Path) -> str:
+    """Where its disk is mounted, with the space that is left there."""
+    place = path.absolute()
+    while not os.path.ismount(place):  # a path that does not exist is none
+        place = place.parent
+    return f"{place} ({shutil.disk_usage(place).free / 2**20:.0f} MiB free)"
+
+
+def fullest_disk(directory: Path) -> Path:
+    """Which of the disks that a run in `directory` writes to has least space left."""
+    places = [directory, Path(tempfile.gettempdir()), SHARED_MEMORY]
+    return min(filter(Path.exists, places), key=lambda place: shutil.disk_usage(place).free)
 
 
 def faulty_children() -> str:

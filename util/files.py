@@ -7,7 +7,10 @@ Not here: what a run writes (runs.py).
 
 import contextlib
 import fcntl
+import functools
 import hashlib
+import importlib
+import importlib.metadata
 import io
 import json
 import os
@@ -16,7 +19,8 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from types import ModuleType
+from typing import BinaryIO, TextIO
 
 import numpy as np
 import torch
@@ -28,6 +32,28 @@ class UserError(ValueError):
 
     Scripts print it in one line and exit with code 2.
     """
+
+
+def optional_module(name: str, package: str, needed_by: str, otherwise: str = "") -> ModuleType:
+    """A module of a package that not every command needs. UserError if it is absent, or broken."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # built for another torch, numpy or CUDA, it raises anything
+        version, fault = version_of(package, name), "is not installed"
+        if version:
+            text = str(error).partition("\n")[0][:160]
+            fault = f"does not work ({package} {version}: {type(error).__name__}: {text})"
+        fix = f"pip install --upgrade {package}{otherwise}"
+        raise UserError(f"{needed_by} needs {package}, which {fault}: {fix}") from None
+
+
+@functools.cache
+def version_of(package: str, module: str) -> str:
+    """Version of the installed package, or of another one that brings the module; "" of none."""
+    names = importlib.metadata.packages_distributions().get(module.partition(".")[0], [package])
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(names[0])
+    return ""
 
 
 @contextlib.contextmanager
@@ -47,9 +73,30 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
         os.replace(aside, path)
         sync(path.parent)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        other = error.filename not in (None, str(aside))  # of a file that was read meanwhile
+        raise OSError(error.errno, error.strerror, error.filename if other else str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
+
+
+def open_standard_streams() -> None:
+    """Lets closed ones (`>&-`) lead nowhere; a file opened later would take their place."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def silence(stream: TextIO) -> None:
+    """Lets a stream that is full, or whose reader has gone, lead nowhere; what waits in it, too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say_error(text: str) -> None:
+    """A line on stderr, if that can be written."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
 
 
 def run_script(name: str, command: Callable[[], int | None]) -> int:
@@ -57,14 +104,15 @@ def run_script(name: str, command: Callable[[], int | None]) -> int:
 
     141, as the shell says it, if the reader of its output has gone: `python data.py ... | head`.
     """
+    open_standard_streams()
     try:
         code = command()
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        silence(sys.stdout)
         return 141
     except (UserError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        say_error(f"{name}: error: {error}")
         return 2
     return code or 0
 
@@ -115,8 +163,10 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
-def build_dir(target: Path, fill: Callable[[Path], object]) -> Path:
+def build_dir(target: Path, fill: Callable[[Path], object], wait: bool = True) -> Path | None:
     """`target`, filled by `fill(directory)` if it did not exist; never visible half-written.
+
+    None, without `wait`, if another process is filling it now.
 
     The lock only avoids double work (flock does nothing on some network disks); the rename is what
     keeps the cache complete. If two processes build, the first rename wins. UserError if the disk
@@ -128,8 +178,12 @@ def build_dir(target: Path, fill: Callable[[Path], object]) -> Path:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target.with_name(f".{target.name}.lock"), "w") as lock:
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            except OSError:
+                pass  # this disk knows no locks
             if target.exists():
                 return target
             aside.mkdir()
@@ -148,7 +202,7 @@ def build_dir(target: Path, fill: Callable[[Path], object]) -> Path:
     return target
 
 
-def build_cache(target: Path, fill: Callable[[Path], object]) -> Path:
+def build_cache(target: Path, fill: Callable[[Path], object], wait: bool = True) -> Path | None:
     """build_dir, with a check of every file against its size and SHA-256 in seals.json.
 
     All bytes are read and hashed when the cache is opened for the first time, and again whenever
@@ -162,7 +216,8 @@ def build_cache(target: Path, fill: Callable[[Path], object]) -> Path:
         seals = {path.name: seal(path) for path in aside.iterdir()}
         (aside / "seals.json").write_text(json.dumps(seals))
 
-    build_dir(target, fill_and_seal)
+    if build_dir(target, fill_and_seal, wait) is None:
+        return None
     stamp = target.with_name(f".{target.name}.checked")
     try:
         seals = json.loads((target / "seals.json").read_text())
@@ -204,13 +259,21 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def weights_digest(model: torch.nn.Module) -> str:
+def array_digest(array: np.ndarray) -> str:
+    """16 hex digits over type, shape and content; of a large array, over eight of its rows."""
+    if array.nbytes > 1 << 16 and array.ndim > 1:
+        array = array[np.linspace(0, len(array) - 1, 8).astype(int)]
+    head = f"{array.dtype.str}{array.shape}".encode()
+    return hashlib.sha256(head + array.tobytes()).hexdigest()[:16]
+
+
+def weights_digest(weights: dict[str, torch.Tensor]) -> str:
     """Hash of every weight: a cache made with other weights is another cache."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         sha.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 
-def progress(iterable: object, total: int, what: str) -> tqdm:
+def progress_bar(iterable: object, total: int, what: str) -> tqdm:
     return tqdm(iterable, total=total, desc=what, disable=None, leave=False)  # None: terminal only

@@ -22,6 +22,7 @@ from corpora import Corpus, describe_splits, skipped_by_kind
 from data import Fold, TrainPlan
 from model import TARGETS
 from util import distributed
+from util.files import silence
 from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
@@ -145,78 +146,48 @@ class Meter:
 # Hints: what is wrong with a run, and the remedy
 
 
-def give_hints(args: argparse.Namespace, files: RunFiles, cached: bool = False) -> None:
-    """Logs what the latest records of a run show to be wrong, each kind once."""
-    if not files.writes:
-        return
-    for kind, text in hints(args, files.history[-500:], cached):
+def give_hints(args: argparse.Namespace, files: RunFiles) -> None:
+    """Logs what the records of metrics.jsonl show to be wrong, each kind once."""
+    for kind, text in hints(args, files.history[-500:]).items():
         if kind not in files.hints:
             files.hints.add(kind)
             log.warning(f"hint | {text}")
 
 
-def hints(
-    args: argparse.Namespace, history: list[dict], cached: bool = False
-) -> Iterator[tuple[str, str]]:
-    """(kind, text) of everything that the latest records of metrics.jsonl show to be wrong.
-
-    `cached`: hidden states are read, which loader workers do not do. All thresholds are [guess].
-    """
-    train = [record for record in history if record["event"] == "train"]
-    cccs = [record["dev/ccc_mean"] for record in history if record["event"] == "dev"]
-    trains_wavlm = args.encoder == "wavlm" and args.unfreeze != "none"
-    rate = f"--encoder_lr ({args.encoder_lr:g})" if trains_wavlm else f"--lr ({args.lr:g})"
-
+def hints(args: argparse.Namespace, history: list[dict]) -> dict[str, str]:
+    """{kind: text} of what the latest records show to be wrong; all thresholds are [guess]."""
+    found = {}
     if args.loss == "ccc" and args.global_batch_size < 2:
-        yield "single", "--global_batch_size 1: a CCC of one utterance is 0, only MSE trains"
-    if len(train) > 1:
-        waiting = min(record.get("data_share", 0.0) for record in train[-2:])
-        padded = min(record.get("padded_share", 0.0) for record in train[-2:])
-        skipped = train[-1]["skipped_steps"]
-        if waiting > 0.2:
-            workers = "" if cached else f"raise --num_workers ({args.num_workers}), or "
-            yield (
-                "data",
-                f"{waiting:.0%} of the time is spent waiting for data: {workers}put --cache_dir "
-                "and --features_dir on a local disk",
-            )
-        if padded > 0.35:
-            why = " (--context mixes lengths)" if args.context > 1 else ""
-            yield (
-                "padding",
-                f"{padded:.0%} of the batches is padding{why}: lower --max_seconds, or "
-                "--batch_size with a higher --gradient_accumulation_steps",
-            )
-        if skipped > 0.1 * args.log_every:
-            yield (
-                "scaler",
-                f"GradScaler skipped {skipped} of the last {args.log_every} steps: gradients "
-                "overflow: give --amp bf16, or lower --lr and --encoder_lr",
-            )
+        found["single"] = "--global_batch_size 1: a CCC of one utterance is 0, only MSE trains"
+    train = [record for record in history if record["event"] == "train"]
+    waiting = [record.get("data_share", 0.0) for record in train[-2:]]
+    if len(waiting) == 2 and min(waiting) > 0.2:
+        found["data"] = (
+            f"{min(waiting):.0%} of the time is spent waiting for data: raise --num_workers "
+            f"({args.num_workers}), or put --cache_dir and --features_dir on a local disk"
+        )
     losses = [record["loss"] for record in train]
     means = [statistics.fmean(losses[i : i + 5]) for i in range(len(losses) - 4)]
     if len(means) > 5 and means[-1] > 1.25 * min(means):
-        yield (
-            "loss",
+        found["loss"] = (
             f"the loss diverges, it has risen from {min(means):.3g} to {means[-1]:.3g}: lower "
-            "--lr and --encoder_lr, or raise --warmup",
+            "--lr and --encoder_lr, or raise --warmup"
         )
+    cccs = [record["dev/ccc_mean"] for record in history if record["event"] == "dev"]
     last = cccs[-4:]
     if len(last) == 4 and last == sorted(set(last), reverse=True):
-        yield (
-            "falling",
+        found["falling"] = (
             f"dev CCC has fallen 3 times in a row, from {last[0]:.4f} to {last[-1]:.4f}: lower "
-            f"{rate}; the best epoch is kept, --patience ends earlier",
+            "the learning rates; the best epoch is kept, --patience ends earlier"
         )
     last = cccs[-5:]
-    early = history[-1]["epoch"] <= 0.7 * args.epochs  # later a cosine schedule flattens all
+    early = bool(history) and history[-1]["epoch"] <= 0.7 * args.epochs  # cosine flattens the rest
     if len(last) == 5 and max(last) - min(last) < 0.01 and early:
-        less = " or unfreeze more" if args.encoder == "wavlm" else ""
-        yield (
-            "flat",
+        found["flat"] = (
             f"dev CCC has been flat for 5 evaluations, {min(last):.4f} to {max(last):.4f}: raise "
-            f"{rate}{less}",
+            "the learning rates, or unfreeze more"
         )
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -228,8 +199,12 @@ def start_logging(path: Path | None, console: bool) -> None:
 
     class Console(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(self.format(record), file=sys.stdout)
+                sys.stdout.flush()
+            except OSError as error:
+                silence(sys.stdout)
+                log.warning(f"stdout cannot be written ({error.strerror}): the run goes on")
 
     logging.raiseExceptions = False  # a full disk is reported once, by the failed save
     log.handlers.clear()
@@ -314,10 +289,10 @@ def versions() -> dict[str, str]:
 def git_commit() -> str:
     try:
         here = Path(__file__).parent
-        run = subprocess.run(
+        done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
             cwd=here, capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
-        return run.stdout.strip()
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"

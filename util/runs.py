@@ -34,7 +34,7 @@ from corpora import Corpus, Utterance, write_skipped
 from data import Fold
 from model import TARGETS, EmotionModel, ModelConfig
 from util import distributed
-from util.files import UserError, replace_text, replacing, sha256
+from util.files import UserError, digest, replace_text, replacing, sha256
 
 log = logging.getLogger("vatune")
 
@@ -65,7 +65,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
         file.write(sha256(file, file.tell()))
 
 
-def read_checkpoint(path: Path) -> dict:
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     """What train.py saved, unpickled (tensors and plain values) after its hash was verified.
 
     UserError names a file that is missing, damaged or not of train.py.
@@ -77,7 +77,7 @@ def read_checkpoint(path: Path) -> dict:
                 fault = f"{path}: damaged, or not a best.pt, last.pt or frozen.pt of train.py"
                 raise UserError(fault)
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location=device, weights_only=True)
     except UserError:
         raise
     except OSError as error:
@@ -126,6 +126,20 @@ def load_model(path: str | Path, flag: str) -> tuple[EmotionModel, dict]:
     return model.eval(), checkpoint
 
 
+def read_flags(path: str | Path, flag: str) -> dict:
+    """The flags of the run behind what load_model takes, with the range of its labels.
+
+    Its weights are not read. UserError names `flag` and the path.
+    """
+    path = Path(path)
+    directory = path if path.is_dir() else path.parent
+    config = read_json(directory / "config.json")  # of an export
+    found = read_json(directory / "args.json") or config.get("args")
+    if not isinstance(found, dict):
+        raise UserError(f"{flag} {path}: no args.json there (give a run directory, NAME/foldK)")
+    return found | {"label_range": found.get("label_range") or config.get("label_range")}
+
+
 def load_last(directory: Path, writes: bool) -> dict | None:
     """The content of last.pt or, if that is missing or damaged, of previous.pt; None without
     either. UserError if all are damaged. The rank that `writes` sets a damaged last.pt aside."""
@@ -147,13 +161,19 @@ def load_last(directory: Path, writes: bool) -> dict | None:
     raise UserError(f"--resume: {'; '.join(faults)}: start anew with --overwrite")
 
 
-def check_resumable(flags: dict, last: dict, directory: Path, frozen: bool) -> None:
+def check_resumable(flags: dict, last: dict, files: "RunFiles", frozen: bool) -> None:
     """UserError if a file of the interrupted run is damaged, missing, older than `last` or of
-    another run, or if one of `flags`, those that decide the result, had another value.
+    another run, if its data was other data, or if one of `flags`, those that decide the result, had
+    another value.
 
     Flags that are new in the code since the run began are logged and nothing else.
     """
-    needed = []
+    needed, directory = [], files.directory
+    if "data" in last:  # the content counts, wherever it is now
+        places = {"data", "features_dir"}
+        if "speaker vector" in files.data.partition("\n")[0]:
+            places.add("speaker")
+        flags = {flag: value for flag, value in flags.items() if flag not in places}
     if last["world_size"] != distributed.world_size():
         raise UserError(
             f"--resume: the interrupted run had {last['world_size']} ranks, this one has "
@@ -181,6 +201,18 @@ def check_resumable(flags: dict, last: dict, directory: Path, frozen: bool) -> N
             raise UserError(f"{what} is older than last.pt: start anew with --overwrite")
     for flag in sorted(flags.keys() - last["args"].keys()):
         log.info(f"--resume: --{flag} {flags[flag]} is new since the run began")
+    if "data" not in last:
+        log.warning("--resume: last.pt is of older code: whether the data has changed is not known")
+    elif last["data"] != files.data_digest:
+        before = directory / "data.csv"
+        text = before.read_text("utf-8", errors="replace") if before.is_file() else ""
+        what = "data.csv, which would tell in what, is missing or damaged"
+        if digest(text) == last["data"]:
+            what = differences(text, files.data)
+        raise UserError(
+            f"--resume: the data differs from that of the interrupted run: {what}: restore it, or "
+            "start anew with --overwrite"
+        )
 
 
 def wavlm_weights(model: EmotionModel) -> dict[str, Tensor]:
@@ -225,6 +257,65 @@ def audio_source(utterance: Utterance) -> tuple[str, float, float | None]:
 
 
 # ---------------------------------------------------------------------------------------------
+# The data of a run
+
+
+def data_table(fold: Fold) -> str:
+    """CSV of all that the data decides about a run: a line per utterance, with digests instead of
+    paths, so that moved files are the same data."""
+    rows = np.concatenate(list(fold.splits.values()))
+    utterances = [fold.corpus.utterances[row] for row in rows]
+    columns = {name: [getattr(u, name) for u in utterances] for name in ("utt_id", "dialog")}
+    columns["split"] = np.repeat(list(fold.splits), list(map(len, fold.splits.values())))
+    columns |= {target: [getattr(u, target) for u in utterances] for target in TARGETS}
+    columns |= {kind: [digests[row] for row in rows] for kind, digests in fold.digests.items()}
+    text = pd.DataFrame(columns).to_csv(index=False)
+    return text.encode(errors="backslashreplace").decode()  # as it comes back from a file
+
+
+def differences(before: str, now: str) -> str:
+    """What two data_tables differ in, with an example of each kind."""
+    old, new = (
+        pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, index_col="utt_id")
+        for text in (before, now)
+    )
+    found = []
+    for names, what in (
+        (old.index.difference(new.index), "gone"),
+        (new.index.difference(old.index), "new"),
+    ):
+        if len(names):
+            found.append(f"{len(names)} rows are {what} (as {names[0]})")
+    for column in old.columns.symmetric_difference(new.columns):
+        found.append(f"{column} is given in one of them alone")
+    both = old.index.intersection(new.index)
+    for column in old.columns.intersection(new.columns):
+        one, two = old.loc[both, column], new.loc[both, column]
+        changed = both[one != two]
+        if len(changed):
+            example = first = changed[0]
+            if column not in ("audio", "features", "speaker vector"):  # whose digests say nothing
+                example = f"{first}, {one[first]} before and {two[first]} now"
+            found.append(f"{column} of {len(changed)} utterances has changed (as {example})")
+    return ", ".join(found) or "rows are in another order"
+
+
+def check_same_data(data: str) -> None:
+    """UserError on ranks whose machine has other data than the rank with most of it (all ranks
+    participate)."""
+    fault = None
+    if len(set(distributed.gather(digest(data)))) > 1:
+        tables = distributed.gather(data)
+        most = max(tables, key=lambda table: table.count("\n"))
+        if data != most:
+            fault = UserError(
+                f"the data here differs from that of rank {tables.index(most)}: "
+                f"{differences(most, data)}: give all machines the same files"
+            )
+    distributed.raise_together(fault)
+
+
+# ---------------------------------------------------------------------------------------------
 # The directory of a run
 
 
@@ -232,14 +323,16 @@ def run_dir(args: argparse.Namespace) -> Path:
     return Path(args.out) / args.name / f"fold{args.fold}"
 
 
-def open_run(args: argparse.Namespace, writes: bool) -> "RunFiles":
+def open_run(args: argparse.Namespace, fold: Fold, writes: bool) -> "RunFiles":
     """The files of the run (all ranks participate); the rank that `writes` claims the directory.
 
     It creates the directory, clears it (--overwrite) or keeps it (--resume). All ranks raise
-    UserError if another process holds it, if it exists without either flag, or if one of them does
-    not see it.
+    UserError if they have not the same data, if another process holds the directory, if it exists
+    without either flag, or if one of them does not see it.
     """
     directory, lock, fault = run_dir(args), None, None
+    data = data_table(fold)
+    check_same_data(data)
     if writes:
         try:
             lock = claim(directory, args.resume, args.overwrite)
@@ -249,7 +342,7 @@ def open_run(args: argparse.Namespace, writes: bool) -> "RunFiles":
     if not args.dry_run and not directory.is_dir():
         fault = UserError(f"{directory}, made by rank 0, is not seen here: --out on a shared disk?")
     distributed.raise_together(fault)
-    return RunFiles(directory, lock)
+    return RunFiles(directory, lock, data)
 
 
 def refuse_existing(path: Path) -> None:
@@ -316,8 +409,9 @@ class RunFiles:
     other ranks, and in a dry run, every method does nothing.
     """
 
-    def __init__(self, directory: Path, lock: TextIO | None) -> None:
+    def __init__(self, directory: Path, lock: TextIO | None, data: str) -> None:
         self.directory, self.lock = directory, lock
+        self.data, self.data_digest = data, digest(data)  # see data_table
         self.history: list[dict] = []  # records of metrics.jsonl
         self.hints: set[str] = set()  # kinds that were logged
         self.board = None
@@ -341,9 +435,10 @@ class RunFiles:
         self.board = SummaryWriter(self.directory / "tb", purge_step=step + 1)
 
     def record(self, event: str, step: int, values: dict[str, float]) -> None:
-        """Appends to metrics.jsonl, and to TensorBoard."""
+        """Appends to metrics.jsonl, and to TensorBoard, what is not NaN."""
         if not self.writes:
             return
+        values = {key: value for key, value in values.items() if not math.isnan(value)}
         self.history.append({"event": event, "step": step, **values})
         path = self.directory / "metrics.jsonl"
         try:
@@ -366,7 +461,9 @@ class RunFiles:
             save_checkpoint(self.directory / name, content)
 
     def write_json(self, name: str, content: dict) -> None:
+        """The content, with null for NaN, which is a target's score without a label."""
         if self.writes:
+            content = json.loads(json.dumps(content), parse_constant=lambda _: None)
             replace_text(self.directory / name, json.dumps(content, indent=1) + "\n")
 
     def write_status(self, step: int) -> None:
@@ -376,7 +473,7 @@ class RunFiles:
         self.write_json("status.json", status)
 
     def write_splits(self, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
-        """splits.json: per split {utt_id: (audio path, start, end)}; skipped.csv."""
+        """splits.json: per split {utt_id: (audio path, start, end)}; data.csv; skipped.csv."""
         sources = {
             split: {
                 corpus.utterances[row].utt_id: audio_source(corpus.utterances[row]) for row in rows
@@ -385,6 +482,7 @@ class RunFiles:
         }
         self.write_json("splits.json", sources)
         if self.writes:
+            replace_text(self.directory / "data.csv", self.data)
             write_skipped(self.directory / "skipped.csv", corpus)
 
     def write_predictions(self, split: str, fold: Fold, preds: Tensor) -> None:
@@ -398,6 +496,7 @@ class RunFiles:
         for row, pred in zip(fold.splits[split].tolist(), scaled.tolist()):
             utt = corpus.utterances[row]
             labels = [getattr(utt, target) for target in TARGETS]
+            labels = ["" if math.isnan(label) else label for label in labels]
             cells = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
             cells += [f"{corpus.seconds[row]:.3f}", *labels, *(f"{value:.6f}" for value in pred)]
             writer.writerow(cells)
@@ -446,7 +545,8 @@ def read_records(directory: Path) -> list[dict]:
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    """At least one row of a predictions CSV: TEXTS as strings, NUMBERS as finite float64.
+    """At least one row of a predictions CSV: TEXTS as strings, NUMBERS as finite float64, or NaN
+    for a label whose cell is empty.
 
     UserError names the file and, of a wrong number, its row and column.
     """
@@ -461,7 +561,8 @@ def read_predictions(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: no rows")
     rows = rows[[*TEXTS, *NUMBERS]]
     numbers = rows[list(NUMBERS)].map(to_number)
-    wrong = np.argwhere(~np.isfinite(numbers.to_numpy()))
+    missing = (rows[list(NUMBERS)] == "") & [name in TARGETS for name in NUMBERS]
+    wrong = np.argwhere(~(np.isfinite(numbers) | missing).to_numpy())
     if len(wrong):
         row, column = wrong[0]
         fault = f"{NUMBERS[column]} {rows[NUMBERS[column]][row]!r} is not a finite number"

@@ -14,11 +14,13 @@ torch.compile (traced as eager), kernels of a CPU. Nothing here knows a particul
 
 import contextlib
 import functools
+import inspect
 import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -306,39 +308,25 @@ def efficient_attention(
     return kernel(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 
 
-def self_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    width: int,
-    heads: int,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    training: bool = True,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
+def self_attention(*args: object, **kwargs: object) -> tuple[Tensor, None]:
     """F.multi_head_attention_forward of x (T, B, D) with itself, whose inside a mode cannot see."""
-    if key is not query or value is not query or need_weights:
+    bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = SimpleNamespace(**bound.arguments)
+    x, heads, mask = given.query, given.num_heads, given.attn_mask
+    if given.key is not x or given.value is not x or given.need_weights:
         raise NotImplementedError("tracing knows nn.MultiheadAttention as self-attention alone")
-    frames, batch, _ = query.shape
-    packed = F.linear(query, in_weight, in_bias).unflatten(-1, (3, heads, width // heads))
-    packed = packed.permute(2, 1, 3, 0, 4)  #  (3, B, H, T, d)
-    q, k, v = packed.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
-    if key_padding_mask is not None:
-        padding = key_padding_mask[:, None, None].expand(-1, heads, frames, -1).to(q.dtype)
-        attn_mask = padding if attn_mask is None else attn_mask + padding
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p if training else 0.0)
+    frames, batch, width = x.shape
+    packed = F.linear(x, given.in_proj_weight, given.in_proj_bias)
+    packed = packed.unflatten(-1, (3, heads, width // heads)).permute(2, 0, 1, 3, 4)
+    q, k, v = packed.contiguous().permute(0, 2, 3, 1, 4)  #  each (B, H, T, d)
+    if given.key_padding_mask is not None:
+        padding = given.key_padding_mask[:, None, None].expand(-1, heads, frames, -1).to(q.dtype)
+        mask = padding if mask is None else mask + padding
+    dropout_p = given.dropout_p if given.training else 0.0
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
     out = out.permute(2, 0, 1, 3).reshape(frames, batch, width)
-    return F.linear(out, out_weight, out_bias), None
+    return F.linear(out, given.out_proj_weight, given.out_proj_bias), None
 
 
 # ---------------------------------------------------------------------------------------------
