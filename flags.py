@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("model").add_argument
     add("--encoder", choices=ENCODERS, default="wavlm", help="module that turns input into frames")
     add("--wavlm", default="microsoft/wavlm-large",
-        help=f"hub name, local directory, or random weights: {', '.join(SIZES)}")
+        help=f"hub name, local directory, checkpoint file, or random weights: {', '.join(SIZES)}")
     add("--wavlm_revision", help="hub commit or tag of --wavlm")
     add("--wavlm_dropout", type=share, help="replaces all dropouts of the WavLM checkpoint")
     add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")

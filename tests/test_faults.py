@@ -34,7 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
 from train import cli, main, parse_args
-from util.runs import read_checkpoint, save_checkpoint
+from util.checkpoints import read_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +180,8 @@ def test_a_resume_from_the_spare_keeps_the_spare_until_there_is_a_better_one(fla
     [
         (r"^vatune", 100, "args.json", 0),
         (r"^step +2/", 0, "metrics.jsonl", 0),
-        ("best.pt", 0, "predictions_dev.csv", 0),
-        ("last.pt", 0, "status.json", 3),
+        ("best.pt", 0, "(last.pt|metrics.jsonl)", 0),  # a thread writes it while training goes on
+        ("last.pt", 0, "(status.json|metrics.jsonl)", 3),
         (r"^epoch +2 . dev", 400_000, "last.pt", 3),
         ("predictions_test.csv", 0, "embedding_test.npy", 6),
     ],
@@ -210,7 +210,9 @@ def test_a_full_disk_spares_what_is_there_and_the_run_goes_on_after(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"/{file}: File too large: raise the limit" in said, said
+    assert said.count("\n") == 1 and re.search(f"/{file}: File too large: raise the limit", said), (
+        said
+    )
     exists = (victim.directory / "last.pt").exists()
     assert (progress_of(victim)["step"] if exists else 0) == saved
     assert cli([*victim.flags, "--resume"]) == 0
@@ -351,18 +353,18 @@ def test_a_signal_in_a_start_is_75_and_the_next_start_is_like_the_first(
 def test_a_signal_while_a_cache_fills_leaves_no_half_of_it(flags, tmp_path, monkeypatch):
     cache, fsync = tmp_path / "cache", os.fsync
     flags = [*flags, "--unfreeze", "none", "--cache_dir", str(cache)]
-    for what in ("audio", "hidden"):
+    for what in ("/cache/.audio-", "/.part-0000"):
 
         def stopping(handle, what=what):
-            if f"/cache/.{what}-" in os.readlink(f"/proc/self/fd/{handle}"):
+            if what in os.readlink(f"/proc/self/fd/{handle}"):
                 signal.raise_signal(signal.SIGUSR1)
             fsync(handle)
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", stopping)
             assert cli([*flags, "--resume"]) == 75
-        assert not [path for path in cache.glob(".*") if path.is_dir()]
-        assert not list(cache.glob(f"{what}-*"))
+        folders = [path.name for path in cache.rglob("*") if path.is_dir()]
+        assert not [name for name in folders if name.startswith((".", "part-"))]
     assert cli([*flags, "--resume"]) == 0
 
 

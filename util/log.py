@@ -274,8 +274,9 @@ def step_line(record: dict[str, float], step: int, scaler: torch.amp.GradScaler)
 
 
 def score_line(what: str, scores: dict[str, float]) -> str:
-    ccc = " ".join(f"{target} {scores[f'ccc_{target}']:.4f}" for target in TARGETS)
-    return f"{what} CCC {ccc} mean {scores['ccc_mean']:.4f}"
+    """The CCCs in words; "-" for a target without a label."""
+    ccc = " ".join(f"{name} {scores[f'ccc_{name}']:.4f}" for name in (*TARGETS, "mean"))
+    return f"{what} CCC {ccc.replace(' nan', ' -')}"
 
 
 def versions() -> dict[str, str]:

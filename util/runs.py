@@ -33,7 +33,8 @@ from corpora import Corpus, Utterance, write_skipped
 from data import Fold
 from model import TARGETS, EmotionModel, ModelConfig
 from util import distributed
-from util.files import UserError, digest, optional_module, replace_text, replacing, sha256
+from util.checkpoints import Writer, read_checkpoint
+from util.files import UserError, digest, optional_module, replace_text, replacing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -56,40 +57,6 @@ NUMBERS = ("seconds", *TARGETS, *PREDICTED)
 
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """The content, with its SHA-256 as the last 32 bytes; a last.pt that is there becomes
-    previous.pt. OSError names the file; what was there stays."""
-    previous = path.with_name("previous.pt") if path.name == "last.pt" else None
-    with replacing(path, previous) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # torch puts its own error over the disk's
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        file.write(sha256(file, file.tell()))
-
-
-def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """What train.py saved, unpickled (tensors and plain values) after its hash was verified.
-
-    UserError names a file that is missing, damaged or not of train.py.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size - 32  # the hash
-            if size <= 0 or sha256(file, size) != file.read(32):
-                fault = f"{path}: damaged, or not a best.pt, last.pt or frozen.pt of train.py"
-                raise UserError(fault)
-            file.seek(0)
-            return torch.load(file, map_location=device, weights_only=True)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
-    except Exception as error:  # weights_only refuses more than tensors and plain values
-        fault = f"{path}: not a checkpoint of train.py ({type(error).__name__})"
-        raise UserError(fault) from None
 
 
 def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Path) -> None:
@@ -424,6 +391,7 @@ class RunFiles:
         self.history: list[dict] = []  # records of metrics.jsonl
         self.hints: set[str] = set()  # kinds that were logged
         self.board = None
+        self.writer = Writer()
 
     @property
     def writes(self) -> bool:
@@ -466,10 +434,15 @@ class RunFiles:
         speeds = [record[name] for record in self.history if name in record]
         return statistics.median(speeds) if speeds else None
 
-    def save(self, name: str, content: dict) -> None:
-        """A checkpoint, see save_checkpoint."""
+    def save(self, contents: dict[str, dict], step: int) -> None:
+        """Checkpoints by name, and then status.json, while the run goes on; see Writer."""
         if self.writes:
-            save_checkpoint(self.directory / name, content)
+            contents = {self.directory / name: content for name, content in contents.items()}
+            self.writer.write(contents, lambda: self.write_status(step))
+
+    def wait(self) -> None:
+        """Returns when all checkpoints are on the disk; OSError if one could not be written."""
+        self.writer.wait()
 
     def write_json(self, name: str, content: dict) -> None:
         """The content, with null for NaN, which is a target's score without a label."""
