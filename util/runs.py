@@ -34,7 +34,7 @@ from corpora import Corpus, Utterance, write_skipped
 from data import Fold
 from model import TARGETS, EmotionModel, ModelConfig
 from util import distributed
-from util.files import UserError, digest, replace_text, replacing, sha256
+from util.files import UserError, digest, optional_module, replace_text, replacing, sha256
 
 log = logging.getLogger("vatune")
 
@@ -425,14 +425,18 @@ class RunFiles:
         `step`: a resumed run writes the later ones again."""
         if not self.writes:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
         path = self.directory / "metrics.jsonl"
         self.history = read_records(self.directory)[:records]
         replace_text(path, "".join(json.dumps(record) + "\n" for record in self.history))
         if len(self.history) < records:
             log.warning(f"{path} lacks records from before step {step}")
-        self.board = SummaryWriter(self.directory / "tb", purge_step=step + 1)
+        try:
+            optional_module("tensorboard", "tensorboard", "tb/")
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self.board = SummaryWriter(self.directory / "tb", purge_step=step + 1)
+        except UserError as error:
+            log.warning(f"no TensorBoard: {error}; metrics.jsonl has the same figures")
 
     def record(self, event: str, step: int, values: dict[str, float]) -> None:
         """Appends to metrics.jsonl, and to TensorBoard, what is not NaN."""
@@ -446,7 +450,7 @@ class RunFiles:
                 file.write(json.dumps(self.history[-1]) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
-        for key, value in values.items():
+        for key, value in values.items() if self.board else ():
             self.board.add_scalar(key if "/" in key else f"{event}/{key}", value, step)
 
     def median_speed(self) -> float | None:
