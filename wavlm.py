@@ -26,7 +26,10 @@ tests/test_wavlm.py compares every hidden state and gradient.
 
 import dataclasses
 import json
+import logging
 import math
+import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +42,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
+
+log = logging.getLogger("vatune")
 
 ATTENTIONS = ("fused", "sdpa", "eager")
 CNN_SLICE_SAMPLES = 30 * 16_000  # the frozen CNN takes about this much at a time: bounds its peak
@@ -703,20 +708,35 @@ def _init_weights(module: nn.Module, std: float) -> None:
 
 # ---------------------------------------------------------------------------- weights on disk
 def load_wavlm(name: str, revision: str | None = None, dropout: float | None = None) -> WavLM:
-    """A WavLM in float32: "tiny", "base" or "large" (random), a local directory or a hub name.
+    """A WavLM in float32, with the weights that `name` stands for.
 
-    model.safetensors is preferred; pytorch_model.bin is read with weights_only. A checkpoint of a
-    task model ("wavlm." prefix) gives its encoder. `revision` is a branch, tag or commit of the
-    hub. `dropout`, if given, replaces the four dropouts of the checkpoint. WavLMError if there is
+    name: "tiny", "base" or "large" (random weights); a directory or a hub repository with
+    config.json and model.safetensors or pytorch_model.bin, in one file or in shards; or a file in
+    one of the forms at the end of this file. `revision` is a branch, tag or commit of the hub.
+    `dropout`, if given, replaces the four dropouts of the checkpoint. WavLMError if there is
     nothing to read, or if it is not exactly a WavLM.
     """
     config = read_config(name, revision, dropout)
     if name in SIZES:
         return WavLM(config)
-    path = _find(name, ("model.safetensors", "pytorch_model.bin"), revision)
+    checkpoint = read_checkpoint(name, revision)
+    if checkpoint.prefix or checkpoint.naming != "transformers":
+        found = f"a complete WavLM with the names of {checkpoint.naming}"
+        if checkpoint.prefix:
+            found += f" under {checkpoint.prefix!r}"
+        log.info(f"{checkpoint.where}: {found}; dropout {config.hidden_dropout:g}")
     with torch.device("meta"):
         model = WavLM(config)
-    _load_state(model, path, f"{name}/{path.name}")
+    state = checkpoint.state
+    if not hasattr(model, "masked_spec_embed"):
+        state.pop("masked_spec_embed", None)
+    elif "masked_spec_embed" not in state:  # torchaudio has none, and nothing here reads it
+        state["masked_spec_embed"] = torch.zeros(config.hidden_size)
+    try:
+        model.to_empty(device="cpu").load_state_dict(state)  # copies, to float32
+    except RuntimeError as error:  # names or shapes
+        found = f"weights do not fit the config: {str(error).partition(':')[2][:400]}"
+        raise unusable(checkpoint.where, found) from error
     return model
 
 
@@ -727,78 +747,11 @@ def read_config(
     if name in SIZES:
         config = SIZES[name]
     else:
-        where = f"{name}/config.json"
-        try:
-            raw = json.loads(_find(name, ("config.json",), revision).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise _unusable(where, error) from error
-        model_type = raw.get("model_type") if isinstance(raw, dict) else None
-        if model_type != "wavlm":
-            raise _unusable(where, f"model_type is {model_type!r}, not 'wavlm'")
-        config = WavLMConfig.from_dict(raw, where)
+        config = WavLMConfig.from_dict(*find_config(name, revision))
     if dropout is None:
         return config
     names = ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout")
     return dataclasses.replace(config, **dict.fromkeys(names, dropout))
-
-
-def _unusable(where: str, found: object) -> WavLMError:
-    """The error for a checkpoint that is not there or not a WavLM, in one line."""
-    return WavLMError(
-        f"{where}: {' '.join(str(found).split())} (give {', '.join(SIZES)}, a directory with "
-        "config.json and model.safetensors, or a hub name like microsoft/wavlm-large)"
-    )
-
-
-def _find(name: str, files: Sequence[str], revision: str | None) -> Path:
-    """Path of the first of `files` that the directory or hub repository `name` has."""
-    if Path(name).exists():
-        for file in files:
-            if (Path(name) / file).is_file():
-                return Path(name) / file
-        raise _unusable(name, f"no {' or '.join(files)} in this directory")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    reason = None
-    for file in files:
-        try:
-            return Path(hf_hub_download(name, file, revision=revision))
-        except EntryNotFoundError as error:  # not in the repository, or offline and not cached
-            reason = error
-        except Exception as error:  # errors of the hub, the network, the disk: no common base class
-            raise _unusable(name, f"no such directory, and from the hub: {error}") from error
-    raise _unusable(name, f"no such directory, and from the hub: {reason}") from reason
-
-
-def _load_state(model: WavLM, path: Path, where: str) -> None:
-    """Fill a model that was built on the meta device; every name and shape must agree."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what the two libraries raise has no common base class
-        raise _unusable(where, error) from error
-    if any(key.startswith("wavlm.") for key in state):  # a task model: leave out its head
-        state = {k.removeprefix("wavlm."): v for k, v in state.items() if k.startswith("wavlm.")}
-    conv = "encoder.pos_conv_embed.conv."
-    for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
-        if conv + old in state:
-            state[f"{conv}parametrizations.weight.{new}"] = state.pop(conv + old)
-    wanted = model.state_dict()
-    if "masked_spec_embed" not in wanted:
-        state.pop("masked_spec_embed", None)
-    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    wrong = [k for k in wanted if k in state and wanted[k].shape != state[k].shape]
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            found = f"weights do not fit config.json: {what}: {', '.join(names[:5])}{more}"
-            raise _unusable(where, found)
-    model.to_empty(device="cpu").load_state_dict(state)  # copies, to float32
 
 
 def save_wavlm(model: WavLM, directory: str | Path) -> None:
@@ -815,6 +768,67 @@ def save_wavlm(model: WavLM, directory: str | Path) -> None:
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.dumps(model.config.to_dict(), indent=2, sort_keys=True) + "\n"
     (directory / "config.json").write_text(config, encoding="utf-8")
+
+
+def find_config(name: str, revision: str | None) -> tuple[dict[str, Any], str]:
+    """(the config.json of a WavLM or what stands for it, where it was found)."""
+    folder = folder_of(name)
+    path = find(folder, ("config.json",), revision)
+    if path is None or name != folder:
+        checkpoint = read_checkpoint(name, revision)
+        if path is None or checkpoint.cfg:
+            return config_from_weights(checkpoint), checkpoint.where
+    where = f"{folder}/config.json"
+    raw = read_json(path, where)
+    if raw.get("model_type") != "wavlm":
+        raise unusable(where, f"model_type is {raw.get('model_type')!r}, not 'wavlm'")
+    return raw, where
+
+
+def find(name: str, files: Sequence[str], revision: str | None) -> Path | None:
+    """Path of the first of `files` in a directory, None if it has none, or in a hub repository."""
+    if Path(name).exists():
+        paths = (Path(name) / file for file in files)
+        return next((path for path in paths if path.is_file()), None)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    reason = None
+    for file in files:
+        try:
+            return Path(hf_hub_download(name, file, revision=revision))
+        except EntryNotFoundError as error:  # not in the repository, or offline and not cached
+            reason = error
+        except HFValidationError as error:  # a path rather than a name of the hub
+            raise unusable(name, "no such file or directory") from error
+        except Exception as error:  # errors of the hub, the network, the disk: no common base class
+            reason = error
+            break
+    raise unusable(name, f"no such file or directory, and from the hub: {reason}") from reason
+
+
+def folder_of(name: str) -> str:
+    """Where the files of a checkpoint are: `name`, or the directory of a file."""
+    return str(Path(name).parent) if Path(name).is_file() else name
+
+
+def read_json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise unusable(where, error) from error
+    if not isinstance(content, dict):
+        raise unusable(where, "not a JSON object")
+    return content
+
+
+def unusable(where: str, found: object, remedy: str = "") -> WavLMError:
+    """The error for a checkpoint that is not there or not a WavLM, in one line."""
+    remedy = remedy or (
+        f"give {', '.join(SIZES)}, a directory with config.json and model.safetensors, a "
+        "checkpoint file, or a hub name like microsoft/wavlm-large"
+    )
+    return WavLMError(f"{where}: {' '.join(str(found).split())} ({remedy})")
 
 
 # ---------------------------------------------------------------------------- attention on a CPU
@@ -961,3 +975,197 @@ def keep_mask(bits: np.random.SFC64, dropout: float, out: Tensor) -> Tensor:
 def keep_scale(dropout: float) -> float:
     """What the kept values are multiplied by, exact for keep_mask's probability."""
     return 65_536 / (65_536 - round(dropout * 65_536))
+
+
+# ---------------------------------------------------------------------------- forms of checkpoints
+# Microsoft's original files (names of fairseq), those of torchaudio, and any file that holds one
+# WavLM: in state_dict or model, below wavlm., ssl_model. and so on, beside whatever else.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+SHARDS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# what DistributedDataParallel, FSDP and torch.compile insert into names, at any depth
+WRAPPERS = r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+# a name that each WavLM has once, and whose it is
+MARKS = {
+    "encoder.pos_conv_embed.conv.bias": "transformers",
+    "encoder.pos_conv.0.bias": "fairseq",
+    "encoder.transformer.pos_conv_embed.conv.bias": "torchaudio",
+}
+TO_TRANSFORMERS = (  # no pattern of one naming matches a name of another
+    # fairseq
+    (r"^layer_norm\.", "feature_projection.layer_norm."),
+    (r"^post_extract_proj\.", "feature_projection.projection."),
+    (r"^mask_emb$", "masked_spec_embed"),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.0\.", r"\1.conv."),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.2\.(1\.)?", r"\1.layer_norm."),
+    (r"^encoder\.pos_conv\.0\.", "encoder.pos_conv_embed.conv."),
+    (r"\.self_attn\.", ".attention."),
+    (r"\.grep_linear\.", ".gru_rel_pos_linear."),
+    (r"\.grep_a$", ".gru_rel_pos_const"),
+    (r"\.relative_attention_bias\.", ".rel_attn_embed."),
+    (r"\.self_attn_layer_norm\.", ".layer_norm."),
+    (r"\.fc1\.", ".feed_forward.intermediate_dense."),
+    (r"\.fc2\.", ".feed_forward.output_dense."),
+    # torchaudio
+    (r"^encoder\.feature_projection\.", "feature_projection."),
+    (r"^encoder\.transformer\.", "encoder."),
+    (r"\.attention\.attention\.", ".attention."),
+    # weight norm before torch 2
+    (r"\.weight_g$", ".parametrizations.weight.original0"),
+    (r"\.weight_v$", ".parametrizations.weight.original1"),
+)
+PARTS = ("feature_extractor.", "feature_projection.", "encoder.", "masked_spec_embed")
+FROM_CFG = {  # our field: that of fairseq
+    "hidden_act": "activation_fn",
+    "hidden_dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
+    "feat_proj_dropout": "dropout_input",
+    "do_stable_layer_norm": "layer_norm_first",
+    "max_bucket_distance": "max_distance",
+}
+PUBLISHED_CNN = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+
+
+class Checkpoint(NamedTuple):
+    """The tensors of a WavLM on disk; most formats read one when it is used."""
+
+    where: str  # for messages
+    state: dict[str, Tensor]  # by names of transformers
+    naming: str  # whose names they had, a value of MARKS
+    prefix: str  # what stood before those names
+    cfg: dict[str, Any]  # the config of fairseq, else empty
+
+
+def read_checkpoint(name: str, revision: str | None) -> Checkpoint:
+    """The WavLM in a file, a directory or a hub repository."""
+    folder = folder_of(name)
+    path = find(folder, WEIGHTS + SHARDS, revision) if folder == name else Path(name)
+    if path is None:
+        raise unusable(name, f"no {' or '.join(WEIGHTS)} in this directory")
+    where = f"{folder}/{path.name}"
+    if path.suffix != ".json":
+        return find_wavlm(*read_tensors(path, where), where)
+    weight_map = read_json(path, where).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise unusable(where, "no weight_map in it")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        shard_path = find(folder, (shard,), revision)
+        if shard_path is None:
+            raise unusable(where, f"{shard} is missing", "copy every file that this one names")
+        tensors |= read_tensors(shard_path, f"{folder}/{shard}")[0]
+    return find_wavlm(tensors, {}, where)
+
+
+def read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, cfg of fairseq or {}) of a file."""
+    with open(path, "rb") as file:
+        head = file.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        found = "a Git LFS pointer, not the file that it stands for"
+        raise unusable(where, found, "run `git lfs pull` in its directory")
+    try:
+        if head[8:9] == b"{":
+            from safetensors.torch import load_file
+
+            return load_file(path), {}
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception as error:  # what the two libraries raise has no common base class
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            found = f"holds Python objects ({refused[1]}), which could run code when they are read"
+            remedy = "if you trust it, load it and save its state_dict alone with torch.save"
+            raise unusable(where, found, remedy) from error
+        reason = f"{type(error).__name__} {str(error).partition('. ')[0]}"
+        found = f"damaged, cut short or no checkpoint: {reason}"
+        raise unusable(where, found, "copy or download it again") from error
+    cfg = content.get("cfg") if isinstance(content, dict) else None
+    return dict(flat(content)), cfg if isinstance(cfg, dict) else {}
+
+
+def flat(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dicts, named by the keys on the way to them."""
+    if isinstance(content, Tensor):
+        yield prefix, content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def find_wavlm(tensors: dict[str, Tensor], cfg: dict[str, Any], where: str) -> Checkpoint:
+    """The only WavLM among the tensors, without what does not belong to it."""
+    plain = {re.sub(WRAPPERS, "", name): name for name in tensors}
+    marked = [(name, mark) for name in plain for mark in MARKS if f".{name}".endswith(f".{mark}")]
+    if not marked:
+        tensors_are = f"its tensors are {', '.join(list(tensors)[:3])} ..."
+        raise unusable(where, f"no WavLM in it; {tensors_are if tensors else 'it has no tensors'}")
+    if len(marked) > 1:
+        prefixes = ", ".join(repr(name.removesuffix(mark)) for name, mark in marked)
+        raise unusable(where, f"more than one model in it: {prefixes}", "save the WavLM alone")
+    ((name, mark),) = marked
+    prefix = name.removesuffix(mark)
+    state = {}
+    for name, original in plain.items():
+        if not name.startswith(prefix):
+            continue
+        name = name.removeprefix(prefix)
+        for pattern, replacement in TO_TRANSFORMERS:
+            name = re.sub(pattern, replacement, name)
+        if ".attention.in_proj_" in name:  # torchaudio has the three in one
+            for part, tensor in zip("qkv", tensors[original].chunk(3)):
+                state[name.replace("in_proj_", f"{part}_proj.")] = tensor
+        elif name.startswith(PARTS):
+            state[name] = tensors[original]
+    if not any(name.endswith(".gru_rel_pos_const") for name in state):
+        raise unusable(where, "a HuBERT or wav2vec 2.0, not a WavLM: it has no gated position bias")
+    naming, prefix = MARKS[mark], plain[prefix + mark].removesuffix(mark)
+    return Checkpoint(where, state, naming, prefix, cfg)
+
+
+def config_from_weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A config.json for weights that come without one, from their shapes and the cfg of fairseq.
+
+    Shapes do not show strides, max_bucket_distance and whether norms come first; without a cfg they
+    are taken to be those of the published WavLMs.
+    """
+    where, state, naming, _, cfg = checkpoint
+    if naming == "transformers":
+        raise unusable(where, "no config.json beside it", "copy it from where the weights are from")
+
+    def shape(name: str) -> torch.Size:
+        if name not in state:
+            raise unusable(where, f"incomplete, without {name}")
+        return state[name].shape
+
+    num_convs = sum(name.endswith(".conv.weight") for name in state)
+    convs = [shape(f"feature_extractor.conv_layers.{i}.conv.weight") for i in range(num_convs)]
+    cnn = []  # (kernel, stride) of each layer
+    layers = str(cfg.get("conv_feature_layers", PUBLISHED_CNN))
+    for group, times in re.findall(r"\[(.*?)\](?: *\* *(\d+))?", layers):
+        cnn += re.findall(r"(\d+), *(\d+)\)", group) * int(times or 1)
+    if [int(kernel) for kernel, _ in cnn] != [conv[2] for conv in convs]:
+        raise unusable(where, "the strides of its CNN are unknown", "put a config.json beside it")
+    width, group_width, kernel = shape(
+        "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
+    )
+    layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in state
+    layer = "encoder.layers.0."
+    return {
+        "model_type": "wavlm",
+        "hidden_size": width,
+        "num_hidden_layers": sum(name.endswith(".gru_rel_pos_const") for name in state),
+        "num_attention_heads": shape(f"{layer}attention.gru_rel_pos_const")[1],
+        "intermediate_size": shape(f"{layer}feed_forward.intermediate_dense.weight")[0],
+        "num_buckets": shape(f"{layer}attention.rel_attn_embed.weight")[0],
+        "conv_dim": [conv[0] for conv in convs],
+        "conv_kernel": [conv[2] for conv in convs],
+        "conv_stride": [int(stride) for _, stride in cnn],
+        "conv_bias": "feature_extractor.conv_layers.0.conv.bias" in state,
+        "num_conv_pos_embeddings": kernel,
+        "num_conv_pos_embedding_groups": width // group_width,
+        "feat_extract_norm": "layer" if layer_norms else "group",
+        "do_stable_layer_norm": layer_norms,
+        **{ours: cfg[theirs] for ours, theirs in FROM_CFG.items() if theirs in cfg},
+    }

@@ -222,6 +222,20 @@ def test_mel_filters_equal_those_of_transformers():
     assert shortest.shape == (1, 1, 80) and mask.all()
 
 
+def test_log_mel_equals_torchaudios():
+    try:
+        from torchaudio.transforms import MelSpectrogram
+    except (ImportError, OSError, RuntimeError) as error:  # not installed, or for another torch
+        pytest.skip(f"torchaudio: {error}")
+    waveform = 0.1 * torch.randn(2, 16_000)
+    theirs = MelSpectrogram(16_000, 400, hop_length=160, n_mels=80, center=False)(waveform)
+    theirs = theirs.transpose(1, 2).clamp(min=1e-10).log10()
+    theirs = theirs - theirs.mean((1, 2), keepdim=True)
+    theirs = theirs / (theirs.square().mean((1, 2), keepdim=True).sqrt() + 0.1)
+    ours, _ = LogMel()(waveform, torch.ones_like(waveform, dtype=torch.bool))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_chunks_of_turns_are_tracked_apart_and_predictions_return_to_their_places():
     model = small_model().eval()
     batch = small_batch([8_000] * 5, torch.tensor([[3, 1, 4], [0, 2, -1]]))

@@ -24,8 +24,9 @@ import step
 from data import BatchSpec
 from model import EmotionModel, metrics
 from train import cli, main, parse_args
+from util.checkpoints import read_checkpoint, save_checkpoint
 from util.files import UserError
-from util.runs import load_weights, read_checkpoint, read_predictions, run_dir, save_checkpoint
+from util.runs import load_weights, read_predictions, run_dir
 from wavlm import WavLM, load_wavlm, save_wavlm
 
 NO_DROPOUT = ("--dropout", "0", "--wavlm_dropout", "0")
@@ -706,11 +707,10 @@ def test_presets_set_flags_and_a_flag_given_by_hand_wins():
     assert parse_args(["--preset", "large_batch", "--encoder", "convnext"]).batch_size == 1024
 
 
-def test_batch_sizes_are_derived_from_each_other(monkeypatch):
+def test_batch_sizes_are_derived_from_each_other():
     args = parse_args(["--batch_size", "4", "--global_batch_size", "32"])
     assert args.gradient_accumulation_steps == 8
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    args = parse_args(["--batch_size", "4", "--gradient_accumulation_steps", "3"])
+    args = parse_args(["--batch_size", "4", "--gradient_accumulation_steps", "3"], world_size=2)
     assert args.global_batch_size == 24
 
 
@@ -884,7 +884,9 @@ def test_the_gpu_is_set_before_its_memory_is_looked_at(flags, monkeypatch):
     with pytest.raises((AssertionError, RuntimeError)):  # there is no GPU to put a model on
         main(parse_args([*flags, "--device", "cuda"]))
     assert calls.index("set_device") < calls.index("reset_peak")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    for name, value in variables.items() | {("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")}:
+        monkeypatch.setenv(name, value)
     with pytest.raises(
         UserError, match=r"--nproc_per_node: local rank 1 needs GPU 1, this machine has 1"
     ):

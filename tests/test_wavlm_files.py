@@ -1,0 +1,417 @@
+"""The forms in which people have a WavLM: each loads to the same weights, or a line says why not.
+
+python -m pytest tests/test_wavlm_files.py
+"""
+
+import dataclasses
+import http.server
+import json
+import logging
+import os
+import re
+import runpy
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_wavlm import NARROW, NORMS, batch, pair, randomise
+from transformers import WavLMModel
+
+import flags as train_flags
+import memory
+import wavlm
+from wavlm import WavLM, WavLMError, load_wavlm, read_config, save_wavlm
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = dataclasses.replace(NARROW, max_bucket_distance=800)  # what no tensor shows is as there
+TO_FAIRSEQ = [
+    (r"^feature_projection\.layer_norm", "layer_norm"),
+    (r"^feature_projection\.projection", "post_extract_proj"),
+    (r"^masked_spec_embed", "mask_emb"),
+    (r"(conv_layers\.\d)\.conv", r"\1.0"),
+    (r"(encoder\.layers\.\d)\.layer_norm", r"\1.self_attn_layer_norm"),
+    (r"pos_conv_embed\.conv\.parametrizations\.weight\.original0", "pos_conv.0.weight_g"),
+    (r"pos_conv_embed\.conv\.parametrizations\.weight\.original1", "pos_conv.0.weight_v"),
+    (r"pos_conv_embed\.conv", "pos_conv.0"),
+    (r"\.attention", ".self_attn"),
+    (r"gru_rel_pos_linear", "grep_linear"),
+    (r"gru_rel_pos_const", "grep_a"),
+    (r"rel_attn_embed", "relative_attention_bias"),
+    (r"feed_forward\.intermediate_dense", "fc1"),
+    (r"feed_forward\.output_dense", "fc2"),
+]
+
+
+def fairseq(state):
+    """By the names of Microsoft's original files."""
+    norms = "2.1" if "feature_extractor.conv_layers.1.layer_norm.weight" in state else "2"
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in TO_FAIRSEQ:
+            name = re.sub(pattern, replacement, name)
+        renamed[re.sub(r"(conv_layers\.\d)\.layer_norm", rf"\1.{norms}", name)] = tensor
+    return renamed
+
+
+def torchaudio(state):
+    """By the names of torchaudio.models.wavlm_base, which has no masked_spec_embed."""
+    renamed = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^encoder\.", "encoder.transformer.", name)
+        name = re.sub(r"^feature_projection", "encoder.feature_projection", name)
+        if ".q_proj." in name:
+            end = name.rpartition(".")[2]
+            layer = name.split(".")[3]
+            parts = [state[f"encoder.layers.{layer}.attention.{p}_proj.{end}"] for p in "qkv"]
+            name, tensor = name.replace("q_proj.", "attention.in_proj_"), torch.cat(parts)
+        name = name.replace("attention.out_proj", "attention.attention.out_proj")
+        if not re.search(r"masked_spec_embed|\.[kv]_proj\.", name):
+            renamed[name] = tensor
+    return renamed | {"aux.weight": torch.ones(2, 2)}
+
+
+def microsoft(state, config):
+    """What WavLM-Large.pt and WavLM-Base.pt hold, and heads that some copies have."""
+    cnn = zip(config.conv_dim, config.conv_kernel, config.conv_stride)
+    cfg = {
+        "extractor_mode": "layer_norm" if config.feat_extract_norm == "layer" else "default",
+        "layer_norm_first": config.do_stable_layer_norm, "max_distance": config.max_bucket_distance,
+        "conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2", "dropout": 0.25,
+        "attention_dropout": 0.5, "activation_dropout": 0.0, "dropout_input": 0.125,
+        "activation_fn": "gelu", "encoder_layers": 3, "gru_rel_pos": True, "normalize": True,
+    }  # fmt: skip
+    assert [*cnn] == [(16, 10, 5), *[(16, 3, 2)] * 4, *[(16, 2, 2)] * 2]
+    heads = {"final_proj.weight": torch.ones(2, 2), "label_embs_concat": torch.ones(3)}
+    return {"cfg": cfg, "model": fairseq(state) | heads}
+
+
+def under(prefix, state):
+    """The state in a larger model."""
+    head = {"classifier.weight": torch.ones(2, 2), f"{prefix}scale": torch.ones(1)}
+    return head | {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def wrapped(state):
+    """As torch.compile of each layer, inside DistributedDataParallel, names them."""
+    names = {n: re.sub(r"(layers\.\d\.)", r"\1_orig_mod.", n) for n in state}
+    return {f"module.{names[name]}": tensor for name, tensor in state.items()}
+
+
+def old_weight_norm(state):
+    renamed = dict(state)
+    conv = "encoder.pos_conv_embed.conv."
+    renamed[f"{conv}weight_g"] = renamed.pop(f"{conv}parametrizations.weight.original0")
+    renamed[f"{conv}weight_v"] = renamed.pop(f"{conv}parametrizations.weight.original1")
+    return renamed
+
+
+# form: (needs a config.json beside it, what is told about it, content of the file)
+FORMS = {
+    "microsoft": (False, "with the names of fairseq under 'model.'", microsoft),
+    "fairseq": (False, "with the names of fairseq; dropout 0.1", lambda s, _: fairseq(s)),
+    "fairseq, nested": (
+        False, "fairseq under 'state_dict.module.ssl_model.'",
+        lambda s, _: {"epoch": 3, "state_dict": under("module.ssl_model.", fairseq(s))},
+    ),
+    "torchaudio": (False, "with the names of torchaudio;", lambda s, _: torchaudio(s)),
+    "torchaudio, inside": (False, "'encoder.'", lambda s, _: under("encoder.", torchaudio(s))),
+    "task model": (True, "under 'wavlm.'", lambda s, _: under("wavlm.", s)),
+    "old weight norm": (True, None, lambda s, _: old_weight_norm(s)),
+    "wrappers": (True, "under 'module.'", lambda s, _: wrapped(s)),
+    "nested": (
+        True, "under 'model_state_dict.model.encoder.wavlm.'",
+        lambda s, _: {"model_state_dict": under("model.encoder.wavlm.", s), "optimizer": {0: 1}},
+    ),
+    "compiled": (True, "'_orig_mod.ssl_model.'", lambda s, _: under("_orig_mod.ssl_model.", s)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A model for each kind of front end; norms come first where it has layer norms."""
+    torch.manual_seed(0)
+    kinds = {"layer": True, "group": False}
+    return {
+        norm: randomise(
+            WavLM(
+                dataclasses.replace(PUBLISHED, feat_extract_norm=norm, do_stable_layer_norm=first)
+            )
+        )
+        for norm, first in kinds.items()
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_each_form_of_a_checkpoint_gives_the_same_weights_and_config(
+    models, form, norm, tmp_path, caplog
+):
+    model = models[norm]
+    state = {name: tensor.half().float() for name, tensor in model.state_dict().items()}
+    needs_config, told, content = FORMS[form]
+    half = {name: tensor.half() for name, tensor in state.items()}
+    torch.save(content(half, model.config), tmp_path / "WavLM.pt")
+    if needs_config:
+        (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    with caplog.at_level(logging.INFO, "vatune"):
+        loaded = load_wavlm(str(tmp_path / "WavLM.pt"))
+    assert [told in line for line in caplog.messages] == ([True] if told else [])
+    got = loaded.state_dict()
+    if "torchaudio" in form:
+        del state["masked_spec_embed"]
+    assert all(torch.equal(got[name], state[name]) for name in state)
+    assert all(tensor.dtype == torch.float32 for tensor in got.values())
+    config = read_config(str(tmp_path / "WavLM.pt"))
+    assert config == loaded.config
+    if form == "microsoft":
+        assert (config.hidden_dropout, config.feat_proj_dropout) == (0.25, 0.125)
+    for field in dataclasses.fields(config):
+        if not re.search("dropout|mask_time|raw", field.name):
+            mine, wanted = getattr(config, field.name), getattr(model.config, field.name)
+            assert (tuple(mine) if isinstance(mine, list) else mine) == wanted, field.name
+
+
+@pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
+def test_shards_are_put_together_and_one_that_is_missing_is_named(models, stem, tmp_path):
+    state = models["layer"].state_dict()
+    save_wavlm(models["layer"], tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    stem, _, suffix = stem.partition(".")
+    weight_map = {n: f"{stem}-{1 + i % 2:05}-of-00002.{suffix}" for i, n in enumerate(state)}
+    write = save_file if suffix == "safetensors" else torch.save
+    for shard in set(weight_map.values()):
+        part = {name: state[name].clone() for name in state if weight_map[name] == shard}
+        write(part, tmp_path / shard)
+    index = tmp_path / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for name in (tmp_path, index):
+        loaded = load_wavlm(str(name)).state_dict()
+        assert all(torch.equal(loaded[name], state[name]) for name in state)
+    shard = f"{stem}-00002-of-00002.{suffix}"
+    (tmp_path / shard).unlink()
+    with pytest.raises(WavLMError, match=f"^{index}: {shard} is missing .copy"):
+        load_wavlm(str(tmp_path))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_model_of_torchaudio_gives_the_same_states(large, tmp_path):
+    try:
+        from torchaudio.models import wavlm_model
+    except (ImportError, OSError, RuntimeError) as error:  # not installed, or for another torch
+        pytest.skip(f"torchaudio: {error}")
+    cnn = [(16, 10, 5), *[(16, 3, 2)] * 4, *[(16, 2, 2)] * 2]
+    theirs = wavlm_model(
+        extractor_mode="layer_norm" if large else "group_norm", extractor_conv_layer_config=cnn,
+        extractor_conv_bias=large, encoder_embed_dim=32, encoder_projection_dropout=0.0,
+        encoder_pos_conv_kernel=16, encoder_pos_conv_groups=4, encoder_num_layers=3,
+        encoder_num_heads=4, encoder_num_buckets=32, encoder_max_distance=800,
+        encoder_attention_dropout=0.0, encoder_ff_interm_features=48, encoder_ff_interm_dropout=0.0,
+        encoder_dropout=0.0, encoder_layer_norm_first=large, encoder_layer_drop=0.0,
+        aux_num_out=None,
+    )  # fmt: skip
+    randomise(theirs).eval()
+    torch.save(theirs.state_dict(), tmp_path / "torchaudio.pt")
+    ours = load_wavlm(str(tmp_path / "torchaudio.pt")).eval()
+    input_values, _ = batch([9_000, 9_000])
+    with torch.no_grad():
+        wanted, _ = theirs.extract_features(input_values)
+        got, _ = ours(input_values, layers=range(4))
+        last, _ = theirs(input_values)  # after the final layer norm
+    for layer in (1, 2):
+        torch.testing.assert_close(got[layer], wanted[layer - 1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[3], last, rtol=1e-5, atol=1e-5)
+
+
+def test_the_planner_takes_shapes_from_a_file(models, tmp_path, capsys):
+    torch.save(microsoft(models["layer"].state_dict(), PUBLISHED), tmp_path / "WavLM-Large.pt")
+    command = ["--wavlm", str(tmp_path / "WavLM-Large.pt"), "--prosody", "none", "--json"]
+    assert memory.main([*command, "--batch_size", "1", "--max_seconds", "1"]) in (0, None)
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["flags"]["wavlm"].endswith("WavLM-Large.pt")
+
+
+def test_a_mirror_named_by_HF_ENDPOINT_is_used(tmp_path):
+    save_wavlm(WavLM(NARROW), tmp_path / "weights")
+    asked = []
+
+    class Mirror(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            path = tmp_path / "weights" / self.path.rpartition("/")[2]
+            if not path.is_file():
+                self.send_error(404)
+                return
+            content = path.read_bytes()
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", f'"{len(content)}"')
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = "from wavlm import load_wavlm; print(load_wavlm('lab/wavlm', 'main').config.hidden_size)"
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
+        "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    server.shutdown()
+    assert done.stdout == "32\n", done.stderr
+    assert "/lab/wavlm/resolve/main/config.json" in asked
+
+
+# ---------------------------------------------------------------- weights of transformers
+@pytest.mark.parametrize(("norm", "stable"), NORMS)
+def test_weights_saved_by_transformers_load_and_ours_load_there(norm, stable, tmp_path):
+    config = dataclasses.replace(NARROW, feat_extract_norm=norm, do_stable_layer_norm=stable)
+    reference, _ = pair(config, dtype=torch.float32)
+    input_values, mask = batch([9_000, 9_000])
+    wanted = reference(input_values, attention_mask=mask.long()).last_hidden_state
+    reference.save_pretrained(tmp_path / "theirs")
+    ours = load_wavlm(str(tmp_path / "theirs")).eval()
+    torch.testing.assert_close(ours(input_values, mask)[0][3], wanted, rtol=1e-4, atol=2e-5)
+    assert ours.config.raw["layerdrop"] == 0.0  # fields that are not ours survive
+    save_wavlm(ours, tmp_path / "ours")
+    back = WavLMModel.from_pretrained(tmp_path / "ours").eval()
+    again = back(input_values, attention_mask=mask.long()).last_hidden_state
+    assert torch.equal(again, wanted)
+    assert all(p.requires_grad for n, p in ours.named_parameters() if n != "masked_spec_embed")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Makes a directory below tmp_path: a checkpoint, its config changed, a file overwritten."""
+
+    def save(name, changes=None, **files):
+        directory = tmp_path / name
+        save_wavlm(WavLM(NARROW), directory)
+        config = json.loads((directory / "config.json").read_text()) | (changes or {})
+        (directory / "config.json").write_text(json.dumps(config))
+        for stem, content in files.items():
+            (path,) = directory.glob(f"{stem}.*")
+            if content is None:
+                path.unlink()
+            else:
+                path.write_bytes(content)
+        return directory
+
+    return save
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2148\nsize 1261990257\n"
+
+
+def test_what_is_not_a_wavlm_is_refused_in_one_line_that_names_the_file_and_the_remedy(
+    tmp_path, saved, models, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    state = models["layer"].state_dict()
+    hubert = {name: tensor for name, tensor in state.items() if "gru_rel_pos" not in name}
+    weights = (saved("good") / "model.safetensors").read_bytes()
+    (tmp_path / "empty").mkdir()
+    saved("no_weights", model=None)
+    saved("no_config", config=None)
+    saved("broken", model=b"not a checkpoint")
+    saved("nothing", model=b"")
+    saved("pointer", model=POINTER)
+    saved("cut", model=weights[:-1000])
+    saved("no_json", config=b"{")
+    saved("list", config=b"[]")
+    saved("not_text", config=b"\xff\xfe\xfa")
+    saved("hubert", {"model_type": "hubert"})
+    saved("norm", {"feat_extract_norm": "batch"})
+    saved("act", {"hidden_act": "mish"})
+    saved("heads", {"num_attention_heads": 0})
+    saved("wide", {"hidden_size": 64})
+    saved("deep", {"num_hidden_layers": 4})
+    saved("flat", {"num_hidden_layers": 2})
+    save_file(hubert, saved("weights_of_hubert", model=None) / "model.safetensors")
+    (saved("index", model=None) / "model.safetensors.index.json").write_text("{}")
+    for name, content in {
+        "pickled.pt": {"cfg": {}, "model": print},
+        "arguments.pt": {"args": train_flags.parse_args(["--preset", "demo"]), "model": state},
+        "hubert.pt": {"cfg": {}, "model": fairseq(hubert)},
+        "other.pt": {"decoder.weight": torch.ones(3)},
+        "numbers.pt": {"epoch": 3},
+        "two.pt": {"model": state, "ema": state},
+        "strides.pt": fairseq(
+            state | {"feature_extractor.conv_layers.0.conv.weight": torch.ones(16, 1, 9)}
+        ),
+        "incomplete.pt": {n: t for n, t in fairseq(state).items() if "attention_bias" not in n},
+        "relu.pt": {"cfg": {"activation_fn": "relu"}, "model": fairseq(state)},
+    }.items():
+        torch.save(content, tmp_path / name)
+    torch.save(state, tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-1000])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html>")
+    (tmp_path / "pointer.pt").write_bytes(POINTER)
+    again = "damaged, cut short or no checkpoint: .* .copy or download it again.$"
+    objects = "could run code .* .if you trust it, .* save its state_dict"
+    cases = {
+        "empty": ": no model.safetensors or pytorch_model.bin in this directory .give tiny, base",
+        "no/where/WavLM.pt": ": no such file or directory .give tiny",
+        "no_weights": ": no model.safetensors or pytorch_model.bin in this directory",
+        "no_config": "/model.safetensors: no config.json beside it .copy it",
+        "broken": f"/model.safetensors: {again}",
+        "nothing": f"/model.safetensors: {again}",
+        "pointer": "/model.safetensors: a Git LFS pointer, .* .run `git lfs pull`",
+        "cut": f"/model.safetensors: {again}",
+        "no_json": "/config.json: Expecting",
+        "not_text": "/config.json: .*utf-8",
+        "list": "/config.json: not a JSON object",
+        "hubert": "/config.json: model_type is 'hubert', not 'wavlm'",
+        "weights_of_hubert": "/model.safetensors: a HuBERT or wav2vec 2.0, not a WavLM",
+        "index": "/model.safetensors.index.json: no weight_map",
+        "norm": "/config.json: feat_extract_norm is 'batch', not layer or group",
+        "act": "/config.json: hidden_act is 'mish', not gelu",
+        "heads": "/config.json: 0 attention heads",
+        "wide": "/model.safetensors: weights do not fit the config: .*size mismatch for",
+        "deep": r"/model.safetensors: .*Missing key.*encoder\.layers\.3\.",
+        "flat": r"/model.safetensors: .*Unexpected key.*encoder\.layers\.2",
+        "pickled.pt": f": holds Python objects .print.*{objects}",
+        "arguments.pt": f": holds Python objects .argparse.Namespace.*{objects}",
+        "hubert.pt": ": a HuBERT or wav2vec 2.0, not a WavLM",
+        "other.pt": ": no WavLM in it; its tensors are decoder.weight",
+        "numbers.pt": ": no WavLM in it; it has no tensors",
+        "two.pt": ": more than one model in it: 'model.', 'ema.' .save the WavLM alone",
+        "strides.pt": ": the strides of its CNN are unknown .put a config.json beside it",
+        "incomplete.pt": ": incomplete, without encoder.layers.0.attention.rel_attn_embed.weight",
+        "relu.pt": ": hidden_act is 'relu', not gelu",
+        "cut.pt": f": {again}",
+        "text.pt": f": {again}",
+        "page.pt": f": {again}",
+        "pointer.pt": ": a Git LFS pointer, .* .run `git lfs pull`",
+    }
+    for name, message in cases.items():
+        with pytest.raises(WavLMError, match=f"^{tmp_path / name}{message}") as caught:
+            load_wavlm(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(WavLMError, match=r"^lab/wavlm: .*, and from the hub: .* .give tiny"):
+        load_wavlm("lab/wavlm")
+
+
+def test_an_error_in_code_that_was_changed_is_not_turned_into_a_message(tmp_path, saved):
+    source = Path(wavlm.__file__).read_text()
+    changed = source.replace("        self.frozen_blocks = 0\n", "        raise KeyError('beta')\n")
+    assert changed != source
+    (tmp_path / "changed.py").write_text(changed)
+    load = runpy.run_path(tmp_path / "changed.py")["load_wavlm"]
+    for name in ("tiny", str(saved("good"))):
+        with pytest.raises(KeyError, match="beta"):
+            load(name)
