@@ -29,7 +29,7 @@ from wavlm import WavLM, WavLMConfig, autocast_off
 
 try:  # optional, for CUDA
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-except ImportError:
+except Exception:  # absent, or broken: built for another torch or CUDA, it raises anything
     selective_scan_fn = None
 
 TARGETS = ("valence", "arousal")  # column order of preds and labels, everywhere
