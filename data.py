@@ -534,7 +534,7 @@ class Batches(torch.utils.data.Dataset):
         self.rate = SAMPLE_RATE if self.pack is not None else self.features.rate
         self.longest = max(1, int(self.max_seconds * self.rate))
         self.lengths = np.minimum(source.lengths, self.longest)
-        self.num_cut = int((source.lengths > self.longest + 0.1 * self.rate).sum())
+        self.num_cut = int((source.lengths > self.longest + 0.02 * self.rate).sum())
 
     def __getitem__(self, spec: BatchSpec) -> dict | UserError:
         """The batch, or in a loader process a UserError, which the parent raises.

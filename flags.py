@@ -9,7 +9,6 @@ changes the flags except split_batch, when a batch size was chosen or halved.
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from corpora import is_table
 from model import ENCODERS
 from step import parse_unfreeze, reads_cache, stages
-from util.distributed import uses_cuda
+from util.distributed import read_ranks, uses_cuda
 from util.files import UserError
 from util.runs import MODEL_FLAGS, read_flags
 from wavlm import ATTENTIONS, SIZES
@@ -242,7 +241,7 @@ def parse_args(
         args = parse_with_defaults(parser, argv)
         check(args)
         if args.batch_size != "auto":
-            split_batch(args, args.batch_size, world_size or int(os.environ.get("WORLD_SIZE", 1)))
+            split_batch(args, args.batch_size, world_size or read_ranks()[2])
     except UserError as error:
         parser.error(str(error))
     return args

@@ -96,10 +96,10 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 sys.path.insert(0, sys.argv.pop(1))
 sys.argv[0] = "train.py"
 import flags, util.runs
-args = flags.parse_args()
+args = flags.parse_args(world_size=int(sys.argv.pop(1)))
 print(args.device, util.runs.run_dir(args).parent, sep="\n", file=open(3, "w"))'
 exec {answers}< <(
-    WORLD_SIZE=$nproc exec "$python" -c "$ask" "$here" "${flags[@]}" --fold "${folds[0]}" 3>&1 1>&2)
+    exec "$python" -c "$ask" "$here" "$nproc" "${flags[@]}" --fold "${folds[0]}" 3>&1 1>&2)
 helper=$!
 wait "$helper"
 helper=''
@@ -197,6 +197,7 @@ status=0 report=("$here/report.py" --folds "$(join "${folds[@]}")")
 "$python" "${report[@]}" -- "$experiment" &
 helper=$!
 wait "$helper" || status=$?
+((status != 141)) || status=0 # nobody reads the output any more
 helper=''
 for fold in "${failed[@]}"; do
     printf '\nfold %s is missing; the end of %s:\n' "$fold" "$experiment/fold$fold.log"

@@ -17,7 +17,6 @@ Tags: [measured] by us, [P] published, [guess].
 import argparse
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -171,7 +170,7 @@ def capacity_gib(args: argparse.Namespace) -> float:
         return int(free[1]) * 1024 / GIB
     gib = args.gpu_gib or flags.GPU_GIB
     if torch.cuda.is_available() and not args.gpu_gib:
-        gib = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[1] / GIB
+        gib = torch.cuda.mem_get_info()[1] / GIB
     return gib * (args.memory_fraction or 1.0)
 
 

@@ -51,8 +51,9 @@ from corpora import Corpus, Utterance, read_csv, turn_order
 from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
 from report import COLOURS, new_figure
 from util import distributed
+from util.checkpoints import read_checkpoint, save_checkpoint
 from util.files import UserError, digest, replace_text, run_script, weights_digest
-from util.runs import MODEL_FLAGS, load_model, read_checkpoint, read_json, save_checkpoint
+from util.runs import MODEL_FLAGS, load_model, read_json
 from wavlm import save_wavlm
 
 

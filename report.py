@@ -323,7 +323,7 @@ def separation(
     result = {}
     for i, target in enumerate(TARGETS):
         known = ~np.isnan(labels[:, i])
-        high = labels[known, i] > np.median(labels[known, i])
+        high = labels[known, i] > pd.Series(labels[:, i]).median()
         if min(high.sum(), (~high).sum()) < 5:
             continue
         positions = probe(vectors[known], high, "decision_function")
@@ -592,7 +592,9 @@ def plot_all(
     """Name -> picture, of runs by name; vectors (n, U) may be absent for some."""
     rows = pd.concat(parts.values(), ignore_index=True)
     figures = {"curves": plot_curves(records), "scatter": plot_scatter(rows)}
-    figures["circumplex"] = plot_circumplex(rows)
+    placed = rows.dropna(subset=["valence", "arousal"])
+    if len(placed):
+        figures["circumplex"] = plot_circumplex(placed)
     vectors = {name: values for name, values in vectors.items() if len(values) > 1}
     if vectors:
         figures["embedding"] = plot_embedding(vectors, parts)
@@ -614,7 +616,7 @@ def new_figure(columns: int, rows: int = 1, width: float = 4.4) -> tuple["Figure
 
 def plot_dots(axis: "Axes", x: np.ndarray, y: np.ndarray, colour: str) -> None:
     """Fainter the more there are."""
-    alpha = float(np.clip(8 / math.sqrt(len(x)), 0.05, 0.6))
+    alpha = float(np.clip(8 / math.sqrt(len(x) or 1), 0.05, 0.6))
     axis.plot(x, y, ".", ms=5, mew=0, alpha=alpha, color=colour)
 
 
@@ -643,11 +645,12 @@ def plot_scatter(rows: pd.DataFrame) -> "Figure":
     figure, axes = new_figure(len(TARGETS))
     scores = metrics(*tensors(rows))
     for axis, target, colour in zip(axes, TARGETS, COLOURS):
-        true, pred = rows[target], rows[f"pred_{target}"]
+        labelled = rows.dropna(subset=target)
+        true, pred = labelled[target], labelled[f"pred_{target}"]
         limits = [min(true.min(), pred.min()), max(true.max(), pred.max())]
         axis.plot(limits, limits, color="black", lw=1, zorder=3)
         plot_dots(axis, true, pred, colour)
-        title = f"CCC {scores[f'ccc_{target}']:.3f}, {true.count()} utterances"
+        title = f"CCC {scores[f'ccc_{target}']:.3f}, {len(true)} utterances"
         axis.set(xlabel=f"true {target}", ylabel=f"predicted {target}", aspect="equal", title=title)
     return figure
 

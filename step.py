@@ -398,9 +398,17 @@ def make_loader(
         sampler=plan,
         batch_size=None,
         num_workers=num_workers,
+        collate_fn=distributed.share,
         pin_memory=device.type == "cuda",
         **workers,
     )
+
+
+def bytes_on_their_way(dataset: data.Batches, args: argparse.Namespace) -> int:
+    """Bytes of all batches that loader workers hold ready, if these are the largest."""
+    width = 4 if dataset.features is None else 4 * dataset.features.dim
+    length = max(args.batch_size * int(dataset.lengths.max()), data.EVAL_SECONDS * dataset.rate)
+    return int(args.num_workers * data.PREFETCH * length * (width + 1))  # one byte for the mask
 
 
 def group_micro_batches(batches: Iterator[dict], accumulation: int) -> Iterator[list[dict]]:

@@ -45,6 +45,7 @@ from model import EmotionModel, metrics, target_weights
 from step import Progress
 from util import distributed, runs
 from util import log as logs
+from util.checkpoints import read_checkpoint
 from util.distributed import Ranks, Stopped
 from util.files import UserError, open_standard_streams, say_error
 from util.runs import RunFiles
@@ -106,6 +107,7 @@ def main(args: argparse.Namespace) -> int:
         log.info(f"{files.directory} is complete: nothing to resume")
         return 0
     batch_note = memory.choose_batch(args, fold, model, ranks, last)
+    distributed.check_shared_memory(step.bytes_on_their_way(fold.dataset, args), args.num_workers)
     planned = memory.plan(args, fold.shape, ranks.world_size)
     run = Run(
         args=args,
@@ -156,6 +158,7 @@ def train(run: Run) -> bool:
             stage = step.stage_at(args.unfreeze, epoch)
             begin_stage(run, stage)
         if loader is None:
+            run.files.wait()  # the loader forks processes, which no thread may write beside
             ddp_model = distributed.wrap_ddp(model, device)  # its buckets hold what trains now
             loader = step.make_loader(run.fold.dataset, run.plan, args, device)
         run.plan.set_epoch(epoch, first_step=progress.step - epoch * run.plan.steps_per_epoch)
@@ -182,7 +185,7 @@ def train(run: Run) -> bool:
                 if progress.step % args.log_every == 0 or progress.step == total_steps:
                     log_steps(run)
                 if args.save_every and progress.step % args.save_every == 0:
-                    save(run, epoch)
+                    save(run, epoch, best={})
                 stop = result.stop
                 if stop:
                     break
@@ -191,17 +194,24 @@ def train(run: Run) -> bool:
             micro_batches = batches = update = loader = ddp_model = None  # makes room
             use_smaller_batch(run, fault)
             continue
+        except distributed.NoBatch:
+            distributed.leave_step(ddp_model, step.zero_sums(device))
+            stop = True
+        except Stopped:  # another rank got a signal and no batch: no rank has made this step
+            stop = True
 
         meter.check(scaler, optimizer, run.fold.corpus)
+        best = {}
         if not stop:
             try:
-                finish_epoch(run, epoch)
+                best = finish_epoch(run, epoch)
             except Stopped:  # the epoch is not over: a resumed run evaluates it
                 stop = True
-        save(run, epoch)
+        save(run, epoch, best)
         if stop:
             break
     bar.close()
+    run.files.wait()
     return stop
 
 
@@ -209,7 +219,7 @@ def finish(run: Run) -> None:
     """Tests once, with the best weights on dev, and writes result.json (all ranks participate)."""
     args, fold, files, progress = run.args, run.fold, run.files, run.progress
     distributed.wait_for_ranks()  # best.pt is written
-    best = runs.read_checkpoint(files.directory / "best.pt")
+    best = read_checkpoint(files.directory / "best.pt")
     runs.load_weights(run.model, best["model"], files.directory)
     if not step.same_frozen_part(args):
         fold.dataset.frozen = None  # that of the best epoch may have been another one
@@ -334,11 +344,12 @@ def begin(run: Run, last: dict | None) -> None:
         records = last["records"]
     elif step.stays_frozen(run.args, epoch=0):
         content = {"model": runs.wavlm_weights(run.model), "args": run.given}
-        run.files.save("frozen.pt", content)
+        run.files.save({"frozen.pt": content}, step=0)
     run.files.start(records, run.progress.step)
     label_range = list(run.fold.corpus.label_range)
     run.files.write_json("args.json", vars(run.args) | {"label_range": label_range})
     run.files.write_splits(run.fold.corpus, run.fold.splits)
+    run.files.wait()
     run.files.write_status(run.progress.step)
 
 
@@ -397,33 +408,35 @@ def evaluate(run: Run, split: str) -> tuple[dict[str, float], step.Evaluation]:
     return metrics(evaluation.preds, fold.labels[rows], scale=high - low), evaluation
 
 
-def finish_epoch(run: Run, epoch: int) -> None:
-    """Evaluates on dev if that is due, and keeps the best weights (all ranks participate).
+def finish_epoch(run: Run, epoch: int) -> dict[str, dict]:
+    """Evaluates on dev if that is due (all ranks participate).
 
-    Raises Stopped if a signal arrives meanwhile.
+    {"best.pt": content} if the weights are the best so far, else {}. Raises Stopped if a signal
+    arrives meanwhile.
     """
     args, fold, files, progress = run.args, run.fold, run.files, run.progress
+    files.wait()  # evaluation forks loader processes, which no thread may write beside
     due = (epoch + 1) % args.eval_every == 0 or progress.step == run.total_steps
     if due:
         scores, evaluation = evaluate(run, "dev")
     progress.epoch = epoch + 1
     if not due:
-        return
+        return {}
     score = step.selection_score(scores, args.valence_weight)
     better = progress.update(score, args.patience, args.scheduler)
     log.info(logs.score_line(f"epoch {epoch + 1:>3} | dev", scores) + (" | best" if better else ""))
     record = {"epoch": epoch + 1} | {f"dev/{name}": value for name, value in scores.items()}
     files.record("dev", progress.step, record)
     logs.give_hints(args, files)
+    best = {}
     if better:
-        content = {
+        best["best.pt"] = {
             "model": weights_to_save(run, epoch),
             "config": asdict(run.model.config),
             "args": run.given,
             "label_range": list(fold.corpus.label_range),
             "epoch": epoch + 1,
         }
-        files.save("best.pt", content)
         files.write_predictions("dev", fold, evaluation.preds)
     if files.writes and args.separation_every and (epoch + 1) % args.separation_every == 0:
         labels = fold.labels[fold.splits["dev"]]
@@ -432,6 +445,7 @@ def finish_epoch(run: Run, epoch: int) -> None:
         files.record("separation", progress.step, record)
     if files.writes and args.plot_every and (epoch + 1) % args.plot_every == 0:
         report.plot_run(files.directory, "dev", evaluation.vectors)
+    return best
 
 
 def weights_to_save(run: Run, epoch: int) -> dict[str, Tensor]:
@@ -441,8 +455,11 @@ def weights_to_save(run: Run, epoch: int) -> dict[str, Tensor]:
     return run.model.state_dict()
 
 
-def save(run: Run, epoch: int) -> None:
-    """Writes last.pt; FloatingPointError if a value is not finite (all ranks participate)."""
+def save(run: Run, epoch: int, best: dict[str, dict]) -> None:
+    """Writes last.pt, after the `best` of the epoch (all ranks participate).
+
+    FloatingPointError if a value is not finite.
+    """
     run.meter.check(run.scaler, run.optimizer, run.fold.corpus)
     run.progress.seconds = time.perf_counter() - run.started
     content = {
@@ -458,8 +475,7 @@ def save(run: Run, epoch: int) -> None:
         "global_batch_size": run.args.global_batch_size,
         "records": len(run.files.history),
     }
-    run.files.save("last.pt", content)
-    run.files.write_status(run.progress.step)
+    run.files.save(best | {"last.pt": content}, run.progress.step)
     run.meter.restart()  # saving is no part of a step's time
 
 

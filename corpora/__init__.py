@@ -86,6 +86,10 @@ def read_corpus(
         missing = sum(math.isnan(getattr(u, label)) for u in corpus.utterances)
         if missing:
             corpus.notes.append(f"{label} missing: {missing} utterances, kept for other targets")
+    parts = Counter((u.path, u.start, u.end) for u in corpus.utterances)
+    alike = sum(count for count in parts.values() if count > 1)
+    if alike:
+        corpus.notes.append(f"same audio: {alike} utterances are a part of a file that others are")
     unknown = sum(not known_speaker(u.speaker) for u in corpus.utterances)
     if unknown:
         fault = "their speakers cannot be kept out of other splits"
@@ -97,9 +101,11 @@ def read_corpus(
 def check_spelling(corpus: Corpus) -> None:
     """UserError if two speakers or two sessions are one, spelled in two ways."""
     for attribute in ("speaker", "session"):
-        spelled: dict[object, Utterance] = {}
+        named: dict[str, Utterance] = {}
         for u in corpus.utterances:
-            name = getattr(u, attribute)
+            named.setdefault(getattr(u, attribute), u)
+        spelled: dict[object, Utterance] = {}
+        for name, u in named.items():
             key: object = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
             if not math.isnan(to_float(name)):
                 key = to_float(name)  # 7, 07 and 7.0

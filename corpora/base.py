@@ -5,6 +5,7 @@ A label of an utterance is in the scale of its corpus; Corpus.labels gives them 
 
 import csv
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
@@ -18,9 +19,10 @@ import numpy as np
 from util.files import UserError
 
 LABELS = ("valence", "arousal")  # fields of Utterance that hold ratings, columns of a manifest
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING = {  # what tables write where they do not know, without punctuation: n/a, <unk>, -, ?
     "", "nan", "na", "none", "null", "nil", "missing", "undefined", "unk", "unknown",
-    "unknownspeaker",
+    "unknownspeaker", "unspecified", "unidentified", "anonymous", "notavailable",
 }  # fmt: skip
 
 
@@ -89,14 +91,14 @@ def is_missing(text: str) -> bool:
     return re.sub(r"[\W_]+", "", text.lower()) in MISSING
 
 
+@functools.lru_cache(maxsize=65_536)
 def known_speaker(name: str) -> bool:
     return not is_missing(name) and to_float(name) != -1
 
 
 def to_float(text: str) -> float:
     """The number, or NaN if it is none; unlike float() without 1_5, inf and other alphabets."""
-    number = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text)
-    return float(text) if number else math.nan
+    return float(text) if NUMBER.fullmatch(text) else math.nan
 
 
 def is_damaged(text: str) -> bool:

@@ -34,9 +34,9 @@ OTHER_NAMES = {  # of a column, without case, blanks, - and _
     "valence": "val v emoval",
     "arousal": "aro a act activation emoact",
     "dominance": "dom d emodom",
-    "start": "onset begin starttime begintime onsettime tmin xmin",
-    "end": "offset stop endtime stoptime offsettime tmax xmax",
-    "duration": "dur",
+    "start": "onset begin starttime begintime onsettime tstart tmin xmin from",
+    "end": "offset stop endtime stoptime offsettime tend tmax xmax to",
+    "duration": "dur length len",
     "split": "splitset partition subset",
     "session": "sessionid",
     "dialog": "dialogue dialogid dialogueid conversation conversationid",
@@ -44,10 +44,11 @@ OTHER_NAMES = {  # of a column, without case, blanks, - and _
     "participant participantid",
     "gender": "sex",
     "emotion": "emo emoclass",
-    "rater": "raterid annotator annotatorid evaluator worker workerid coder",
+    "rater": "raterid annotator annotatorid evaluator evaluatorid worker workerid coder listener",
 }
 NAMES = ("session", "dialog", "speaker", "gender", "emotion")  # columns of free text
 TIMES = ("start", "end", "duration")
+TIME_WORDS = {"start": {"start", "begin", "onset"}, "end": {"end", "stop", "offset"}}
 COLUMNS = ("utt_id", "path", *LABELS, *TIMES, "split", "rater", *NAMES)
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -57,7 +58,7 @@ SPLITS = {
 }
 LATEST = 1e6  # seconds; a start or end behind it is taken for a damaged number [guess]
 CLOCK = re.compile(  # 0 days 01:02:03.5, 1:02:03.5, 62:03.5
-    r"(?:(?:([0-9]+) days? )?([0-9]+):(?=[0-5]?[0-9]:))?([0-9]+):([0-5]?[0-9](?:\.[0-9]+)?)"
+    r"(?:(?:([0-9]+) days?,? )?([0-9]+):(?=[0-5]?[0-9]:))?([0-9]+):([0-5]?[0-9](?:\.[0-9]+)?)"
 )
 
 
@@ -85,7 +86,7 @@ def read_csv(
     for row, texts in table.rows:
         cells = {column: texts[i] for column, i in columns.items()}
         try:
-            u = dataclasses.replace(read_row(cells, root, targets), row=row)
+            u = read_row(row, cells, root, targets)
             if labelled and all(math.isnan(getattr(u, target)) for target in targets):
                 unlabelled.append(u)
                 continue
@@ -138,10 +139,9 @@ def match_columns(
     if plain(taken.get("end", "")) == "offset" and "start" not in taken:
         fault = "column offset can be a start or an end"
         raise UserError(f"{path.name}: {fault}: rename it to start or end")
-    for name in columns:
-        for column in ("start", "end"):
-            words = {column, *OTHER_NAMES[column].split()} & set(words_of(name))
-            if words and column not in taken and name not in taken.values():
+    for column, words in TIME_WORDS.items():
+        for name in columns:
+            if column not in taken and name not in taken.values() and words & set(words_of(name)):
                 fault = f"column {name} is not understood"
                 raise UserError(f"{path.name}: {fault}: rename it to {column}, in seconds")
     require(path, ("utt_id", "path", *targets), list(taken), columns)
@@ -198,7 +198,7 @@ def to_seconds(text: str) -> float:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def read_row(cells: dict[str, str], root: Path, targets: Sequence[str]) -> Utterance:
+def read_row(row: int, cells: dict[str, str], root: Path, targets: Sequence[str]) -> Utterance:
     """The utterance of one line; UserError without the file's name and the row."""
     labels = dict.fromkeys(LABELS, math.nan)
     for target in targets:
@@ -239,7 +239,7 @@ def read_row(cells: dict[str, str], root: Path, targets: Sequence[str]) -> Utter
     return Utterance(
         utt_id, audio_file(cells["path"], root), **labels, start=start,
         end=None if math.isnan(end) else end, onset=times["start"], split=SPLITS.get(split, ""),
-        ratings=(rating,) if rating else (), **names,
+        row=row, ratings=(rating,) if rating else (), **names,
     )  # fmt: skip
 
 

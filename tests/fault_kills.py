@@ -25,7 +25,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from util.runs import read_checkpoint
+from util.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")

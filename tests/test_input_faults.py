@@ -12,6 +12,7 @@ import ast
 import contextlib
 import csv
 import faulthandler
+import functools
 import math
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ import soundfile
 
 import corpora
 import data
+import predict
 import train
 from data import SAMPLE_RATE
 from util import audio, files
@@ -346,6 +348,7 @@ CSV = [
         "begin and onset can both",
     ),
     ("two names of the path", "id,file,wav,v,a\n", REFUSED, "file and wav can both be path"),
+    ("clip twice", HEADER + "a,a.wav,3,3\nb,a.wav,3,3\n", FIXED, "same audio: 2 utterances are"),
     ("offset alone", MORE.format("offset", "1"), REFUSED, "offset can be a start or an end"),
     (
         "start in ms",
@@ -431,6 +434,8 @@ VALUES = [  # a manifest, and what is read of its first row
     (HEADER.replace(",", "\t") + "a\ta.wav\t3\t2\n", {}),
     (HEADER.replace(",", "|") + "a|a.wav|3|2\n", {}),
     (SEMI[:-1] + ";end\n" + "a;a.wav;3;2,0;0:00,5\n", {"end": 0.5}),
+    (HEADER[:-1] + ",from,to\n" + ROW + ",.2,.9\n", {"start": 0.2, "end": 0.9}),
+    (HEADER[:-1] + ",start,end\n" + ROW + ',0,"1 day, 0:00:01"\n', {"end": 86401}),
     (RATED + "a,a.wav,1,1,A\nb,b.wav,1,1,A\na,a.wav,5,,B\na,a.wav,3,3,C\n", {}),
 ]
 
@@ -697,8 +702,7 @@ def load(fault, root):
             kind = {"IEMOCAP": "iemocap", "MSP-Podcast": "msp_podcast"}[fault.source]
             corpus = corpora.read_corpus(kind, str(root), None)
         return data.load_audio(corpus, cache, max_skipped=0.5)
-    sound("a.wav")(root)
-    rows = [(f"u00{i}", "a.wav", "0.5", "0.5", "anna") for i in range(4)]
+    rows = [(f"u00{i}", sound(f"{i}.wav")(root), "0.5", "0.5", "anna") for i in range(4)]
     header = ("utt_id", "path", "valence", "arousal", "speaker")
     corpus = corpora.read_corpus(manifest(root, header, *rows), None, None)
     for i in range(3):
@@ -755,7 +759,7 @@ def test_each_fault_has_the_outcome_that_its_row_states(tmp_path, fault):
     if outcome != REFUSED and fault.source == "audio":
         check_audio(fault, corpus, pack)
     if outcome == FIXED:
-        assert re.search(r"\b1\b", text) or "columns" in text  # it is counted
+        assert re.search(r"\b[12]\b", text) or "columns" in text  # it is counted
 
 
 # a damaged line leaves two traces: the line, and the audio that has no annotation now
@@ -918,7 +922,7 @@ def fuzz_csv(root, seed, _):
         assert re.search(r"m\.csv|no usable utterance", str(error)), error
         return "refused"
     lines = [line for line in re.split("\r\n|\r|\n", content.decode("utf-8-sig")) if line]
-    columns = [column.lower() for column in cells_of(lines[0])]
+    columns = [re.sub(r"[\W_]", "", column).lower() for column in cells_of(lines[0])]
     expected, unlabelled = {}, 0
     for line in lines[1:]:
         row = dict(zip(columns, cells_of(line), strict=True))
@@ -929,7 +933,7 @@ def fuzz_csv(root, seed, _):
         if np.isnan(labels).all():
             unlabelled += 1
         else:
-            expected[row["utt_id"]] = (str((root / row["path"]).resolve()), *labels)
+            expected[row["uttid"]] = (str((root / row["path"]).resolve()), *labels)
     assert len(expected) + unlabelled == len(lines) - 1  # no line was lost
     found = {u.utt_id: (str(u.path), u.valence, u.arousal) for u in corpus.utterances}
     np.testing.assert_equal(found, expected)
@@ -1201,6 +1205,34 @@ def test_nan_that_a_loader_process_finds_is_one_line_with_the_name_of_the_file(
     said = capfd.readouterr()
     assert said.err == f"train.py: error: {bad}: holds NaN or infinite values\n"
     assert f"decoded audio: writing 0.00 GiB to {tmp_path}/cache/audio-" in said.out
+
+
+def test_features_at_another_rate_than_those_of_the_run_are_refused_by_predict(tmp_path, capfd):
+    path = write_training_corpus(tmp_path, frames=30)  # in 0.3 s
+    flags = ["--data", path, "--encoder", "lightweight_transformer", "--prosody", "none"]
+    flags += ["--features_dir", str(tmp_path / "npy"), "--d_model", "256", "--num_layers", "1"]
+    flags += ["--max_seconds", "0.2", "--max_steps", "1", "--num_workers", "0", "--device", "cpu"]
+    flags += ["--cache_dir", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
+    flags += ["--name", "x"]
+    assert train.run(flags) == 0
+    said = capfd.readouterr().out
+    assert "note: features: 100 frames per second\n" in said
+    assert "24 utterances are longer than --max_seconds 0.2: training takes a random window" in said
+    (tmp_path / "half").mkdir()
+    for file in (tmp_path / "npy").iterdir():
+        np.save(tmp_path / "half" / file.name, np.load(file)[::2])
+    out = tmp_path / "p.csv"
+    flags = ["--checkpoint", str(tmp_path / "runs/x/fold1"), "--data", path, "--device", "cpu"]
+    args = predict.parse_args([*flags, "--features_dir", "", "--out", str(out)])
+    for folder, code in (("npy", 0), ("half", 2)):
+        args.features_dir = str(tmp_path / folder)
+        assert files.run_script("predict.py", functools.partial(predict.main, args)) == code
+    assert "half: 50 frames per second, but the run was trained on 100" in capfd.readouterr().err
+    with open(out, newline="") as file:
+        preds = {row["utt_id"]: row["pred_valence"] for row in csv.DictReader(file)}
+    with open(tmp_path / "runs/x/fold1/predictions_test.csv", newline="") as file:
+        tested = {row["utt_id"]: row["pred_valence"] for row in csv.DictReader(file)}
+    assert tested.items() <= preds.items()  # from the same first 20 frames
 
 
 def test_output_into_a_closed_pipe_ends_quietly(tmp_path):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 FLAGS = """
 import argparse, os, sys, time
 
-def parse_args(argv=None):
+def parse_args(argv=None, world_size=None):
     p = argparse.ArgumentParser(allow_abbrev=False)
     p.add_argument("--out", default="runs")
     p.add_argument("--name", default="stub")
@@ -232,6 +232,15 @@ def test_a_failed_fold_stops_no_other_and_is_named_with_the_end_of_its_log(box):
     assert "fold 2 done in" in output and "fold 4 done in" in output
     end = output.partition("fold 1 is missing; the end of runs/stub/fold1.log:")[2]
     assert "    fold 1 broke here" in end
+
+
+def test_folds_go_on_when_nobody_reads_the_output_any_more(box):
+    (box.code / "report.py").write_text("raise SystemExit(141)  # as the real one does then")
+    process = box.start("--folds", "1-3", *CPU, STUB_SECONDS="0.3")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(20) == 0
+    assert {a["fold"] for a in box.attempts()} == {1, 2, 3}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from data import SAMPLE_RATE
 from model import EmotionModel, ModelConfig
 from train import main, parse_args
 from util import distributed
-from util.runs import read_checkpoint, read_records
+from util.checkpoints import read_checkpoint
+from util.runs import read_records
 from wavlm import SIZES, WavLMConfig
 
 CPU = torch.device("cpu")

@@ -16,8 +16,9 @@ from conftest import quick_flags
 
 import predict
 import train
-from util import runs
+from util.checkpoints import save_checkpoint
 from util.files import UserError
+from util.runs import load_model, run_dir
 from wavlm import WavLM, WavLMConfig, load_wavlm, save_wavlm
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,7 @@ def run(flags, *extra):
     """Run directory of one epoch with these flags."""
     args = train.parse_args([*flags, "--epochs", "1", *extra])
     assert train.main(args) == 0
-    return runs.run_dir(args)
+    return run_dir(args)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +305,7 @@ def test_a_state_of_another_checkpoint_or_of_nobody_is_refused(dialogues, corpus
         if content is None:
             state.write_bytes(b"nonsense")
         else:
-            runs.save_checkpoint(state, content)
+            save_checkpoint(state, content)
         argv = ["--checkpoint", dialogues, "--stream", "--state", state, clip]
         with pytest.raises(UserError, match=said):
             predict.main(predict.parse_args(list(map(str, argv))))
@@ -342,7 +343,7 @@ def test_an_export_predicts_the_same_and_its_wavlm_loads_in_transformers(
     )
     assert first == second
 
-    model, _ = runs.load_model(exported, "--checkpoint")
+    model, _ = load_model(exported, "--checkpoint")
     theirs, info = WavLMModel.from_pretrained(exported / "wavlm", output_loading_info=True)
     assert not any(info.values())
     waveform = torch.randn(2, 9_000, generator=torch.manual_seed(0))
@@ -403,8 +404,8 @@ def test_a_run_or_an_export_is_personalised_without_repeating_its_flags(flags, c
         assert (args.max_seconds, args.d_hidden, args.speaker) == (0.7, 16, str(vectors))
         assert train.parse_args([*argv, "--max_seconds", "2"]).max_seconds == 2
         assert train.main(args) == 0
-        before, _ = runs.load_model(source, "")
-        after, _ = runs.load_model(runs.run_dir(args), "")
+        before, _ = load_model(source, "")
+        after, _ = load_model(run_dir(args), "")
         after = after.state_dict()
         moved = {k.split(".")[0] for k, v in before.state_dict().items() if not v.equal(after[k])}
         assert moved == {"film"}

@@ -21,7 +21,7 @@ from conftest import quick_flags
 from fault_kills import EVERYTHING, Run, assert_same_outcome, raise_on, real_fp16, run_ranks
 
 from train import cli
-from util.runs import read_checkpoint, save_checkpoint
+from util.checkpoints import read_checkpoint, save_checkpoint
 
 SETTINGS = {  # utterances of a step, flags
     "dialogues, feedback, augmentation": (12, [*EVERYTHING, "--epochs", "2"]),

@@ -2,7 +2,9 @@
 
 import copy
 import csv
+import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -19,12 +21,15 @@ from fault_kills import Run, assert_same_outcome, raise_on, run_ranks, signal_on
 from torch.nn.modules.module import register_module_forward_hook
 
 import data
+import report
 import step
+from corpora import READERS, read_csv
 from data import BatchSpec
 from model import EmotionModel, metrics
 from train import cli, main, parse_args
+from util.checkpoints import read_checkpoint, save_checkpoint
 from util.files import UserError
-from util.runs import load_weights, read_checkpoint, run_dir, save_checkpoint
+from util.runs import load_weights, read_predictions, run_dir
 from wavlm import WavLM, load_wavlm, save_wavlm
 
 NO_DROPOUT = ("--dropout", "0", "--wavlm_dropout", "0")
@@ -415,6 +420,93 @@ def test_evaluation_with_context_tracks_whole_dialogues(flags):
     torch.testing.assert_close(preds[first], tracked, rtol=1e-4, atol=1e-5)
 
 
+def read_incomplete(root, label_range):
+    """The corpus without a third of the labels of valence, and without arousal in dev of fold 1."""
+    corpus = read_csv(root / "corpus.csv", None, label_range)
+    for i, u in enumerate(corpus.utterances):
+        valence = math.nan if i % 3 == 0 else u.valence
+        arousal = math.nan if u.session == "2" else u.arousal
+        corpus.utterances[i] = dataclasses.replace(u, valence=valence, arousal=arousal)
+    return corpus
+
+
+def add_incomplete():
+    READERS["incomplete"] = (read_incomplete, (0.0, 1.0))
+
+
+@pytest.fixture
+def incomplete(corpus, flags, monkeypatch):
+    """Flags of a run on that corpus."""
+    monkeypatch.setitem(READERS, "incomplete", (read_incomplete, (0.0, 1.0)))
+    return [*flags, "--data", "incomplete", "--data_dir", str(corpus.parent)]
+
+
+@pytest.mark.parametrize("loss", [["ccc"], ["mse"], ["mse", "--context", "2", "--feedback"]])
+def test_missing_labels_are_the_same_however_a_batch_is_split(incomplete, tmp_path, loss):
+    flags = [
+        *incomplete,
+        *NO_DROPOUT,
+        "--global_batch_size",
+        "16",
+        "--loss",
+        *loss,
+        "--epochs",
+        "1",
+    ]
+    if "--feedback" in loss:
+        flags += ["--exact_ccc", "off"]  # does not matter to MSE
+    alone = parse_args([*flags, "--batch_size", "16", "--name", "alone"])
+    assert main(alone) == 0
+    more = [*flags, "--batch_size", "4", "--name", "ranks"]
+    codes = run_ranks(more, tmp_path / "log", 2, (add_incomplete,))
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    losses = [[r["loss"] for r in records(a, "train")] for a in (alone, parse_args(more))]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5) and losses[0]
+    assert_same(weights_of(alone), weights_of(parse_args(more)), rtol=1e-3, atol=2e-5)
+
+
+def test_a_run_with_missing_labels_is_scored_and_reported_by_those_there_are(
+    incomplete, tmp_path, capsys
+):
+    for fold in ("1", "2", "3"):
+        assert cli([*incomplete, "--fold", fold, "--name", "x"]) == 0
+        if fold == "1":
+            assert "dev: no label of arousal: its CCC says nothing" in capsys.readouterr().out
+    directory = tmp_path / "runs/x"
+    result = json.loads((directory / "fold1/result.json").read_text())
+    assert result["dev"]["ccc_arousal"] is None and result["dev"]["rmse_arousal"] is None
+    assert result["dev"]["ccc_mean"] == result["dev"]["ccc_valence"]
+    table = pd.read_csv(directory / "fold1/predictions_test.csv")
+    known = table["valence"].notna()
+    assert known.sum() == 16 and table["arousal"].notna().all()
+    error = (table["valence"] - table["pred_valence"])[known]
+    assert result["test"]["rmse_valence"] == pytest.approx((error**2).mean() ** 0.5, abs=1e-5)
+    read_predictions(directory / "fold1/predictions_dev.csv")
+    capsys.readouterr()
+    words = [str(directory), str(directory), "--out", str(tmp_path)]
+    assert report.main(report.parse_args(words)) == 0
+    said = capsys.readouterr().out
+    assert "nan" not in said and (tmp_path / "report.html").exists()
+    assert report.main(report.parse_args([str(directory), "--json"])) == 0
+    (found,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["folds"]["2"]["test/ccc_arousal"] is None  # the test split of fold 2 is session 2
+    assert found["mean"]["test/ccc_arousal"] is None and found["mean"]["test/ccc_valence"]
+    pooled = pd.concat(pd.read_csv(p) for p in sorted(directory.glob("*/predictions_test.csv")))
+    pooled = pooled.dropna(subset="arousal")
+    covariance = np.cov(pooled["arousal"], pooled["pred_arousal"], ddof=0)
+    shift = pooled["arousal"].mean() - pooled["pred_arousal"].mean()
+    ccc = 2 * covariance[0, 1] / (covariance[0, 0] + covariance[1, 1] + shift**2)
+    assert found["pooled"]["ccc_arousal"] == pytest.approx(ccc, abs=1e-5)
+
+
+def test_a_dev_split_without_a_label_of_what_trains_is_refused(incomplete, capsys):
+    assert cli([*incomplete, "--valence_weight", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "--valence_weight 0" in said and "dev has no label of it" in said
+    assert len(said.splitlines()) == 1
+    assert cli([*incomplete, "--valence_weight", "0", "--fold", "2", "--dry_run"]) == 0
+
+
 def test_metrics_count_the_labels_of_each_target():
     rng = np.random.default_rng(0)
     preds, labels = torch.tensor(rng.uniform(size=(2, 20, 2)))
@@ -627,11 +719,10 @@ def test_presets_set_flags_and_a_flag_given_by_hand_wins():
     assert parse_args(["--preset", "large_batch", "--encoder", "convnext"]).batch_size == 1024
 
 
-def test_batch_sizes_are_derived_from_each_other(monkeypatch):
+def test_batch_sizes_are_derived_from_each_other():
     args = parse_args(["--batch_size", "4", "--global_batch_size", "32"])
     assert args.gradient_accumulation_steps == 8
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    args = parse_args(["--batch_size", "4", "--gradient_accumulation_steps", "3"])
+    args = parse_args(["--batch_size", "4", "--gradient_accumulation_steps", "3"], world_size=2)
     assert args.global_batch_size == 24
 
 
@@ -805,7 +896,9 @@ def test_the_gpu_is_set_before_its_memory_is_looked_at(flags, monkeypatch):
     with pytest.raises((AssertionError, RuntimeError)):  # there is no GPU to put a model on
         main(parse_args([*flags, "--device", "cuda"]))
     assert calls.index("set_device") < calls.index("reset_peak")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    for name, value in variables.items() | {("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")}:
+        monkeypatch.setenv(name, value)
     with pytest.raises(
         UserError, match=r"--nproc_per_node: local rank 1 needs GPU 1, this machine has 1"
     ):

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from util.files import UserError
 
@@ -44,6 +44,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 RETRY_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal, resume me
 START_SECONDS = 1800  # time-out up to the first step: compiling, cold disks [guess]
 SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY_REMEDY = "give --num_workers 0, or more shared memory (docker run --shm-size 8g)"
 DISK_REMEDIES = {
     errno.ENOSPC: "free disk space on {}",
     errno.EDQUOT: "free disk space, your quota on {} is used up",
@@ -54,12 +55,18 @@ GIB = 2**30
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts
 
-stop_signals: list[int] = []  # received so far; ranks agree on them after a step
+STALL_SECONDS = 3  # that a batch may take after a signal to stop
+
+stop_signals: list[float] = []  # times of those received so far; ranks agree on them after a step
 raised_signals: list[int] = []  # those that raised Stopped, which a library may have replaced
 
 
 class Stopped(BaseException):
     """A signal ended the run where there is nothing to save; the exit code is RETRY_EXIT_CODE."""
+
+
+class NoBatch(Stopped):
+    """A signal has arrived, and no batch for STALL_SECONDS; the other ranks do not know yet."""
 
 
 class StepTooLarge(torch.OutOfMemoryError):
@@ -78,7 +85,7 @@ def handle_signals(at_once: bool) -> None:
     """Raise Stopped wherever a signal arrives, or only note it for the ranks to agree on."""
 
     def handler(number: int, _: object) -> None:
-        stop_signals.append(number)
+        stop_signals.append(time.monotonic())
         if at_once and len(stop_signals) == 1:  # a second one must not interrupt the clean-up
             raised_signals.append(number)
             raise Stopped
@@ -112,11 +119,55 @@ def uses_cuda(device: str) -> bool:
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
+def read_ranks() -> tuple[int, int, int]:
+    """(rank, local rank, world size) by torchrun's variables, (0, 0, 1) without them.
+
+    UserError if they are left over from something else, or if another launcher than torchrun has
+    started several processes, each of which would train alone.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given:
+        refuse_other_launchers()
+        return 0, 0, 1
+    told = ", ".join(f"{name} is {text!r}" for name, text in given.items())
+    fix = f"start several ranks with torchrun, or unset {' '.join(given)} for one process"
+    if not all(re.fullmatch("[0-9]{1,9}", text) for text in given.values()):
+        raise UserError(f"environment: {told}, must be a whole number: {fix}")
+    numbers = {name: int(text) for name, text in given.items()}
+    rank, local_rank = numbers.get("RANK", 0), numbers.get("LOCAL_RANK", 0)
+    world_size = numbers.get("WORLD_SIZE", 1)
+    if (rank, local_rank, world_size) != (0, 0, 1):
+        missing = [n for n in (*names, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
+        if missing:
+            raise UserError(f"environment: {told}, but {missing[0]} is not set: {fix}")
+        if not local_rank <= rank < world_size:
+            raise UserError(f"environment: {told}, needs LOCAL_RANK <= RANK < WORLD_SIZE: {fix}")
+    return rank, local_rank, world_size
+
+
+def refuse_other_launchers() -> None:
+    """UserError if one of them has started several processes."""
+    environment = os.environ
+    counts = {"mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
+    counts["srun"] = "SLURM_STEP_NUM_TASKS"
+    in_step = "SLURM_PROCID" in environment and environment.get("ENVIRONMENT") != "BATCH"
+    if in_step and "SLURM_STEP_NUM_TASKS" not in environment:
+        counts["srun"] = "SLURM_NTASKS"
+    for launcher, name in counts.items():
+        text = environment.get(name, "1")
+        if text.isdigit() and int(text) > 1:
+            raise UserError(
+                f"environment: {name} is {text}, so {launcher} has started this {text} times, and "
+                f"each would train alone: start ranks with torchrun, or one task with {launcher} "
+                "-n 1"
+            )
+
+
 def find_ranks(device: str) -> Ranks:
     """Rank and device of this process; UserError if its GPU is not there. CUDA starts here, since
     the first look at its memory needs it."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank, world_size = read_ranks()
     if not uses_cuda(device):
         return Ranks(rank, local_rank, world_size, torch.device("cpu"))
     if not torch.cuda.is_available():
@@ -265,15 +316,19 @@ def average_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future
     return allreduce_hook(state, bucket)
 
 
-def agree_on_step(fault: str = "") -> bool:
+def agree_on_step(fault: str = "", no_batch: bool = False) -> bool:
     """After backward and before the update: has any rank got a signal to stop?
 
-    All ranks participate. StepTooLarge on all of them if one has run out of memory (`fault`).
+    All ranks participate. On all of them, StepTooLarge if one has run out of memory (`fault`), and
+    Stopped if one has got no batch after a signal.
     """
-    faults, stops = all_reduce(torch.tensor([float(bool(fault)), float(bool(stop_signals))]))
+    flags = torch.tensor([float(bool(fault)), float(no_batch), float(bool(stop_signals))])
+    faults, stalls, stops = all_reduce(flags)
     collectives.agreed = True
     if faults:
         raise StepTooLarge(fault or "another rank is out of memory")
+    if stalls:
+        raise Stopped
     return bool(stops)
 
 
@@ -282,9 +337,7 @@ def guard_memory(update: Callable[[], Any], ddp_model: torch.nn.Module, zero_sum
 
     `zero_sums`: zeros like the sums that the step exchanges.
     """
-    collectives.sums, collectives.buckets, collectives.agreed = False, 0, False
-    if isinstance(ddp_model, DistributedDataParallel):
-        ddp_model.reducer._rebuild_buckets()  # in the second step, else in its forward
+    begin_step(ddp_model)
     try:
         return update()
     except (RuntimeError, MemoryError) as error:
@@ -295,6 +348,22 @@ def guard_memory(update: Callable[[], Any], ddp_model: torch.nn.Module, zero_sum
     exchange_zeros(ddp_model, zero_sums)
     agree_on_step(fault)
     raise AssertionError("agree_on_step raises for a fault")
+
+
+def leave_step(ddp_model: torch.nn.Module, zero_sums: Tensor) -> None:
+    """After NoBatch: takes part in the step with zeros, so that no rank waits for this one, and all
+    others raise Stopped before they update anything."""
+    begin_step(ddp_model)
+    exchange_zeros(ddp_model, zero_sums)
+    with contextlib.suppress(Stopped):
+        agree_on_step(no_batch=True)
+
+
+def begin_step(ddp_model: torch.nn.Module) -> None:
+    """Nothing of this step's collectives is done."""
+    collectives.sums, collectives.buckets, collectives.agreed = False, 0, False
+    if isinstance(ddp_model, DistributedDataParallel):
+        ddp_model.reducer._rebuild_buckets()  # in the second step, else in its forward
 
 
 def exchange_zeros(ddp_model: torch.nn.Module, zero_sums: Tensor) -> None:
@@ -426,24 +495,62 @@ def end_with(pid: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def check_shared_memory(num_bytes: int, workers: int) -> None:
+    """UserError on all ranks if so many bytes, the batches that the workers of each rank may have
+    on their way, do not fit into shared memory somewhere (all ranks participate)."""
+    needed, fault = num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), None
+    if workers and SHARED_MEMORY.is_dir() and needed > shutil.disk_usage(SHARED_MEMORY).free:
+        fault = UserError(
+            f"--num_workers {workers}: batches on their way need up to {needed / 2**20:.0f} MiB of "
+            f"{disk_of(SHARED_MEMORY)}: {SHARED_MEMORY_REMEDY}"
+        )
+    raise_together(fault)
+
+
+def share(batch: dict | UserError) -> dict | UserError:
+    """The batch, which a loader worker puts into shared memory; UserError if there is no room.
+
+    torch would do it in a thread of the worker, whose errors nobody gets to know.
+    """
+    if get_worker_info() is None or isinstance(batch, UserError):
+        return batch
+    try:
+        for value in batch.values():
+            if isinstance(value, Tensor):
+                value.share_memory_()
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        return UserError(f"--num_workers: {reason}: {SHARED_MEMORY_REMEDY}")
+    return batch
+
+
 def with_timeout(loader: DataLoader, seconds: float) -> Iterator[dict]:
-    """The loader's batches; RuntimeError if one takes longer than `seconds`, or its worker died.
+    """The loader's batches. RuntimeError if one takes longer than `seconds`, or its worker died;
+    NoBatch if one takes long after a signal.
 
     DataLoader's own time-out does not reach into the passing of a tensor, where a stopped worker
     blocks, and reports a dead one only when it is over.
     """
 
-    def handler(*_: object) -> None:
-        raise TimeoutError(f"no batch for --timeout {seconds:g} s")
+    def look(*_: object) -> None:
+        now = time.monotonic()
+        if stop_signals and now - stop_signals[0] > STALL_SECONDS:
+            raise NoBatch
+        if now - begin > seconds:
+            raise TimeoutError(f"no batch for --timeout {seconds:g} s")
 
-    signal.signal(signal.SIGALRM, handler)
+    signal.signal(signal.SIGALRM, look)
     batches = None
     while True:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        begin = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
         try:
             if batches is None:
                 batches = iter(loader)  # waits for an answer of persistent workers
             batch = next(batches, None)
+        except NoBatch:
+            kill_workers()  # the loader's own end waits for each
+            raise
         except (TimeoutError, ConnectionError, EOFError) as error:
             raise RuntimeError(f"DataLoader: {error}") from None
         finally:
@@ -464,11 +571,17 @@ def kill_workers() -> None:
 
 def until_stopped(batches: Iterator[dict], polls: int) -> Iterator[dict]:
     """At most `polls` batches, the same number on every rank; Stopped on all if one has got a
-    signal."""
+    signal. agree_on_step must follow."""
+    no_batch = False
     for _ in range(polls):
         if any_rank(bool(stop_signals)):
             raise Stopped
-        yield from itertools.islice(batches, 1)
+        try:
+            yield from itertools.islice(batches, 1)
+        except NoBatch:
+            no_batch = True
+    if no_batch:
+        agree_on_step(no_batch=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -488,7 +601,10 @@ def machine_fault(error: Exception, directory: Path, timeout: float) -> str:
         remedy = DISK_REMEDIES[error.errno].format(disk_of(where))
         return f"{where}: {error.strerror}: {remedy}, then rerun with --resume"
     if text.startswith("DataLoader"):
-        return f"{first_line.strip(' .')}{faulty_children()}: rerun with --resume"
+        return (
+            f"{first_line.strip(' .')}{faulty_children()}: rerun with --resume; if memory ran out "
+            f"(shared memory: {disk_of(SHARED_MEMORY)}), {SHARED_MEMORY_REMEDY}"
+        )
     if isinstance(error, dist.DistError) or "third_party/gloo" in text:
         return (
             f"a rank died, or gave no answer for --timeout {timeout:g} s; look for its own "

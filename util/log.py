@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,6 +207,11 @@ def start_logging(path: Path | None, console: bool) -> None:
                 silence(sys.stdout)
                 log.warning(f"stdout cannot be written ({error.strerror}): the run goes on")
 
+    def end_thread(fault: threading.ExceptHookArgs) -> None:
+        if fault.exc_type is not OSError:  # TensorBoard's, which its next call raises
+            threading.__excepthook__(fault)
+
+    threading.excepthook = end_thread
     logging.raiseExceptions = False  # a full disk is reported once, by the failed save
     log.handlers.clear()
     log.addHandler(logging.NullHandler())  # else Python prints warnings of the other ranks
@@ -274,8 +280,9 @@ def step_line(record: dict[str, float], step: int, scaler: torch.amp.GradScaler)
 
 
 def score_line(what: str, scores: dict[str, float]) -> str:
-    ccc = " ".join(f"{target} {scores[f'ccc_{target}']:.4f}" for target in TARGETS)
-    return f"{what} CCC {ccc} mean {scores['ccc_mean']:.4f}"
+    """The CCCs in words; "-" for a target without a label."""
+    ccc = " ".join(f"{name} {scores[f'ccc_{name}']:.4f}" for name in (*TARGETS, "mean"))
+    return f"{what} CCC {ccc.replace(' nan', ' -')}"
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,11 @@ from corpora import Corpus, Utterance, write_skipped
 from data import Fold
 from model import TARGETS, EmotionModel, ModelConfig
 from util import distributed
-from util.files import UserError, digest, replace_text, replacing, sha256
+from util.checkpoints import Writer, read_checkpoint
+from util.files import UserError, digest, optional_module, replace_text, replacing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("vatune")
 
@@ -42,6 +46,8 @@ log = logging.getLogger("vatune")
 MODEL_FLAGS = {f.name for f in dataclasses.fields(ModelConfig)} | {
     "prosody", "speaker", "no_film", "wavlm_revision", "wavlm_dropout", "max_seconds", "context",
 }  # fmt: skip
+# What a TensorBoard raises that is installed but does not work
+BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
 WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
 
 # Columns of predictions_<split>.csv
@@ -51,40 +57,6 @@ NUMBERS = ("seconds", *TARGETS, *(f"pred_{target}" for target in TARGETS))
 
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """The content, with its SHA-256 as the last 32 bytes; a last.pt that is there becomes
-    previous.pt. OSError names the file; what was there stays."""
-    previous = path.with_name("previous.pt") if path.name == "last.pt" else None
-    with replacing(path, previous) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # torch puts its own error over the disk's
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        file.write(sha256(file, file.tell()))
-
-
-def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """What train.py saved, unpickled (tensors and plain values) after its hash was verified.
-
-    UserError names a file that is missing, damaged or not of train.py.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size - 32  # the hash
-            if size <= 0 or sha256(file, size) != file.read(32):
-                fault = f"{path}: damaged, or not a best.pt, last.pt or frozen.pt of train.py"
-                raise UserError(fault)
-            file.seek(0)
-            return torch.load(file, map_location=device, weights_only=True)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
-    except Exception as error:  # weights_only refuses more than tensors and plain values
-        fault = f"{path}: not a checkpoint of train.py ({type(error).__name__})"
-        raise UserError(fault) from None
 
 
 def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Path) -> None:
@@ -415,6 +387,7 @@ class RunFiles:
         self.history: list[dict] = []  # records of metrics.jsonl
         self.hints: set[str] = set()  # kinds that were logged
         self.board = None
+        self.writer = Writer()
 
     @property
     def writes(self) -> bool:
@@ -425,14 +398,12 @@ class RunFiles:
         `step`: a resumed run writes the later ones again."""
         if not self.writes:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
         path = self.directory / "metrics.jsonl"
         self.history = read_records(self.directory)[:records]
         replace_text(path, "".join(json.dumps(record) + "\n" for record in self.history))
         if len(self.history) < records:
             log.warning(f"{path} lacks records from before step {step}")
-        self.board = SummaryWriter(self.directory / "tb", purge_step=step + 1)
+        self.board = open_board(self.directory / "tb", step)
 
     def record(self, event: str, step: int, values: dict[str, float]) -> None:
         """Appends to metrics.jsonl, and to TensorBoard, what is not NaN."""
@@ -446,8 +417,12 @@ class RunFiles:
                 file.write(json.dumps(self.history[-1]) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
-        for key, value in values.items():
-            self.board.add_scalar(key if "/" in key else f"{event}/{key}", value, step)
+        scalars = {key if "/" in key else f"{event}/{key}": value for key, value in values.items()}
+        try:
+            for key, value in scalars.items() if self.board else ():
+                self.board.add_scalar(key, value, step)
+        except BROKEN as error:
+            self.board = warn_of_board(error)
 
     def median_speed(self) -> float | None:
         """Median of the log lines' audio seconds per second; None if no line has it."""
@@ -455,10 +430,15 @@ class RunFiles:
         speeds = [record[name] for record in self.history if name in record]
         return statistics.median(speeds) if speeds else None
 
-    def save(self, name: str, content: dict) -> None:
-        """A checkpoint, see save_checkpoint."""
+    def save(self, contents: dict[str, dict], step: int) -> None:
+        """Checkpoints by name, and then status.json, while the run goes on; see Writer."""
         if self.writes:
-            save_checkpoint(self.directory / name, content)
+            contents = {self.directory / name: content for name, content in contents.items()}
+            self.writer.write(contents, lambda: self.write_status(step))
+
+    def wait(self) -> None:
+        """Returns when all checkpoints are on the disk; OSError if one could not be written."""
+        self.writer.wait()
 
     def write_json(self, name: str, content: dict) -> None:
         """The content, with null for NaN, which is a target's score without a label."""
@@ -511,8 +491,28 @@ class RunFiles:
                 file.write(content.getvalue())
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        try:
+            if self.board:
+                self.board.close()
+        except BROKEN as error:
+            warn_of_board(error)
+
+
+def open_board(directory: Path, step: int) -> "SummaryWriter | None":
+    """TensorBoard's writer, which forgets the points after `step`; None if it does not work."""
+    try:
+        optional_module("tensorboard", "tensorboard", directory.name)
+        from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+        return SummaryWriter(directory, purge_step=step + 1)
+    except BROKEN as error:
+        return warn_of_board(error)
+
+
+def warn_of_board(error: Exception) -> None:
+    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    reason = f"{name}{error}".splitlines()[0]
+    log.warning(f"no TensorBoard ({reason}); metrics.jsonl has the same figures")
 
 
 # ---------------------------------------------------------------------------------------------
