@@ -16,6 +16,7 @@ Reference: eGeMAPS (Eyben et al. 2016).
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import json
 import logging
@@ -65,8 +66,10 @@ from util.files import (
     build_cache,
     cached_array,
     check_disk_space,
+    described,
     digest,
     gib,
+    optional_module,
     progress_bar,
     run_script,
     weights_digest,
@@ -229,15 +232,16 @@ def egemaps_of(pack: PackedRows) -> np.ndarray:
 
 def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarray:
     """(N, 88) float32 eGeMAPSv02 functionals, NaN if opensmile leaves one undefined."""
-    try:
-        import opensmile
-    except ImportError:
-        raise UserError(
-            "--prosody egemaps needs opensmile; install it, or --prosody none"
-        ) from None
+    flag, otherwise = "--prosody egemaps", ", or --prosody none"
+    opensmile = optional_module("opensmile", "opensmile", flag, otherwise)
 
     def build() -> np.ndarray:
         count = len(pack.lengths)
+        try:
+            egemaps_of(pack.part(range(1)))
+        except Exception as error:  # a library of opensmile that does not load here
+            fault = described("opensmile", "opensmile", error)
+            raise UserError(f"{flag}: {fault}: reinstall opensmile{otherwise}") from None
         if count < 50:  # starting processes would take longer
             return egemaps_of(pack)
         parts = [pack.part(range(i, min(i + 16, count))) for i in range(0, count, 16)]
@@ -290,17 +294,42 @@ def holds_vectors(kind: str) -> bool:
     return Path(kind).is_dir() and not (Path(kind) / "config.json").exists()
 
 
+def hub_answers(name: str, file: str) -> bool:
+    """Has the hub the file, and says so within seconds? Its own client tries for half a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file), timeout=5)
+    except Exception:  # errors of the hub and of the network have no common base class
+        return False
+    return True
+
+
+def speaker_error(kind: str, package: str, source: str, error: Exception) -> UserError:
+    """One line on a model for --speaker that cannot be loaded."""
+    remedy = (
+        f"load {source} once where there is a network (or set HF_ENDPOINT to a mirror), "
+        f"reinstall {package}, or give a directory of <utt_id>.npy"
+    )
+    fault = described(package, package, error)
+    return UserError(f"--speaker {kind}: cannot load {source} ({fault}): {remedy}")
+
+
 def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
     """(waveform (L,) -> embedding (S,), cache key) of a transformers x-vector model."""
-    from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
-
+    flag, otherwise = f"--speaker {kind}", ", or give a directory of <utt_id>.npy"
+    transformers = optional_module("transformers", "transformers", flag, otherwise)
+    if importlib.util.find_spec("torchaudio"):  # which transformers then imports
+        optional_module("torchaudio", "torchaudio", flag, ", or uninstall it")
     source = "microsoft/wavlm-base-plus-sv" if kind == "xvector" else kind
+    cached_only = kind == "xvector" and not hub_answers(source, "config.json")
+    options = {"trust_remote_code": False, "local_files_only": cached_only}
     try:
-        options = {"trust_remote_code": False}
-        extractor = AutoFeatureExtractor.from_pretrained(source, **options)
-        model = AutoModelForAudioXVector.from_pretrained(source, **options).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--speaker {kind}: cannot load {source} ({error})") from None
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(source, **options)
+        model = transformers.AutoModelForAudioXVector.from_pretrained(source, **options)
+    except Exception as error:  # of transformers, the hub, the files: no common base class
+        raise speaker_error(kind, "transformers", source, error) from None
+    model.to(device).eval()
 
     def embed(clip: np.ndarray) -> torch.Tensor:
         inputs = extractor(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt")
@@ -311,16 +340,20 @@ def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor
 
 def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
     """The same of speechbrain's ECAPA-TDNN (192-d). Never run by us: it needs torchaudio."""
+    flag, otherwise = "--speaker ecapa", ", or use --speaker xvector"
+    optional_module("torchaudio", "torchaudio", flag, otherwise)
+    name = "speechbrain.inference.speaker"
+    speechbrain = optional_module(name, "speechbrain", flag, otherwise)
+    source, folder = "speechbrain/spkrec-ecapa-voxceleb", Path(cache_dir) / "ecapa"
+    options = {"savedir": str(folder), "run_opts": {"device": device}}
     try:
-        from speechbrain.inference.speaker import EncoderClassifier
-    except ImportError as error:
-        fault = f"--speaker ecapa needs speechbrain ({error})"
-        raise UserError(f"{fault}: install it, or use --speaker xvector") from None
-    model = EncoderClassifier.from_hparams(
-        "speechbrain/spkrec-ecapa-voxceleb",
-        savedir=str(Path(cache_dir) / "ecapa"),
-        run_opts={"device": device},
-    )
+        if not (folder / "hyperparams.yaml").exists() and not hub_answers(
+            source, "hyperparams.yaml"
+        ):
+            raise ConnectionError("it is not in --cache_dir, and the hub does not answer")
+        model = speechbrain.EncoderClassifier.from_hparams(source, **options)
+    except Exception as error:  # of speechbrain, torchaudio, the hub: no common base class
+        raise speaker_error("ecapa", "speechbrain", source, error) from None
 
     def embed(clip: np.ndarray) -> torch.Tensor:
         return model.encode_batch(torch.from_numpy(clip).to(device)[None])[0, 0]

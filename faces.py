@@ -18,10 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
 
 from corpora import natural, read_corpus
-from util.files import UserError, progress_bar, replacing, run_script, weights_digest
+from util.files import (
+    UserError,
+    described,
+    optional_module,
+    progress_bar,
+    replacing,
+    run_script,
+    weights_digest,
+)
 
 
 def image_folders(args: argparse.Namespace) -> dict[str, Path]:
@@ -55,12 +62,14 @@ def image_files(folder: Path | None) -> list[Path]:
 
 def load_vision_model(args: argparse.Namespace) -> tuple[object, torch.nn.Module]:
     """(processor, model) in evaluation mode."""
-    options = {"trust_remote_code": False}
+    flag, options = f"--vision_model {args.vision_model}", {"trust_remote_code": False}
+    transformers = optional_module("transformers", "transformers", flag)
     try:
-        processor = AutoImageProcessor.from_pretrained(args.vision_model, **options)
-        model = AutoModel.from_pretrained(args.vision_model, **options)
-    except (OSError, ValueError) as error:  # of transformers: not there, or no vision model
-        raise UserError(f"--vision_model {args.vision_model}: cannot be loaded ({error})") from None
+        processor = transformers.AutoImageProcessor.from_pretrained(args.vision_model, **options)
+        model = transformers.AutoModel.from_pretrained(args.vision_model, **options)
+    except Exception as error:  # not there, no vision model, or a package that it imports is broken
+        fault = described("transformers", "transformers", error)
+        raise UserError(f"{flag}: cannot be loaded ({fault})") from None
     return processor, model.to(args.device).eval()
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from corpora import known_speaker
 from flags import FREE_ON_RESUME
 from model import TARGETS, concordance, metrics, moment_sums
-from util.files import UserError, replace_text, run_script
+from util.files import UserError, optional_module, replace_text, run_script
 from util.runs import read_json, read_predictions, read_records, read_vectors, tensors
 
 if TYPE_CHECKING:  # matplotlib and scikit-learn are imported where they are used: they take seconds
@@ -314,6 +314,7 @@ def separation(
     speaker_accuracy: mean over speakers of the share of utterances that a probe attributes to them;
     leakage if well above speaker_chance. A half or a speaker with fewer than five is left out.
     """
+    optional_module("sklearn.metrics", "scikit-learn", "the separation of embeddings")
     from scipy.stats import ks_2samp
     from sklearn.metrics import balanced_accuracy_score, silhouette_score
 
@@ -362,10 +363,10 @@ def mean_separation(experiment: Experiment) -> dict[str, float] | None:
     for fold, rows in experiment.parts.items():
         try:
             vectors = read_vectors(Path(experiment.name) / f"fold{fold}", len(rows))
+            figures.append(separation(vectors, tensors(rows)[1], rows["speaker"].tolist()))
         except UserError as error:
             experiment.notes.append(f"separation: not given, {error}")
             return None
-        figures.append(separation(vectors, tensors(rows)[1], rows["speaker"].tolist()))
     return pd.DataFrame(figures).dropna(axis="columns").mean().to_dict()
 
 
@@ -579,7 +580,12 @@ def picture_section(e: Experiment) -> Section:
         with contextlib.suppress(UserError):  # named in the notes
             vectors[name] = read_vectors(run, len(rows))
     section = Section(f"{e.name}: pictures of {', '.join(parts)}")
-    for name, figure in plot_all(records, parts, vectors).items():
+    try:
+        figures = plot_all(records, parts, vectors)
+    except UserError as error:
+        section.notes.append(f"not drawn: {error}")
+        return section
+    for name, figure in figures.items():
         png = io.BytesIO()
         figure.savefig(png, format="png")
         section.pictures[name] = base64.b64encode(png.getvalue()).decode()
@@ -603,7 +609,7 @@ def plot_all(
 
 def new_figure(columns: int, rows: int = 1, width: float = 4.4) -> tuple["Figure", list["Axes"]]:
     """A figure and its panels, row by row, each `width` inches wide."""
-    import matplotlib
+    matplotlib = optional_module("matplotlib", "matplotlib", "a picture")
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["text.parse_math"] = False  # names of files and speakers may hold a $
@@ -677,6 +683,7 @@ def plot_embedding(vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame
 
     Runs do not share an embedding space; of each at most MAX_VECTORS rows are shown.
     """
+    optional_module("sklearn.decomposition", "scikit-learn", "a picture of embeddings")
     from sklearn.decomposition import PCA
 
     panels = (*TARGETS, "speaker")

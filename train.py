@@ -107,7 +107,6 @@ def main(args: argparse.Namespace) -> int:
         log.info(f"{files.directory} is complete: nothing to resume")
         return 0
     batch_note = memory.choose_batch(args, fold, model, ranks, last)
-    distributed.check_shared_memory(step.bytes_on_their_way(fold.dataset, args), args.num_workers)
     planned = memory.plan(args, fold.shape, ranks.world_size)
     run = Run(
         args=args,
@@ -126,7 +125,6 @@ def main(args: argparse.Namespace) -> int:
     )
     log.info(logs.startup_block(args, fold, run.plan, run.total_steps, ranks, run.git_commit))
     log.info(planned.line() + batch_note)
-    log.info(selection_note(args, fold))
     if args.dry_run:
         return 0
     begin(run, last)
@@ -158,6 +156,8 @@ def train(run: Run) -> bool:
             stage = step.stage_at(args.unfreeze, epoch)
             begin_stage(run, stage)
         if loader is None:
+            num_bytes = step.bytes_on_their_way(run.fold.dataset, args)
+            distributed.check_shared_memory(num_bytes, args.num_workers)
             run.files.wait()  # the loader forks processes, which no thread may write beside
             ddp_model = distributed.wrap_ddp(model, device)  # its buckets hold what trains now
             loader = step.make_loader(run.fold.dataset, run.plan, args, device)
@@ -261,7 +261,7 @@ def finish(run: Run) -> None:
         **scores,
     }
     files.write_json("result.json", result)  # from here on the run is complete
-    report.plot_run(files.directory, "test", evaluation.vectors)
+    show_embeddings(run, "test", evaluation.vectors, separation=False, pictures=True)
     if args.preset == "verify" and args.unfreeze != "none":
         log.info(report.against_frozen(files.directory))
     files.close()
@@ -282,7 +282,7 @@ def load_fold(args: argparse.Namespace, ranks: Ranks) -> data.Fold:
         if not (args.resume or args.overwrite or args.dry_run):
             runs.refuse_existing(runs.run_dir(args))
         fold = data.load_fold(args)
-        selection_note(args, fold)
+        fold.corpus.notes += selection_notes(args, fold)
     except UserError as error:
         fault = error
     distributed.start_ranks(ranks, max(distributed.START_SECONDS, args.timeout))
@@ -290,16 +290,18 @@ def load_fold(args: argparse.Namespace, ranks: Ranks) -> data.Fold:
     return fold
 
 
-def selection_note(args: argparse.Namespace, fold: data.Fold) -> str:
-    """What the best epoch is chosen by, for the log; UserError if dev has no label of it."""
+def selection_notes(args: argparse.Namespace, fold: data.Fold) -> list[str]:
+    """What is unusual in the choice of the best epoch; UserError if dev has no label for it."""
     weights = target_weights(args.valence_weight)
     trained = " and ".join(target for target, weight in weights.items() if weight)
     labels = fold.labels[fold.splits["dev"]]
     perfect = step.selection_score(metrics(labels, labels), args.valence_weight)
-    note = f"the best epoch is that of the highest dev CCC of {trained}"
-    if perfect < 0.5:
-        note += ", which is always 0, since those labels are constant: epoch 1 counts as the best"
-    return note
+    notes = []
+    if not all(weights.values()):
+        notes.append(f"the best epoch is that of the highest dev CCC of {trained}")
+    if perfect < 0.5:  # of constant labels it is 0
+        notes.append(f"no dev CCC of {trained} can differ from 0: epoch 1 counts as the best")
+    return notes
 
 
 def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
@@ -438,14 +440,27 @@ def finish_epoch(run: Run, epoch: int) -> dict[str, dict]:
             "epoch": epoch + 1,
         }
         files.write_predictions("dev", fold, evaluation.preds)
-    if files.writes and args.separation_every and (epoch + 1) % args.separation_every == 0:
-        labels = fold.labels[fold.splits["dev"]]
-        figures = report.separation(evaluation.vectors, labels, fold.speakers("dev"))
-        record = {f"separation/{name}": value for name, value in figures.items()}
-        files.record("separation", progress.step, record)
-    if files.writes and args.plot_every and (epoch + 1) % args.plot_every == 0:
-        report.plot_run(files.directory, "dev", evaluation.vectors)
+    separation = args.separation_every and (epoch + 1) % args.separation_every == 0
+    pictures = args.plot_every and (epoch + 1) % args.plot_every == 0
+    show_embeddings(run, "dev", evaluation.vectors, separation, pictures)
     return best
+
+
+def show_embeddings(
+    run: Run, split: str, vectors: Tensor, separation: bool, pictures: bool
+) -> None:
+    """Writes what is due; a run does not end because matplotlib or scikit-learn is broken."""
+    fold, files = run.fold, run.files
+    try:
+        if separation and files.writes:
+            labels = fold.labels[fold.splits[split]]
+            figures = report.separation(vectors, labels, fold.speakers(split))
+            record = {f"separation/{name}": value for name, value in figures.items()}
+            files.record("separation", run.progress.step, record)
+        if pictures and files.writes:
+            report.plot_run(files.directory, split, vectors)
+    except UserError as error:
+        log.warning(str(error))
 
 
 def weights_to_save(run: Run, epoch: int) -> dict[str, Tensor]:

@@ -199,7 +199,7 @@ def test_a_frozen_encoders_states_are_made_in_smaller_pieces(base, tmp_path, poo
             if hook:
                 hook.remove()
         (cache,) = (tmp_path / name).glob("hidden-*")
-        (values,) = cache.glob("values.*")
+        (values,) = cache.glob("part-*/hidden.bin")
         found.append(np.fromfile(values, np.float16))
     np.testing.assert_allclose(*found, rtol=0, atol=0.005)  # float16 of values up to 5
 

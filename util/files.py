@@ -39,12 +39,18 @@ def optional_module(name: str, package: str, needed_by: str, otherwise: str = ""
     try:
         return importlib.import_module(name)
     except Exception as error:  # built for another torch, numpy or CUDA, it raises anything
-        version, fault = version_of(package, name), "is not installed"
-        if version:
-            text = str(error).partition("\n")[0][:160]
-            fault = f"does not work ({package} {version}: {type(error).__name__}: {text})"
+        fault = "is not installed"
+        if getattr(error, "name", "") != name.partition(".")[0]:  # the module that was not found
+            fault = f"does not work ({described(package, name, error)})"
         fix = f"pip install --upgrade {package}{otherwise}"
         raise UserError(f"{needed_by} needs {package}, which {fault}: {fix}") from None
+
+
+def described(package: str, module: str, error: Exception) -> str:
+    """The package with its version, and what it raised, in one line."""
+    text = str(error).strip().partition("\n")[0][:160]
+    named = f"{package} {version_of(package, module)}".strip()
+    return f"{named}: {type(error).__name__}: {text}"
 
 
 @functools.cache
