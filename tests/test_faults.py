@@ -699,7 +699,7 @@ def look_elsewhere(folder):
         ("0", "not a number", r"s3d\dt\d\.npy"),  # in a batch
         ("2", "not a number", r"s3d\dt\d\.npy"),  # in a batch that a worker reads
         ("0", "missing", "s1d0t0"),  # at the start
-        ("0", "unreadable clip", r"differs from that of rank 0: 1 rows are gone \(as s3d1t2\)"),
+        ("0", "unreadable clip", r"that of rank 0: rows that are gone: 1 \(as s3d1t2\)"),
     ],
 )
 def test_a_rank_whose_data_is_bad_says_so_and_all_ranks_end(

@@ -43,6 +43,7 @@ log = logging.getLogger("vatune")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 RETRY_EXIT_CODE = os.EX_TEMPFAIL  # 75: stopped by a signal, resume me
 START_SECONDS = 1800  # time-out up to the first step: compiling, cold disks [guess]
+STALL_SECONDS = 3  # that a batch may take after a signal to stop [guess]
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_REMEDY = "give --num_workers 0, or more shared memory (docker run --shm-size 8g)"
 DISK_REMEDIES = {
@@ -54,8 +55,6 @@ DISK_REMEDIES = {
 GIB = 2**30
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts
-
-STALL_SECONDS = 3  # that a batch may take after a signal to stop
 
 stop_signals: list[float] = []  # times of those received so far; ranks agree on them after a step
 raised_signals: list[int] = []  # those that raised Stopped, which a library may have replaced

@@ -261,7 +261,7 @@ def differences(before: str, now: str) -> str:
         (new.index.difference(old.index), "new"),
     ):
         if len(names):
-            found.append(f"{len(names)} rows are {what} (as {names[0]})")
+            found.append(f"rows that are {what}: {len(names)} (as {names[0]})")
     for column in old.columns.symmetric_difference(new.columns):
         found.append(f"{column} is given in one of them alone")
     both = old.index.intersection(new.index)
@@ -272,7 +272,7 @@ def differences(before: str, now: str) -> str:
             example = first = changed[0]
             if column not in ("audio", "features", "speaker vector"):  # whose digests say nothing
                 example = f"{first}, {one[first]} before and {two[first]} now"
-            found.append(f"{column} of {len(changed)} utterances has changed (as {example})")
+            found.append(f"utterances whose {column} has changed: {len(changed)} (as {example})")
     return ", ".join(found) or "rows are in another order"
 
 
