@@ -935,7 +935,7 @@ def inspect(args: argparse.Namespace) -> None:
     for attribute in ("gender", "emotion"):
         counts = Counter(getattr(u, attribute) or "-" for u in utterances).most_common(12)
         print(f"{attribute + 's':<12}{', '.join(f'{name} {n}' for name, n in counts)}")
-    print(f"audio pack  {pack.directory}, {gib(2 * pack.lengths.sum())}")
+    print(f"audio pack  {pack.file.parent}, {gib(2 * pack.lengths.sum())}")
     print_labels(corpus)
     if args.features_dir:
         features = FrameFeatures(corpus, args.features_dir)

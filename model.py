@@ -13,9 +13,14 @@ References: WavLM arXiv:2110.13900; FiLM arXiv:1709.07871; Mamba arXiv:2312.0075
 ConvNeXt arXiv:2201.03545; CCC: Lin, Biometrics 45 (1989), with 1/n moments.
 """
 
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
 import itertools
+import logging
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from util.files import UserError
 from wavlm import WavLM, WavLMConfig, autocast_off
 
-try:  # optional, for CUDA
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-except Exception:  # absent, or broken: built for another torch or CUDA, it raises anything
-    selective_scan_fn = None
+log = logging.getLogger("vatune")
 
 TARGETS = ("valence", "arousal")  # column order of preds and labels, everywhere
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
@@ -77,7 +79,8 @@ class WavLMEncoder(nn.Module):
         super().__init__()
         self.wavlm = wavlm or WavLM(WavLMConfig.from_dict(config.wavlm))
         depth = self.wavlm.config.num_hidden_layers
-        self.layers = config.layers or tuple(math.ceil(depth * q / 4) for q in (1, 2, 3, 4))
+        quarters = sorted({math.ceil(depth * q / 4) for q in (1, 2, 3, 4)})
+        self.layers = config.layers or tuple(quarters)
         for layer in self.layers:
             if not 0 <= layer <= depth:
                 raise UserError(f"--layers {layer}: this WavLM has layers 0 to {depth}")
@@ -466,36 +469,93 @@ class Mamba(nn.Module):
         dt, b, c = self.x_proj(x.transpose(1, 2)).split(sizes, dim=2)
         dt = dt @ self.dt_proj.weight.t()  #                           (C, K, d_inner)
         a = -self.A_log.float().exp()  #                               (d_inner, d_state)
-        # the kernel takes no state, and no gradient reaches the one it returns: not turn by turn
-        if selective_scan_fn is not None and x.is_cuda and state is None and turns > 1:
-            y, ssm_state = selective_scan_fn(
-                x, dt.transpose(1, 2), a, b.transpose(1, 2), c.transpose(1, 2), self.D.float(),
-                z=z, delta_bias=self.dt_proj.bias.float(), delta_softplus=True,
-                return_last_state=True,
-            )  # fmt: skip
-            return self.out_proj(y.transpose(1, 2)), (conv_state, ssm_state)
-        dt = F.softplus(dt.float() + self.dt_proj.bias.float())
-        y, ssm_state = selective_scan(x, dt, a, b, c, ssm_state)
-        y = (y + self.D.float() * x.transpose(1, 2).float()) * F.silu(z.transpose(1, 2).float())
-        return self.out_proj(y.to(hidden.dtype)), (conv_state, ssm_state)
+        dt, b, c = dt.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2)
+        inputs = (x, dt, a, b, c, self.D.float(), z, self.dt_proj.bias.float())
+        # mamba_ssm's takes no state, and no gradient flows through the one that it returns
+        if state is None and turns > 1:
+            y, ssm_state = dialogue_scan(x.device, x.dtype)(*inputs)
+        else:
+            y, ssm_state = selective_scan(*inputs, ssm_state)
+        return self.out_proj(y.transpose(1, 2).to(hidden.dtype)), (conv_state, ssm_state)
 
 
 def selective_scan(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """y (C, K, d_inner) and the last state of h_t = exp(dt a) h_{t-1} + dt x_t b_t, y_t = h_t c_t.
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, dt_bias: Tensor,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y + d x) silu(z) (C, d_inner, K) and the last h of h_t = exp(dt a) h_{t-1} + dt x_t b_t,
+    y_t = h_t c_t; arguments and shapes are those of mamba_ssm's selective_scan_fn.
 
     In fp32, step by step: for up to a hundred turns, unbind + addcmul + stack is 17 times as fast
     as indexing and 3 times as fast as an associative scan [measured, 2 CPU cores].
     """
-    decay = torch.exp(dt.unsqueeze(3) * a)  #                               (C, K, d_inner, d_state)
-    drive = (dt * x.transpose(1, 2).float()).unsqueeze(3) * b.float().unsqueeze(2)
+    x, z, b, c = (v.transpose(1, 2).float() for v in (x, z, b, c))  # (C, K, d_inner or d_state)
+    dt = F.softplus(dt.transpose(1, 2).float() + dt_bias)
+    decay = torch.exp(dt.unsqueeze(3) * a)  #                     (C, K, d_inner, d_state)
+    drive = (dt * x).unsqueeze(3) * b.unsqueeze(2)
     state = torch.zeros_like(drive[:, 0]) if state is None else state.float()
     states = []
     for decay_t, drive_t in zip(decay.unbind(1), drive.unbind(1)):
         state = torch.addcmul(drive_t, decay_t, state)
         states.append(state)
-    return torch.einsum("ckis,cks->cki", torch.stack(states, dim=1), c.float()), state
+    y = torch.einsum("ckis,cks->cki", torch.stack(states, dim=1), c)
+    return ((y + d * x) * F.silu(z)).transpose(1, 2), state
+
+
+@functools.cache
+def dialogue_scan(device: torch.device, dtype: torch.dtype) -> Callable:
+    """The scan of whole dialogues: mamba_ssm's if it is installed and passes a trial, else ours.
+
+    A package that was built for another torch, CUDA or GPU may be imported and yet fail when it is
+    called, or give wrong numbers. The log says which scan is used.
+    """
+    if device.type == "meta" or importlib.util.find_spec("mamba_ssm") is None:
+        return selective_scan
+    package = "mamba_ssm"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        package += f" {importlib.metadata.version('mamba-ssm')}"
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        scan = functools.partial(selective_scan_fn, delta_softplus=True, return_last_state=True)
+        error, allowed = scan_error(scan, device, dtype), SCAN_TOLERANCE[dtype]
+        if error <= allowed:
+            log.info(f"dialogues are scanned by {package}, within {error:.0e} of PyTorch")
+            return scan
+        reason = f"it differs from PyTorch by {error:.0e}, more than {allowed:.0e}"
+    except Exception as failure:  # a broken package may raise anything
+        reason = " ".join(f"{type(failure).__name__}: {failure}".split())
+    remedy = f"README: a mamba-ssm for torch {torch.__version__}"
+    log.info(f"dialogues are scanned in PyTorch, not by {package}: {reason} ({remedy})")
+    return selective_scan
+
+
+# of output, last state and gradients, relative to the largest value of each; mamba-ssm's reference
+# is within 2e-7, 6e-4 and 6e-3 [measured, CPU]
+SCAN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@torch.enable_grad()
+def scan_error(scan: Callable, device: torch.device, dtype: torch.dtype) -> float:
+    """Largest difference of a scan on `device` from ours on the CPU, forward and backward."""
+    generator = torch.Generator().manual_seed(0)  # not the run's
+    shapes = [(2, 32, 9), (2, 32, 9), (32, 16), (2, 16, 9), (2, 16, 9), (32,), (2, 32, 9), (32,)]
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    inputs[2] = -inputs[2].exp()  # a
+    weight = torch.randn(2, 32, 9, generator=generator)
+    results = []
+    for function, where in ((selective_scan, torch.device("cpu")), (scan, device)):
+        leaves = [
+            # a, d and dt_bias stay in float32
+            x.to(where, torch.float32 if i in (2, 5, 7) else dtype, copy=True).requires_grad_()
+            for i, x in enumerate(inputs)
+        ]
+        with autocast_off(leaves[0]):
+            y, state = function(*leaves)
+            gradients = torch.autograd.grad((y.float() * weight.to(where)).sum(), leaves)
+        results.append([x.detach().float().cpu() for x in (y, state, *gradients)])
+    errors = [(got - want).abs().max() / want.abs().max() for want, got in zip(*results)]
+    return float(torch.stack(errors).max())  # NaN if one is
 
 
 class Updater(nn.Module):

@@ -405,10 +405,12 @@ def make_loader(
 
 
 def bytes_on_their_way(dataset: data.Batches, args: argparse.Namespace) -> int:
-    """Bytes of all batches that loader workers hold ready, if these are the largest."""
-    width = 4 if dataset.features is None else 4 * dataset.features.dim
-    length = max(args.batch_size * int(dataset.lengths.max()), data.EVAL_SECONDS * dataset.rate)
-    return int(args.num_workers * data.PREFETCH * length * (width + 1))  # one byte for the mask
+    """Bytes of all batches that loader workers hold ready, if they are of the longest utterance."""
+    longest = int(dataset.lengths.argmax())
+    one = dataset.collate(data.BatchSpec(((longest,),)))
+    size = sum(value.nbytes for value in one.values() if isinstance(value, Tensor))
+    evaluated = data.EVAL_SECONDS * dataset.rate / dataset.lengths[longest]
+    return int(args.num_workers * data.PREFETCH * max(args.batch_size, evaluated) * size)
 
 
 def group_micro_batches(batches: Iterator[dict], accumulation: int) -> Iterator[list[dict]]:

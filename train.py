@@ -107,7 +107,6 @@ def main(args: argparse.Namespace) -> int:
         log.info(f"{files.directory} is complete: nothing to resume")
         return 0
     batch_note = memory.choose_batch(args, fold, model, ranks, last)
-    distributed.check_shared_memory(step.bytes_on_their_way(fold.dataset, args), args.num_workers)
     planned = memory.plan(args, fold.shape, ranks.world_size)
     run = Run(
         args=args,
@@ -157,6 +156,8 @@ def train(run: Run) -> bool:
             stage = step.stage_at(args.unfreeze, epoch)
             begin_stage(run, stage)
         if loader is None:
+            num_bytes = step.bytes_on_their_way(run.fold.dataset, args)
+            distributed.check_shared_memory(num_bytes, args.num_workers)
             run.files.wait()  # the loader forks processes, which no thread may write beside
             ddp_model = distributed.wrap_ddp(model, device)  # its buckets hold what trains now
             loader = step.make_loader(run.fold.dataset, run.plan, args, device)

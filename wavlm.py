@@ -1118,7 +1118,8 @@ def find_wavlm(tensors: dict[str, Tensor], cfg: dict[str, Any], where: str) -> C
                 state[name.replace("in_proj_", f"{part}_proj.")] = tensor
         elif name.startswith(PARTS):
             state[name] = tensors[original]
-    if not any(name.endswith(".gru_rel_pos_const") for name in state):
+    attention = {name.rpartition(".attention.")[2] for name in state if ".attention." in name}
+    if attention and "gru_rel_pos_const" not in attention:
         raise unusable(where, "a HuBERT or wav2vec 2.0, not a WavLM: it has no gated position bias")
     naming, prefix = MARKS[mark], plain[prefix + mark].removesuffix(mark)
     return Checkpoint(where, state, naming, prefix, cfg)

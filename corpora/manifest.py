@@ -136,6 +136,8 @@ def match_columns(
             both = f"columns {first} and {others[0]} can both be {column}"
             raise UserError(f"{path.name}: {both}: rename one")
         taken[column] = first
+    if "start" not in taken or "end" in taken:
+        taken.pop("duration", None)
     if plain(taken.get("end", "")) == "offset" and "start" not in taken:
         fault = "column offset can be a start or an end"
         raise UserError(f"{path.name}: {fault}: rename it to start or end")
@@ -212,9 +214,7 @@ def read_row(row: int, cells: dict[str, str], root: Path, targets: Sequence[str]
             if math.isnan(times[column]):
                 raise UserError(f"{column} {cells[column]!r} is not a number of seconds or h:mm:ss")
     start = 0.0 if math.isnan(times["start"]) else times["start"]
-    end = times["end"]
-    if math.isnan(end) and "start" in cells:
-        end = start + times["duration"]
+    end = start + times["duration"] if "duration" in cells else times["end"]
     if not 0 <= start < LATEST or end <= start or end > LATEST:
         raise UserError(f"start {start:g} and end {end:g} must satisfy 0 <= start < end, in s")
 

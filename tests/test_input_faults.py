@@ -281,162 +281,107 @@ AUDIO = [
 # ---------------------------------------------------------------- manifests: text of the CSV
 
 HEADER = "utt_id,path,valence,arousal\n"
-MORE = "utt_id,path,valence,arousal,{}\na,a.wav,3,3,{}\n"
-SEMI = HEADER.replace(",", ";")
-RATED, CUTS = HEADER[:-1] + ",rater\n", HEADER[:-1] + ",rater,end\n"
+SEMI, RATED = HEADER.replace(",", ";"), HEADER[:-1] + ",rater,end\n"
 UNKNOWN = ("", "nan", "N/A", "None", "unk", "<UNK>", "-", "?", "-1", "-1.0", "unknown")
+LINES = [  # all below the header, and why they are refused
+    ("a,a.wav,7.2,3", "row 2: valence 7.2 is outside"),
+    ("a,a.wav,high,3", "row 2: valence 'high' is not"),
+    ("a,a.wav,inf,3", "row 2: valence 'inf' is not a number"),
+    ("a,a.wav,1_2,3", "row 2: valence '1_2' is not"),
+    ("a,a.wav,٣,3", "is not a number"),
+    ('a,a.wav,"2,5",3', "row 2: valence '2,5' is not a number"),
+    ("a,a.wav,2,5,3", "row 2: more cells than"),
+    ("a,a.wav,3,3\nb,a.w", "row 3: fewer cells than columns"),
+    ('a,a.wav,3,"3\nb,a.wav,3,3', "not a UTF-8 CSV file"),
+    ('a,a.wav,3,"3\nb,b.wav,3",3', "cells than columns"),
+    ('a,"a.wav\n",3,3', "row 3: column path holds"),
+    ("a,a.wav,3,3\n\na,a.wav,3,3", "row 4: utt_id a is already used in row 2"),
+    ("x/a,a.wav,3,3", "row 2: utt_id 'x/a' must name"),
+    ("x\\a,a.wav,3,3", "must name a file"),
+    ("..,a.wav,3,3", "utt_id '..' must name a file"),
+    (",a.wav,3,3", "utt_id '' must name a file"),
+    ("a" * 201 + ",a.wav,3,3", "1 to 200 bytes"),
+]
+CELLS = [  # one or two more columns, their cells, and why they are refused
+    ("split", "", "row 2: split '' is not one of"),
+    ("split", "held-out", "row 2: split 'held-out' is not"),
+    ("Start,START", "0,1", "columns Start and START can both be start: rename one"),
+    ("begin,onset", "0,1", "begin and onset can both be start"),
+    ("offset", "1", "offset can be a start or an end: rename it"),
+    ("start_ms,end_ms", "1,9", "start_ms is not understood: rename it to start, in seconds"),
+    ("start,endSample", "0,9", "endSample is not understood"),
+    ("start", "x", "row 2: start 'x' is not a number of seconds or h:mm:ss"),
+    ("end", "1:61:00", "row 2: end '1:61:00' is not"),
+    ("end", "0:75", "row 2: end '0:75' is not a number"),
+    ("end", "0:00:01:12", "end '0:00:01:12' is not"),
+    ("start,duration", "0,0", "start 0 and end 0 must satisfy"),
+    *((c, name, f"row 2: {c} {name!r}") for c in ("session", "speaker") for name in UNKNOWN),
+]
 CSV = [
     ("column missing", "utt_id,path,valence\n", REFUSED, "column arousal is missing (found:"),
     ("no header", "", REFUSED, "column utt_id is missing (found: none)"),
     ("column twice", "utt_id,path,valence,arousal,valence\n", REFUSED, "valence occurs twice"),
+    ("two names of the path", "id,file,wav,v,a\n", REFUSED, "file and wav can both be path"),
     ("no rows", HEADER, REFUSED, "no usable utterance"),
     ("not UTF-8", HEADER.encode() + b"\xe4,a.wav,3,3\n", REFUSED, "not a UTF-8 CSV"),
     ("UTF-16", (HEADER + "a,a.wav,3,3\n").encode("utf-16"), REFUSED, "not a UTF-8 CSV"),
-    ("label out of range", HEADER + "a,a.wav,7.2,3\n", REFUSED, "row 2: valence 7.2 is outside"),
-    ("label in words", HEADER + "a,a.wav,high,3\n", REFUSED, "row 2: valence 'high' is not"),
-    ("label infinite", HEADER + "a,a.wav,inf,3\n", REFUSED, "row 2: valence 'inf' is not a number"),
-    ("label with underscore", HEADER + "a,a.wav,1_2,3\n", REFUSED, "row 2: valence '1_2' is not"),
-    ("label in Arabic digits", HEADER + "a,a.wav,٣,3\n", REFUSED, "is not a number"),
-    ("decimal comma unquoted", HEADER + "a,a.wav,2,5,3\n", REFUSED, "row 2: more cells than"),
-    ("cut off in a row", HEADER + "a,a.wav,3,3\nb,a.w", REFUSED, "row 3: fewer cells than columns"),
-    ("stray quote", HEADER + 'a,a.wav,3,"3\nb,a.wav,3,3\n', REFUSED, "not a UTF-8 CSV file"),
-    ("two stray quotes", HEADER + 'a,a.wav,3,"3\nb,b.wav,3",3\n', REFUSED, "cells than columns"),
-    ("quoted line break", HEADER + 'a,"a.wav\n",3,3\n', REFUSED, "row 3: column path holds"),
-    ("utt_id twice", HEADER + "a,a.wav,3,3\n\na,a.wav,3,3\n", REFUSED, "row 4: utt_id a is"),
-    ("utt_id with slash", HEADER + "x/a,a.wav,3,3\n", REFUSED, "row 2: utt_id 'x/a' must name"),
-    ("utt_id with backslash", HEADER + "x\\a,a.wav,3,3\n", REFUSED, "must name a file"),
-    ("utt_id ..", HEADER + "..,a.wav,3,3\n", REFUSED, "utt_id '..' must name a file"),
-    ("utt_id empty", HEADER + ",a.wav,3,3\n", REFUSED, "utt_id '' must name a file"),
-    ("utt_id too long", HEADER + "a" * 201 + ",a.wav,3,3\n", REFUSED, "1 to 200 bytes"),
-    ("empty split", MORE.format("split", ""), REFUSED, "row 2: split '' is not one of"),
-    (
-        "decimal comma",
-        HEADER + 'a,a.wav,"2,5",3\n',
-        REFUSED,
-        "row 2: valence '2,5' is not a number",
-    ),
-    (
-        "decimal commas and points",
-        SEMI + "a;a.wav;2,5;3.5\n",
-        REFUSED,
-        "commas (row 2) and points (r",
-    ),
+    *((lines, f"{HEADER}{lines}\n", REFUSED, fault) for lines, fault in LINES),
+    *((f"{c} {x}", f"{HEADER[:-1]},{c}\na,a.wav,3,3,{x}\n", REFUSED, f) for c, x, f in CELLS),
+    ("decimal commas, points", SEMI + "a;a.wav;2,5;3.5\n", REFUSED, "commas (row 2) and points (r"),
     ("decimal commas", SEMI + "a;a.wav;2,5;3\n", FIXED, "decimal commas read as points: 1 cells"),
     ("one label empty", HEADER + "a,a.wav,,3\n", FIXED, "valence missing: 1 utterances"),
     ("one label nan", HEADER + "a,a.wav,3,NaN\n", FIXED, "arousal missing: 1 utterances"),
     ("one label n/a", HEADER + "a,a.wav,n/a,3\n", FIXED, "valence missing: 1 utterances"),
     ("no label", HEADER + "b,a.wav,,nan\na,a.wav,3,3\n", SKIPPED, "no label"),
-    ("unlabelled row first", HEADER + "a,a.wav,,\na,a.wav,3,3\n", SKIPPED, "no label"),
-    (
-        "split of its own",
-        MORE.format("split", "held-out"),
-        REFUSED,
-        "row 2: split 'held-out' is not",
-    ),
-    ("column nobody reads", MORE.format("colour", "1"), FIXED, "columns not used: colour"),
-    ("column in another case", MORE.format("Session", "1"), FIXED, "columns taken: Session as"),
-    (
-        "column twice but for case",
-        MORE.format("Start,START", "0,1"),
-        REFUSED,
-        "Start and START can",
-    ),
-    (
-        "two names of a column",
-        MORE.format("begin,onset", "0,1"),
-        REFUSED,
-        "begin and onset can both",
-    ),
-    ("two names of the path", "id,file,wav,v,a\n", REFUSED, "file and wav can both be path"),
+    ("first row unlabelled", HEADER + "a,a.wav,,\na,a.wav,3,3\n", SKIPPED, "no label"),
+    ("nobody reads", HEADER[:-1] + ",hue\na,a.wav,3,3,1\n", FIXED, "columns not used: hue"),
+    ("other case", HEADER[:-1] + ",Session\na,a.wav,3,3,1\n", FIXED, "taken: Session as session"),
     ("clip twice", HEADER + "a,a.wav,3,3\nb,a.wav,3,3\n", FIXED, "same audio: 2 utterances are"),
-    ("offset alone", MORE.format("offset", "1"), REFUSED, "offset can be a start or an end"),
-    (
-        "start in ms",
-        MORE.format("start_ms,end_ms", "1,9"),
-        REFUSED,
-        "start_ms is not understood: re",
-    ),
-    (
-        "end in samples",
-        MORE.format("start,endSample", "0,9"),
-        REFUSED,
-        "endSample is not understood",
-    ),
-    (
-        "start in words",
-        MORE.format("start", "x"),
-        REFUSED,
-        "row 2: start 'x' is not a number of sec",
-    ),
-    ("time of 61 minutes", MORE.format("end", "1:61:00"), REFUSED, "row 2: end '1:61:00' is not"),
-    (
-        "time of 75 seconds",
-        MORE.format("end", "0:75"),
-        REFUSED,
-        "row 2: end '0:75' is not a number",
-    ),
-    ("time with frames", MORE.format("end", "0:00:01:12"), REFUSED, "end '0:00:01:12' is not"),
-    (
-        "duration of 0",
-        MORE.format("start,duration", "0,0"),
-        REFUSED,
-        "start 0 and end 0 must satisfy",
-    ),
-    *((f"session {x}", MORE.format("session", x), REFUSED, "row 2: session") for x in UNKNOWN),
-    *((f"speaker {x}", MORE.format("speaker", x), REFUSED, "row 2: speaker") for x in UNKNOWN),
     (
         "rater twice",
-        RATED + "a,a.wav,3,3,A\na,a.wav,2,2,A\n",
+        RATED + "a,a.wav,3,3,A,\na,a.wav,2,2,A,\n",
         REFUSED,
         "row 3: utt_id a is already",
     ),
+    ("rater unknown", RATED + "a,a.wav,3,3,A,\na,a.wav,2,2,,\n", REFUSED, "give each rater a name"),
+    ("two cuts rated", RATED + "a,a.wav,3,3,A,1\na,a.wav,2,2,B,.5\n", REFUSED, "another end"),
     (
-        "rater unknown",
-        RATED + "a,a.wav,3,3,A\na,a.wav,2,2,\n",
-        REFUSED,
-        "give each rater a name and",
+        "two raters",
+        RATED + "a,a.wav,1,5,A,\na,a.wav,4,,B,\n",
+        FIXED,
+        "several raters: 1 utterances",
     ),
-    (
-        "raters of two cuts",
-        CUTS + "a,a.wav,3,3,A,1\na,a.wav,2,2,B,.5\n",
-        REFUSED,
-        "with another end",
-    ),
-    ("two raters", RATED + "a,a.wav,1,5,A\na,a.wav,4,,B\n", FIXED, "several raters: 1 utterances"),
-    (
-        "rating out of range",
-        RATED + "a,a.wav,1,5,A\na,a.wav,9,5,B\n",
-        REFUSED,
-        "row 3: valence 9 is",
-    ),
+    ("rating of 9", RATED + "a,a.wav,1,5,A,\na,a.wav,9,5,B,\n", REFUSED, "row 3: valence 9 is"),
     ("spaces and byte-order mark", "\ufeffutt_id, path ,valence,arousal\na, a.wav,3,3\n", KEPT, ""),
     ("Windows line ends", HEADER.replace("\n", "\r\n") + "a,a.wav,3,3\r\n", KEPT, ""),
 ]
 
-ROW = ",".join(["a", "a.wav", "3", "2"])
-VALUES = [  # a manifest, and what is read of its first row
-    ("Utt_ID,PATH,Valence,AROUSAL,Speaker\n" + ROW + ",Eve\n", {"speaker": "Eve"}),
-    ("name,file,v,a,spk\n" + ROW + ",Eve\n", {"speaker": "Eve"}),
-    ("ID,FileName,EmoVal,EmoAct,SpkrID\n" + ROW + ",Eve\n", {"speaker": "Eve"}),
+MORE = [  # columns beside the four, their cells, what is read
+    ("split,speaker", "Training,n/a", {"split": "train", "speaker": ""}),
+    ("Begin Time (s),End Time (s)", ".2,.9", {"start": 0.2, "end": 0.9}),
+    ("onset,offset", ".2,.9", {"start": 0.2, "end": 0.9}),
+    ("StartTime,StopTime", ".2,.9", {"start": 0.2, "end": 0.9}),
+    ("from,to", ".2,.9", {"start": 0.2, "end": 0.9}),
+    ("start,duration", ".2,.7", {"start": 0.2, "end": 0.9}),
+    ("length", "9 words", {"start": 0.0, "end": None}),
+    ("start,end", "0:00,0:00:00.900", {"start": 0.0, "end": 0.9}),
+    ("start,end", "1:02:03,62:04.5", {"start": 3723, "end": 3724.5}),
+    ("start,end", "0 days 00:00:00.2,1 days 00:00:01", {"start": 0.2, "end": 86401}),
+    ("start,end", '0,"1 day, 0:00:01"', {"end": 86401}),
+]
+VALUES = [  # a manifest, and what is read of its first row beside a, a.wav, 3 and 2
+    *((f"{HEADER[:-1]},{c}\na,a.wav,3,2,{cells}\n", values) for c, cells, values in MORE),
+    ("Utt_ID,PATH,Valence,AROUSAL,Speaker\na,a.wav,3,2,Eve\n", {"speaker": "Eve"}),
+    ("name,file,v,a,spk\na,a.wav,3,2,Eve\n", {"speaker": "Eve"}),
+    ("ID,FileName,EmoVal,EmoAct,SpkrID\na,a.wav,3,2,Eve\n", {"speaker": "Eve"}),
     (
-        "id,audio_path,val,aro,speaker_id,sex\n" + ROW + ",Eve,F\n",
+        "id,audio_path,val,aro,speaker_id,sex\na,a.wav,3,2,Eve,F\n",
         {"speaker": "Eve", "gender": "F"},
     ),
-    (HEADER[:-1] + ",split,speaker\n" + ROW + ",Training,n/a\n", {"split": "train", "speaker": ""}),
-    (HEADER[:-1] + ",Begin Time (s),End Time (s)\n" + ROW + ",.2,.9\n", {"start": 0.2, "end": 0.9}),
-    (HEADER[:-1] + ",onset,offset\n" + ROW + ",.2,.9\n", {"start": 0.2, "end": 0.9}),
-    (HEADER[:-1] + ",StartTime,StopTime\n" + ROW + ",.2,.9\n", {"start": 0.2, "end": 0.9}),
-    (HEADER[:-1] + ",start,duration\n" + ROW + ",.2,.7\n", {"start": 0.2, "end": 0.9}),
-    (HEADER[:-1] + ",duration\n" + ROW + ",9\n", {"start": 0.0, "end": None}),
-    (HEADER[:-1] + ",start,end\n" + ROW + ",0:00,0:00:00.900\n", {"start": 0.0, "end": 0.9}),
-    (HEADER[:-1] + ",start,end\n" + ROW + ",1:02:03,62:04.5\n", {"start": 3723, "end": 3724.5}),
-    (HEADER[:-1] + ",start,end\n" + ROW + ",0 days 00:00:00.2,1 days 00:00:01\n", {"end": 86401}),
     (HEADER.replace(",", "\t") + "a\ta.wav\t3\t2\n", {}),
     (HEADER.replace(",", "|") + "a|a.wav|3|2\n", {}),
-    (SEMI[:-1] + ";end\n" + "a;a.wav;3;2,0;0:00,5\n", {"end": 0.5}),
-    (HEADER[:-1] + ",from,to\n" + ROW + ",.2,.9\n", {"start": 0.2, "end": 0.9}),
-    (HEADER[:-1] + ",start,end\n" + ROW + ',0,"1 day, 0:00:01"\n', {"end": 86401}),
-    (RATED + "a,a.wav,1,1,A\nb,b.wav,1,1,A\na,a.wav,5,,B\na,a.wav,3,3,C\n", {}),
+    (SEMI[:-1] + ";end\na;a.wav;3;2,0;0:00,5\n", {"end": 0.5}),
+    (RATED + "a,a.wav,1,1,A,\nb,b.wav,1,1,A,\na,a.wav,5,,B,\na,a.wav,3,3,C,\n", {}),
 ]
 
 
@@ -512,6 +457,10 @@ def in_place_of(name, make_it):
     return change
 
 
+def link_to(target):
+    return lambda path: path.symlink_to(target)
+
+
 FIRST, SECOND = "Ses01F_impro01_F000", "Ses01F_impro01_F001"
 CLIP = "MSP-PODCAST_0001_0001.wav"
 OUT, BAD = TURN.format(0).replace("[2.", "[2"), TURN.format(0).replace("[2.5", "[2.S")
@@ -524,12 +473,7 @@ IEMOCAP = [
     ("label NaN", annotation("[2.5000", "[nan"), FIXED, "valence missing: 1 utterances"),
     ("no labels", annotation("[2.5000, 3.5000", "[nan, nan"), SKIPPED, "no label"),
     ("twice, first far out", annotation(TURN.format(0), OUT + TURN.format(0)), SKIPPED, "(25000)"),
-    (
-        "twice, first damaged",
-        annotation(TURN.format(0), BAD + TURN.format(0)),
-        SKIPPED,
-        "not a num",
-    ),
+    ("twice, first bad", annotation(TURN.format(0), BAD + TURN.format(0)), SKIPPED, "not a num"),
     ("label with a letter", annotation("3.5000", "3.5O00"), SKIPPED, "label is not a number"),
     ("four labels", annotation("[2.5000", "[2.5, 2.5"), SKIPPED, "label is not a number"),
     ("two labels", annotation(", 2.5000]", "]"), SKIPPED, "annotation not understood"),
@@ -572,18 +516,8 @@ MSP = [
     ("audio missing", podcast(change=lambda f: (f / CLIP).unlink()), SKIPPED, "file missing"),
     ("pipe", podcast(change=in_place_of(CLIP, os.mkfifo)), SKIPPED, "not a regular one"),
     ("folder", podcast(change=in_place_of(CLIP, Path.mkdir)), SKIPPED, "not a regular one"),
-    (
-        "dangling link",
-        podcast(change=in_place_of(CLIP, lambda p: p.symlink_to("x"))),
-        SKIPPED,
-        "no such",
-    ),
-    (
-        "device",
-        podcast(change=in_place_of(CLIP, lambda p: p.symlink_to("/dev/zero"))),
-        SKIPPED,
-        "not a",
-    ),
+    ("dangling link", podcast(change=in_place_of(CLIP, link_to("x"))), SKIPPED, "no such"),
+    ("device", podcast(change=in_place_of(CLIP, link_to("/dev/zero"))), SKIPPED, "not a regular"),
     ("no table", lambda root: (root / "Audio").mkdir(), REFUSED, "no labels_consensus.csv"),
 ]
 
@@ -633,12 +567,7 @@ NPY = [
     ("shape of a petabyte", npy_header((2**40, 1024)), REFUSED, "not a plain .npy array"),
     ("negative shape", npy_header((-4, 6)), REFUSED, "u003.npy"),
     ("shape of words", npy_header("('a', 'b')"), REFUSED, "not a plain .npy array"),
-    (
-        "code as header",
-        npy_header("__import__('os').system('touch pwned')"),
-        REFUSED,
-        "not a plain",
-    ),
+    ("code as header", npy_header("__import__('os').abort()"), REFUSED, "not a plain .npy"),
     ("missing", lambda path: None, REFUSED, "1 of 4 missing (u003.npy); faces.py makes"),
     ("folder", Path.mkdir, REFUSED, "1 of 4 missing (u003.npy)"),
     ("pipe", os.mkfifo, REFUSED, "1 of 4 missing (u003.npy)"),

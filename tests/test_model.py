@@ -1,6 +1,9 @@
 """model.py: sums, metrics, encoders' masks, Mamba and streaming, parameter counts."""
 
+import logging
 import math
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,9 +17,11 @@ from model import (
     Mamba,
     ModelConfig,
     concordance,
+    dialogue_scan,
     loss_from_sums,
     metrics,
     moment_sums,
+    scan_error,
 )  # fmt: skip
 from util.files import UserError
 from wavlm import SIZES, WavLM
@@ -287,6 +292,111 @@ def test_mamba_equals_transformers_and_its_gradients():
     torch.testing.assert_close(mine.grad, his.grad, rtol=1e-4, atol=1e-6)
     for name, p in theirs.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-5)
+
+
+# selective_scan_fn as mamba-ssm has it, in plain PyTorch and in another order of operations
+REFERENCE = """
+import torch
+
+calls = []
+
+def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+                      return_last_state=False):
+    assert u.shape[2] > 1 and delta_softplus and return_last_state
+    calls.append(u.shape)
+    delta = torch.nn.functional.softplus(delta.float() + delta_bias[:, None])
+    h, out = u.new_zeros(len(u), *A.shape, dtype=torch.float32), []
+    for t in range(u.shape[2]):
+        h = h * torch.exp(delta[:, :, t, None] * A)
+        h = h + (delta[:, :, t] * u[:, :, t].float())[..., None] * B[:, None, :, t].float()
+        out.append((h * C[:, None, :, t].float()).sum(-1) + D * u[:, :, t].float())
+    y = torch.stack(out, dim=2) * torch.nn.functional.silu(z.float())
+    return y.to(u.dtype), h.detach()
+"""
+LATE = REFERENCE.replace("    assert", "    raise RuntimeError('no kernel image')\n    assert")
+SAYS = "dialogues are scanned in PyTorch, not by mamba_ssm: "
+PACKAGES = {  # what is installed: the line in the log
+    REFERENCE: "dialogues are scanned by mamba_ssm",
+    REFERENCE.replace("* torch.exp", "+ torch.exp"): f"{SAYS}it differs from PyTorch by",
+    REFERENCE.replace("D * u", "D.detach() * u"): f"{SAYS}RuntimeError",  # no gradient
+    REFERENCE.replace(
+        "silu(z.float())", "silu(z.float()) * torch.nan"
+    ): f"{SAYS}it differs from PyTorch by nan",
+    LATE: f"{SAYS}RuntimeError: no kernel image",
+    "import selective_scan_cuda_of_another_torch": f"{SAYS}ModuleNotFoundError: No module",
+    "raise ImportError('undefined symbol')": f"{SAYS}ImportError: undefined symbol",
+    "raise RuntimeError('CUDA 13.0\\nand 13.2')": f"{SAYS}RuntimeError: CUDA 13.0 and 13.2",
+    "raise OSError('libcudart.so.12')": f"{SAYS}OSError: libcudart",
+    "import torch; torch.no_such_name": f"{SAYS}AttributeError: module 'torch'",
+}
+
+
+@pytest.fixture
+def mamba_ssm(tmp_path, monkeypatch):
+    """Makes a package of that name out of a source, for this test."""
+
+    def install(source):
+        for folder in ("mamba_ssm", "mamba_ssm/ops"):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "__init__.py").touch()
+        (tmp_path / "mamba_ssm/ops/selective_scan_interface.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        forget()
+
+    def forget():
+        dialogue_scan.cache_clear()
+        for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
+            del sys.modules[name]
+
+    yield install
+    forget()
+
+
+@pytest.mark.parametrize("source", PACKAGES, ids=range(len(PACKAGES)))
+def test_a_mamba_ssm_scans_dialogues_only_if_it_works_and_the_log_says_so(
+    source, mamba_ssm, caplog
+):
+    model = small_model().eval()
+    turns, alone = torch.randn(3, 5, model.width), torch.randn(3, 1, model.width)
+    batch = small_batch([4_000] * 4, torch.tensor([[0, 1], [2, 3]]))
+
+    def gradients():
+        model.zero_grad()
+        model(batch).sum().backward()
+        return [p.grad for p in model.updater.parameters()]
+
+    with torch.no_grad():
+        wanted, last = model.track(turns)
+    wanted_gradients = gradients()
+    mamba_ssm(source)
+    before = torch.get_rng_state()
+    with caplog.at_level(logging.INFO, "vatune"), torch.no_grad():
+        model.track(alone)  # a single turn, and a state to start from, are ours to scan
+        model.track(turns, last)
+        small_model(feedback=True).track(turns)
+        assert caplog.messages == []
+        torch.set_rng_state(before)
+        for _ in range(2):
+            torch.testing.assert_close(model.track(turns)[0], wanted, rtol=1e-5, atol=1e-6)
+        assert torch.equal(torch.get_rng_state(), before)
+        with torch.enable_grad():
+            torch.testing.assert_close(gradients(), wanted_gradients, rtol=1e-4, atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model.track(turns)[0], wanted, rtol=0, atol=0.02)
+    assert len(caplog.messages) == 2  # one for each precision
+    assert all(line.startswith(PACKAGES[source]) for line in caplog.messages)
+    if source == REFERENCE:
+        calls = sys.modules["mamba_ssm.ops.selective_scan_interface"].calls
+        assert (3, 2 * 16, 5) in calls and (2, 2 * 16, 2) in calls
+
+
+def test_mamba_equals_mamba_ssms_reference_where_it_is_installed():
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        pytest.skip(f"mamba_ssm: {error}")
+    scan = partial(selective_scan_ref, delta_softplus=True, return_last_state=True)
+    assert scan_error(scan, torch.device("cpu"), torch.float32) < 1e-6
 
 
 def test_the_ema_state_is_the_recurrence_of_its_definition():

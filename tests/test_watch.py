@@ -44,12 +44,12 @@ def test_a_resumed_run_remembers_what_it_was_about_to_tell(flags):
     with raise_on(r"^epoch +3 . dev"):
         assert main(parse_args(frozen)) == 75
     [hint] = hints_of([*frozen, "--resume"])
-    assert hint.startswith("dev CCC has been flat for 5 evaluations")
+    assert hint.startswith("dev CCC has been flat for 4 evaluations")
 
 
 FALLING = [
     {"event": "dev", "epoch": epoch, "dev/ccc_mean": ccc}
-    for epoch, ccc in enumerate((0.5, 0.4, 0.3, 0.2), start=1)
+    for epoch, ccc in enumerate((0.5, 0.45, 0.4, 0.3, 0.2), start=1)
 ]
 RISING = [{"event": "train", "epoch": 1.0, "loss": 0.5 + 0.05 * max(0, i - 3)} for i in range(11)]
 
@@ -57,7 +57,7 @@ RISING = [{"event": "train", "epoch": 1.0, "loss": 0.5 + 0.05 * max(0, i - 3)} f
 @pytest.mark.parametrize(
     ("history", "text"),
     [
-        (FALLING, "dev CCC has fallen 3 times in a row, from 0.5000 to 0.2000: lower the learning"),
+        (FALLING, "dev CCC has been falling for 4 evaluations, from 0.5000 to 0.2000: change"),
         (RISING, "the loss diverges, it has risen from 0.51 to 0.75: lower --lr and --encoder_lr"),
     ],
 )

@@ -125,42 +125,44 @@ def read_ranks() -> tuple[int, int, int]:
     UserError if they are left over from something else, or if another launcher than torchrun has
     started several processes, each of which would train alone.
     """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     given = {name: os.environ[name] for name in names if name in os.environ}
-    if not given:
-        refuse_other_launchers()
-        return 0, 0, 1
-    told = ", ".join(f"{name} is {text!r}" for name, text in given.items())
+    told = "environment: " + ", ".join(f"{name} is {text!r}" for name, text in given.items())
     fix = f"start several ranks with torchrun, or unset {' '.join(given)} for one process"
     if not all(re.fullmatch("[0-9]{1,9}", text) for text in given.values()):
-        raise UserError(f"environment: {told}, must be a whole number: {fix}")
+        raise UserError(f"{told}, must be a whole number: {fix}")
     numbers = {name: int(text) for name, text in given.items()}
     rank, local_rank = numbers.get("RANK", 0), numbers.get("LOCAL_RANK", 0)
     world_size = numbers.get("WORLD_SIZE", 1)
-    if (rank, local_rank, world_size) != (0, 0, 1):
-        missing = [n for n in (*names, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
-        if missing:
-            raise UserError(f"environment: {told}, but {missing[0]} is not set: {fix}")
-        if not local_rank <= rank < world_size:
-            raise UserError(f"environment: {told}, needs LOCAL_RANK <= RANK < WORLD_SIZE: {fix}")
+    if (rank, local_rank, world_size) == (0, 0, 1):
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            refuse_other_launchers()
+        return 0, 0, 1
+    missing = [name for name in (*names, "MASTER_ADDR") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"{told}, but {missing[0]} is not set: {fix}")
+    if not local_rank <= rank < world_size:
+        raise UserError(f"{told}, needs LOCAL_RANK <= RANK < WORLD_SIZE: {fix}")
     return rank, local_rank, world_size
 
 
 def refuse_other_launchers() -> None:
     """UserError if one of them has started several processes."""
-    environment = os.environ
-    counts = {"mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
-    counts["srun"] = "SLURM_STEP_NUM_TASKS"
-    in_step = "SLURM_PROCID" in environment and environment.get("ENVIRONMENT") != "BATCH"
-    if in_step and "SLURM_STEP_NUM_TASKS" not in environment:
-        counts["srun"] = "SLURM_NTASKS"
-    for launcher, name in counts.items():
-        text = environment.get(name, "1")
-        if text.isdigit() and int(text) > 1:
+    given = os.environ
+    names = {
+        "OMPI_COMM_WORLD_SIZE": "mpirun",
+        "PMI_SIZE": "mpiexec",
+        "SLURM_STEP_NUM_TASKS": "srun",
+    }
+    in_batch_script = "SLURM_PROCID" not in given or given.get("ENVIRONMENT") == "BATCH"
+    if "SLURM_STEP_NUM_TASKS" not in given and not in_batch_script:
+        names["SLURM_NTASKS"] = "srun"
+    for name, launcher in names.items():
+        if re.fullmatch("[0-9]+", given.get(name, "")) and int(given[name]) > 1:
             raise UserError(
-                f"environment: {name} is {text}, so {launcher} has started this {text} times, and "
-                f"each would train alone: start ranks with torchrun, or one task with {launcher} "
-                "-n 1"
+                f"environment: {name} is {given[name]}, so {launcher} has started as many "
+                "processes, each of which would train alone: start ranks with torchrun, or one "
+                f"task with {launcher} -n 1"
             )
 
 
@@ -498,7 +500,9 @@ def end_with(pid: int) -> None:
 def check_shared_memory(num_bytes: int, workers: int) -> None:
     """UserError on all ranks if so many bytes, the batches that the workers of each rank may have
     on their way, do not fit into shared memory somewhere (all ranks participate)."""
-    needed, fault = num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), None
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")  # not always a number if ranks are not torchrun's
+    needed = num_bytes * (int(here) if here.isdigit() and world_size() > 1 else 1)
+    fault = None
     if workers and SHARED_MEMORY.is_dir() and needed > shutil.disk_usage(SHARED_MEMORY).free:
         fault = UserError(
             f"--num_workers {workers}: batches on their way need up to {needed / 2**20:.0f} MiB of "

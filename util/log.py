@@ -175,18 +175,12 @@ def hints(args: argparse.Namespace, history: list[dict]) -> dict[str, str]:
             "--lr and --encoder_lr, or raise --warmup"
         )
     cccs = [record["dev/ccc_mean"] for record in history if record["event"] == "dev"]
-    last = cccs[-4:]
-    if len(last) == 4 and last == sorted(set(last), reverse=True):
-        found["falling"] = (
-            f"dev CCC has fallen 3 times in a row, from {last[0]:.4f} to {last[-1]:.4f}: lower "
-            "the learning rates; the best epoch is kept, --patience ends earlier"
-        )
-    last = cccs[-5:]
     early = bool(history) and history[-1]["epoch"] <= 0.7 * args.epochs  # cosine flattens the rest
-    if len(last) == 5 and max(last) - min(last) < 0.01 and early:
-        found["flat"] = (
-            f"dev CCC has been flat for 5 evaluations, {min(last):.4f} to {max(last):.4f}: raise "
-            "the learning rates, or unfreeze more"
+    if len(cccs) > 4 and max(cccs[-4:]) < cccs[-5] + 0.01 and early:
+        way = "flat" if min(cccs[-4:]) > cccs[-5] - 0.01 else "falling"
+        found["dev"] = (
+            f"dev CCC has been {way} for 4 evaluations, from {cccs[-5]:.4f} to {cccs[-1]:.4f}: "
+            "change the learning rates, or what --unfreeze trains; the best epoch is kept"
         )
     return found
 

@@ -7,7 +7,6 @@ only.
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import errno
 import fcntl
@@ -52,7 +51,8 @@ WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
 
 # Columns of predictions_<split>.csv
 TEXTS = ("utt_id", "dialog", "speaker", "emotion")
-NUMBERS = ("seconds", *TARGETS, *(f"pred_{target}" for target in TARGETS))
+PREDICTED = tuple(f"pred_{target}" for target in TARGETS)
+NUMBERS = ("seconds", *TARGETS, *PREDICTED)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,13 +236,17 @@ def data_table(fold: Fold) -> str:
     """CSV of all that the data decides about a run: a line per utterance, with digests instead of
     paths, so that moved files are the same data."""
     rows = np.concatenate(list(fold.splits.values()))
-    utterances = [fold.corpus.utterances[row] for row in rows]
-    columns = {name: [getattr(u, name) for u in utterances] for name in ("utt_id", "dialog")}
-    columns["split"] = np.repeat(list(fold.splits), list(map(len, fold.splits.values())))
-    columns |= {target: [getattr(u, target) for u in utterances] for target in TARGETS}
-    columns |= {kind: [digests[row] for row in rows] for kind, digests in fold.digests.items()}
-    text = pd.DataFrame(columns).to_csv(index=False)
+    table = utterance_table(fold, rows)[["utt_id", "dialog", *TARGETS]]
+    table["split"] = np.repeat(list(fold.splits), list(map(len, fold.splits.values())))
+    for kind, digests in fold.digests.items():
+        table[kind] = [digests[row] for row in rows]
+    text = table.to_csv(index=False)
     return text.encode(errors="backslashreplace").decode()  # as it comes back from a file
+
+
+def utterance_table(fold: Fold, rows: np.ndarray) -> pd.DataFrame:
+    """A line per utterance with all of its fields."""
+    return pd.DataFrame([vars(fold.corpus.utterances[row]) for row in rows])
 
 
 def differences(before: str, now: str) -> str:
@@ -469,18 +473,11 @@ class RunFiles:
         """predictions_<split>.csv of preds (n, 2) in [0, 1], in the label's scale, and labels."""
         if not self.writes:
             return
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow([*TEXTS, *NUMBERS])
-        corpus, scaled = fold.corpus, fold.in_label_scale(preds)
-        for row, pred in zip(fold.splits[split].tolist(), scaled.tolist()):
-            utt = corpus.utterances[row]
-            labels = [getattr(utt, target) for target in TARGETS]
-            labels = ["" if math.isnan(label) else label for label in labels]
-            cells = [utt.utt_id, utt.dialog, utt.speaker, utt.emotion]
-            cells += [f"{corpus.seconds[row]:.3f}", *labels, *(f"{value:.6f}" for value in pred)]
-            writer.writerow(cells)
-        replace_text(self.directory / f"predictions_{split}.csv", text.getvalue())
+        rows = fold.splits[split]
+        table = utterance_table(fold, rows)[[*TEXTS, *TARGETS]]
+        table.insert(len(TEXTS), "seconds", fold.corpus.seconds[rows].round(3))
+        table[list(PREDICTED)] = fold.in_label_scale(preds).double().numpy().round(6)
+        replace_text(self.directory / f"predictions_{split}.csv", table.to_csv(index=False))
 
     def write_vectors(self, vectors: Tensor) -> None:
         """embedding_test.npy (n, U) float16, rows as predictions_test.csv."""
@@ -593,6 +590,4 @@ def to_number(text: str) -> float:
 
 def tensors(rows: pd.DataFrame) -> tuple[Tensor, Tensor]:
     """preds, labels (N, 2) in float64, of rows as from read_predictions."""
-    preds = rows[[f"pred_{target}" for target in TARGETS]].to_numpy()
-    labels = rows[list(TARGETS)].to_numpy()
-    return torch.tensor(preds), torch.tensor(labels)
+    return tuple(torch.tensor(rows[list(names)].to_numpy()) for names in (PREDICTED, TARGETS))
