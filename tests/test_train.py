@@ -656,7 +656,6 @@ def test_frozen_weights_do_not_move_and_unfrozen_ones_do(flags):
         ["--encoder", "baseline", "--base_channels", "4", "--num_blocks", "2"],
         ["--encoder", "transformer", "--d_model", "64", "--num_layers", "1"],
         ["--encoder", "lightweight_transformer", "--d_model", "256", "--num_layers", "1"],
-        ["--prosody", "egemaps"],
         ["--speaker", "NPY"],
         ["--pooling", "attention", "--d_state", "0", "--no_film"],
         ["--gradient_checkpointing", "--unfreeze", "transformer", "--attention", "eager"],
