@@ -498,7 +498,8 @@ def model_card(run: Path, checkpoint: dict) -> str:
     if result:
         scores = f"Scores of fold {result['fold']} of {result['num_folds']}:\n"
         for split in ("dev", "test"):  # dev chose the epoch
-            cccs = [f"CCC {target} {result[split][f'ccc_{target}']:.3f}" for target in TARGETS]
+            found = {target: result[split][f"ccc_{target}"] for target in TARGETS}
+            cccs = [f"CCC {t} {ccc:.3f}" for t, ccc in found.items() if ccc is not None]
             scores += f"\n- {split}, {result['splits'][split]} utterances: {', '.join(cccs)}"
     origin = f", starting from {Path(flags['init_from']).name}" if flags["init_from"] else ""
     if flags["train_only"]:
