@@ -1161,9 +1161,9 @@ def test_features_at_another_rate_than_those_of_the_run_are_refused_by_predict(t
         assert files.run_script("predict.py", functools.partial(predict.main, args)) == code
     assert "half: 50 frames per second, but the run was trained on 100" in capfd.readouterr().err
     with open(out, newline="") as file:
-        preds = {row["utt_id"]: row["pred_valence"] for row in csv.DictReader(file)}
+        preds = {row["utt_id"]: float(row["pred_valence"]) for row in csv.DictReader(file)}
     with open(tmp_path / "runs/x/fold1/predictions_test.csv", newline="") as file:
-        tested = {row["utt_id"]: row["pred_valence"] for row in csv.DictReader(file)}
+        tested = {row["utt_id"]: float(row["pred_valence"]) for row in csv.DictReader(file)}
     assert tested.items() <= preds.items()  # from the same first 20 frames
 
 
