@@ -35,7 +35,7 @@ from torch import Tensor
 from corpora import known_speaker
 from flags import FREE_ON_RESUME
 from model import TARGETS, concordance, metrics, moment_sums
-from util.files import UserError, replace_text, run_script
+from util.files import UserError, replace_text, run_script, say
 from util.runs import read_json, read_predictions, read_records, read_vectors, tensors
 
 if TYPE_CHECKING:  # matplotlib and scikit-learn are imported where they are used: they take seconds
@@ -734,7 +734,7 @@ def main(args: argparse.Namespace) -> int:
             page += [section for e in experiments for section in fold_sections(e)]
         page += [picture_section(e) for e in experiments if e.parts]
         replace_text(out / "report.html", as_html(page))
-        print(f"written: {out / 'report.html'}", file=sys.stderr)
+        say(f"written: {out / 'report.html'}")
     if args.json:
         figures = [{k: v for k, v in vars(e).items() if k != "parts"} for e in experiments]
         print(json.dumps(figures))

@@ -6,6 +6,7 @@ Not here: what a run writes (runs.py).
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -25,6 +26,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from tqdm import tqdm
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class UserError(ValueError):
@@ -83,16 +86,43 @@ def run_script(name: str, command: Callable[[], int | None]) -> int:
 
     141, as the shell says it, if the reader of its output has gone: `python data.py ... | head`.
     """
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # closed, as by >&-: another file would take its place
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     try:
         code = command()
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
-        return 141
+        code = 141
     except (UserError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
+        code = 2
+        say(f"{name}: error: {disk_fault(error) if isinstance(error, OSError) else error}")
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # let Python's last flush find a place
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code or 0
+
+
+def say(text: str) -> None:
+    """A line on stderr, or nowhere: `2>&1 | head` must not end what goes on."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+
+
+def disk_fault(error: OSError) -> str:
+    """What failed on which file and, if its disk is full, on which disk."""
+    if not error.filename:
+        return f"standard output: {error.strerror}" if error.errno in DISK_FULL else str(error)
+    text = f"{error.filename}: {error.strerror}"
+    if error.errno not in DISK_FULL:
+        return text
+    place = Path(error.filename).absolute().parent
+    while not os.path.ismount(place):
+        place = place.parent
+    return f"{text} (disk of {place}): free some there, or write elsewhere"
 
 
 def replace_text(path: Path, text: str) -> None:
