@@ -66,6 +66,7 @@ from util.files import (
     check_disk_space,
     digest,
     gib,
+    optional_module,
     progress,
     run_script,
     weights_digest,
@@ -223,12 +224,9 @@ def egemaps_of(pack: PackedRows) -> np.ndarray:
 
 def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarray:
     """(N, 88) float32 eGeMAPSv02 functionals, NaN if opensmile leaves one undefined."""
-    try:
-        import opensmile
-    except ImportError:
-        raise UserError(
-            "--prosody egemaps needs opensmile; install it, or --prosody none"
-        ) from None
+    opensmile = optional_module(
+        "opensmile", "opensmile", "--prosody egemaps", ", or train with --prosody none"
+    )
 
     def build() -> np.ndarray:
         count = len(pack.lengths)

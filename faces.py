@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
 
 from corpora import Utterance, natural, read_corpus, read_files
 from util.audio import seconds_of
@@ -146,8 +145,10 @@ def frames_by_torchcodec(path: Path, times: np.ndarray) -> Iterator[Image.Image]
             frame = video.get_frame_played_at(max(float(time), begin))
             yield Image.fromarray(frame.data.numpy())
     except (RuntimeError, ValueError) as error:  # also where FFmpeg's libraries are not found
-        fault = str(error).partition("\n")[0][:120]
-        raise UserError(f"{path}: torchcodec cannot read it as a video ({fault})") from None
+        fault = f"torchcodec cannot read it as a video ({str(error).partition(chr(10))[0][:120]})"
+        if "libtorchcodec" in fault:
+            fault += ": install FFmpeg's libraries, or opencv-python-headless"
+        raise UserError(f"{path}: {fault}") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -156,10 +157,14 @@ def frames_by_torchcodec(path: Path, times: np.ndarray) -> Iterator[Image.Image]
 
 def load_vision_model(args: argparse.Namespace) -> tuple[object, torch.nn.Module]:
     """(processor, model) in evaluation mode."""
+    auto = "transformers.models.auto."
+    needed = ("transformers", "--vision_model")
+    processors = optional_module(f"{auto}image_processing_auto", *needed)
+    models = optional_module(f"{auto}modeling_auto", *needed)
     options = {"trust_remote_code": False}
     try:
-        processor = AutoImageProcessor.from_pretrained(args.vision_model, **options)
-        model = AutoModel.from_pretrained(args.vision_model, **options)
+        processor = processors.AutoImageProcessor.from_pretrained(args.vision_model, **options)
+        model = models.AutoModel.from_pretrained(args.vision_model, **options)
     except (OSError, ValueError) as error:  # of transformers: not there, or no vision model
         raise UserError(f"--vision_model {args.vision_model}: cannot be loaded ({error})") from None
     return processor, model.to(args.device).eval()

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,18 +43,26 @@ def optional_module(name: str, package: str, needed_by: str, otherwise: str = ""
     try:
         return importlib.import_module(name)
     except Exception as error:  # built for another torch, numpy or CUDA, it raises anything
-        version, fault = version_of(package, name), "is not installed"
-        if version:
-            text = str(error).partition("\n")[0][:160]
-            fault = f"does not work ({package} {version}: {type(error).__name__}: {text})"
-        fix = f"pip install --upgrade {package}{otherwise}"
-        raise UserError(f"{needed_by} needs {package}, which {fault}: {fix}") from None
+        if not version_of(package, name):
+            fix = f"pip install {package}{otherwise}"
+            raise UserError(f"{needed_by} needs {package}, which is not installed: {fix}") from None
+        cause = error.__cause__ or error
+        broken = package
+        for frame, _ in traceback.walk_tb(cause.__traceback__):  # the last one that is installed
+            module = frame.f_globals.get("__name__", "").partition(".")[0]
+            if module != "torch" and version_of(module, module):
+                broken = module
+        version, text = version_of(broken, broken), str(cause).partition("\n")[0][:160]
+        fault = f"{broken} {version} does not work ({type(cause).__name__}: {text})"
+        fix = f"install one that fits torch {torch.__version__}{otherwise}"
+        raise UserError(f"{needed_by} needs {package}, but {fault}: {fix}") from None
 
 
 @functools.cache
 def version_of(package: str, module: str) -> str:
     """Version of the installed package, or of another one that brings the module; "" of none."""
-    names = importlib.metadata.packages_distributions().get(module.partition(".")[0], [package])
+    brought_by = importlib.metadata.packages_distributions()
+    names = brought_by.get(module.partition(".")[0], [package])
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(names[0])
     return ""
