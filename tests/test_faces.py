@@ -74,7 +74,11 @@ def stand_in(tmp_path, monkeypatch):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules/cv2.py").write_text(STAND_IN)
     monkeypatch.syspath_prepend(tmp_path / "modules")
-    monkeypatch.delitem(sys.modules, "cv2", raising=False)
+    real = sys.modules.pop("cv2", None)
+    yield
+    sys.modules.pop("cv2")
+    if real:
+        sys.modules["cv2"] = real
 
 
 HEADER = "utt_id,path,start,end,dialog,valence,arousal,speaker\n"
@@ -142,7 +146,8 @@ def test_without_a_package_that_decodes_videos_one_line_names_those_that_would(
     write_corpus(tmp_path, "a 0,1,d,.1,.2,p")
     for name in ("cv2", "torchcodec"):  # absent, or broken
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('built for another CUDA')")
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setitem(sys.modules, name, None)  # a real one that was imported before
+        del sys.modules[name]
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"opencv-python-headless.*torchcodec") as caught:
         extract(tmp_path, "--video_dir", tmp_path / "v")
