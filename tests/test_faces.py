@@ -68,17 +68,18 @@ def test_faces_writes_one_array_per_utterance_and_resumes(tmp_path):
         extract(tmp_path, *flags, "5")
 
 
+def add_module(monkeypatch, folder, name, text):
+    """A module before any real one; the test leaves no trace of it."""
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setitem(sys.modules, name, None)  # what was imported before comes back
+    del sys.modules[name]
+
+
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """A module cv2 that reads what np.save has written."""
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules/cv2.py").write_text(STAND_IN)
-    monkeypatch.syspath_prepend(tmp_path / "modules")
-    real = sys.modules.pop("cv2", None)
-    yield
-    sys.modules.pop("cv2")
-    if real:
-        sys.modules["cv2"] = real
+    add_module(monkeypatch, tmp_path, "cv2", STAND_IN)
 
 
 HEADER = "utt_id,path,start,end,dialog,valence,arousal,speaker\n"
@@ -144,11 +145,8 @@ def test_without_a_package_that_decodes_videos_one_line_names_those_that_would(
 ):
     tiny_vision_model(tmp_path / "model")
     write_corpus(tmp_path, "a 0,1,d,.1,.2,p")
-    for name in ("cv2", "torchcodec"):  # absent, or broken
-        (tmp_path / f"{name}.py").write_text("raise RuntimeError('built for another CUDA')")
-        monkeypatch.setitem(sys.modules, name, None)  # a real one that was imported before
-        del sys.modules[name]
-    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("cv2", "torchcodec"):
+        add_module(monkeypatch, tmp_path, name, "raise RuntimeError('built for another CUDA')")
     with pytest.raises(UserError, match=r"opencv-python-headless.*torchcodec") as caught:
         extract(tmp_path, "--video_dir", tmp_path / "v")
     assert "\n" not in str(caught.value)
