@@ -47,7 +47,7 @@ from util import distributed, runs
 from util import log as logs
 from util.checkpoints import read_checkpoint
 from util.distributed import Ranks, Stopped
-from util.files import UserError, open_standard_streams, say_error
+from util.files import UserError, open_standard_streams, say
 from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
@@ -522,13 +522,13 @@ def cli(argv: list[str] | None = None) -> int:
             code = distributed.RETRY_EXIT_CODE
         elif not reason:
             reason = f"{type(error).__name__}: {error}"
-            say_error(traceback.format_exc())
+            say(traceback.format_exc())
         distributed.kill_workers()  # freeing `error` frees the loader, which waits for its workers
     if code == distributed.RETRY_EXIT_CODE:
         reason = "stopped by a signal: continue with --resume"
     elif code:
         where = "" if rank == "0" else f"rank {rank}: "
-        say_error(f"train.py: error: {where}{reason}")
+        say(f"train.py: error: {where}{reason}")
     runs.end_status(runs.run_dir(args), code, reason)
     distributed.kill_workers()
     return code
