@@ -194,18 +194,9 @@ def repeat_a_voice(root):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            edit("s3d", invert),
-            r"valence has changed: 24 \(as s3d0t0, 0\.\d+ before and 0\.\d+ now\)",
-        ),
-        (
-            edit("s1d0t0,", label),
-            r"arousal has changed: 1 .*s1d0t0, 0\.\d+ before and 0\.123 now\)",
-        ),
-        (
-            edit("s3d2t3,", lambda line: line.replace("3-2", "3-3")),
-            r"dialog has changed: 1 .*, 3-2",
-        ),
+        (edit("s3d", invert), r"valence has changed: 24 .*s3d0t0, 0\.\d+ before and 0\.\d+ now"),
+        (edit("s1d0t0,", label), r"arousal has changed: 1 .*s1d0t0, 0\.\d+ before and 0\.123"),
+        (edit("s3d2t3,", lambda line: line.replace("3-2", "3-3")), "dialog has changed: 1 "),
         (reverse_rows, "rows are in another order"),  # which is that of the turns
         (edit("s3d2t3,", lambda line: ""), r"rows that are gone: 1 \(as s3d2t3\)"),
         (add_a_row, r"rows that are new: 1 \(as news3d2t3\)"),
