@@ -100,6 +100,7 @@ def main(args: argparse.Namespace) -> int:
     distributed.configure_device(ranks.device, args.tf32 == "on", args.memory_fraction)
     torch.manual_seed(args.seed)
     model = start_model(args, fold).to(ranks.device)
+    step.check_attention(model, args, ranks.device)
     if args.compile:
         step.compile_layers(model)
     last = load_interrupted(args, given, files)
