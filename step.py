@@ -177,7 +177,7 @@ def set_checkpointing(model: EmotionModel, on: bool) -> None:
 def check_attention(model: EmotionModel, args: argparse.Namespace, device: torch.device) -> None:
     """Falls back to sdpa, with a line in the log, if --attention fused does not work on the device.
 
-    It is tried once, in the run's precision: a kernel may be missing or wrong on a new GPU or torch.
+    It is tried once, in the run's precision: its kernel may be missing, or wrong, on a new GPU.
     """
     if args.encoder != "wavlm" or args.attention != "fused":
         return
@@ -187,17 +187,14 @@ def check_attention(model: EmotionModel, args: argparse.Namespace, device: torch
         error = attention_error(heads, wavlm.config.hidden_size // heads, dtype, device)
         reason = f"it differs from eager attention by {error:.0e} of the largest value"
     except Exception as fault:  # of a kernel: anything
-        error, reason = (
-            math.inf,
-            f"{type(fault).__name__}: {str(fault).partition(chr(10))[0][:160]}",
-        )
+        error, reason = math.inf, f"{type(fault).__name__}: {' '.join(str(fault).split())[:160]}"
     if not error <= ATTENTION_TOLERANCE[dtype]:
         wavlm.attention = "sdpa"
         log.info(f"--attention fused does not work on {device}, sdpa is used: {reason}")
 
 
 # of output and gradients, relative to the largest of each; float32 may be TF32 [guess]
-ATTENTION_TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+ATTENTION_TOLERANCE = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
 
 
 @torch.enable_grad()
@@ -219,7 +216,7 @@ def attention_error(heads: int, width: int, dtype: torch.dtype, device: torch.de
     for kind in ("eager", "fused"):
         position = leaves[4] if kind == "fused" else dense_table(leaves[4], frames)
         out = attend(*leaves[:4], position, key_bias, 0.0, kind).float() * is_real
-        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
     errors = [(a - b).abs().max() / a.abs().max() for a, b in zip(*results)]
     return float(torch.stack(errors).float().max())
 

@@ -946,3 +946,25 @@ def test_other_audio_is_another_cache_and_only_train_audio_moves_a_normaliser(
     names = [utterance.utt_id for utterance in data.load_fold(args).corpus.utterances]
     moved = [name for name, row, other in zip(names, rows[0], rows[1]) if (row != other).any()]
     assert moved == ["s1d0t0"]
+
+
+@pytest.mark.parametrize("fault", ["raises", "is wrong"])
+def test_fused_attention_that_does_not_work_on_the_device_is_replaced_and_said(
+    flags, monkeypatch, capsys, fault
+):
+    softmax = torch.softmax  # of the fused attention on a CPU; eager's is a method
+
+    def broken(scores, dim, **options):
+        if scores.is_meta:  # the plan's
+            return softmax(scores, dim, **options)
+        if fault == "raises":
+            raise RuntimeError("no kernel image is available")
+        return softmax(scores, dim, **options).mul_(1.5)
+
+    monkeypatch.setattr(torch, "softmax", broken)
+    assert main(parse_args([*flags, "--max_steps", "1"])) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "sdpa is used" in line]
+    reason = (
+        "RuntimeError: no kernel image" if fault == "raises" else "differs from eager attention"
+    )
+    assert len(said) == 1 and reason in said[0]
