@@ -1,9 +1,12 @@
 """predict.py: the numbers of the run's own test split, windows, dialogues, exports, errors."""
 
 import csv
+import errno
 import io
 import json
 import logging
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +17,11 @@ import soundfile
 import torch
 from conftest import quick_flags
 
+import data
 import predict
 import train
+from corpora import read_csv
+from util import audio, files
 from util.checkpoints import save_checkpoint
 from util.files import UserError
 from util.runs import load_model, run_dir
@@ -63,7 +69,7 @@ def predicted(argv, out):
 
 def streamed(argv, capsys, monkeypatch, stdin=""):
     """(rows printed, stderr) of --stream."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(os.fsencode(stdin))))
     logging.getLogger("vatune").handlers.clear()  # those of train.main, which print to stdout
     capsys.readouterr()
     assert predict.main(predict.parse_args([*map(str, argv), "--stream"])) == 0
@@ -226,20 +232,306 @@ def test_too_little_memory_for_one_utterance_and_other_faults_are_not_hidden(
 # --- files and windows
 
 
-def test_folders_are_searched_and_what_cannot_be_decoded_is_named(trained, tmp_path, capsys):
-    folder = tmp_path / "in" / "deep"
-    folder.mkdir(parents=True)
-    noise = np.random.default_rng(0).normal(0, 0.1, 44_100)
-    soundfile.write(folder / "a b'c.flac", noise, 44_100)
+def write_noise(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000)
+    soundfile.write(os.fsencode(path), noise, 16_000, format="WAV")
+
+
+def test_all_of_a_folder_is_tried_that_is_not_something_else_and_the_rest_is_named(
+    trained, tmp_path, capsys
+):
+    folder, other = tmp_path / "in", tmp_path / "other"
+    latin = os.fsdecode(b"caf\xe9.wav")
+    for name in ("deep/a b'c.flac", "no_suffix", "z.opus", latin):
+        write_noise(folder / name)
+    write_noise(other / "linked.wav")
     (folder / "broken.wav").write_bytes(b"RIFF nonsense")
-    (folder / "notes.txt").write_text("no audio")
-    got = predicted(["--checkpoint", trained, tmp_path / "in"], tmp_path / "out.csv")
-    assert [Path(row["path"]).name for row in got] == ["a b'c.flac"]
+    (folder / ".hidden.wav").touch()
+    for name in ("notes.txt", "more.txt", "x.json"):
+        (folder / name).write_text("no audio")
+    os.mkfifo(folder / "pipe.wav")
+    for link, target in (
+        ("a_link", "deep"), ("deep/up", ".."), ("linked", other), ("gone.wav", "nowhere"),
+        ("self", "self"),
+    ):  # fmt: skip
+        (folder / link).symlink_to(target)
+    got = predicted(["--checkpoint", trained, folder], tmp_path / "out.csv")
+    assert {str(Path(row["path"]).relative_to(folder)) for row in got} == {
+        "deep/a b'c.flac", "no_suffix", "z.opus", "linked/linked.wav", "caf\\udce9.wav",
+    }  # fmt: skip
     said = capsys.readouterr()
-    assert "broken.wav" in said.err and "1 utterances, 1 skipped" in said.out
+    assert "1 .json" in said.err and "2 .txt" in said.err and "1 hidden" in said.err
+    for name in ("broken.wav", "pipe.wav", "gone.wav", "in/self"):
+        assert re.search(rf"skipped \w+ \(.*{name}\): ", said.err), name
+    assert "5 utterances, 4 skipped" in said.out
     argv = ["--checkpoint", trained, folder / "broken.wav", "--out", tmp_path / "none.csv"]
     assert predict.main(predict.parse_args(list(map(str, argv)))) == 1
     assert not (tmp_path / "none.csv").exists()
+
+
+def test_a_list_in_a_file_or_on_stdin_is_read_and_what_is_missing_is_named(
+    trained, tmp_path, capsys, monkeypatch
+):
+    latin = os.fsdecode(b"caf\xe9.wav")
+    for name in ("a b.wav", "-x.wav", latin, "deep/c.wav"):
+        write_noise(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    text = b"a b.wav\r\n\n-x.wav\nno where.wav\ndeep\ncaf\xe9.wav"
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + text)
+    for word in ("@list.txt", "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        got = predicted(["--checkpoint", trained, word], tmp_path / "out.csv")
+        assert [row["path"] for row in got] == ["a b.wav", "-x.wav", "deep/c.wav", "caf\\udce9.wav"]
+        assert "skipped no where (no where.wav): no such file" in capsys.readouterr().err
+    rows, said = streamed(["--checkpoint", trained, "@list.txt"], capsys, monkeypatch)
+    assert len(rows) == 4 and "4 given, 1 skipped" in said
+
+
+def test_the_extremes_of_audio_are_predicted_as_their_plain_form_or_named(
+    trained, tmp_path, capsys
+):
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000)
+    six = np.repeat(noise[:, None], 6, axis=1)
+    files = {
+        "plain": (noise, "FLOAT"), "double": (noise, "DOUBLE"), "six_channels": (six, "FLOAT"),
+        "no_samples": (noise[:0], "FLOAT"), "one_sample": (noise[:1], "FLOAT"),
+        "two_samples": (noise[:2], "FLOAT"), "long": (np.tile(noise[:1000], 9_620), "PCM_U8"),
+    }  # fmt: skip
+    for name, (samples, subtype) in files.items():
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16_000, subtype=subtype)
+    (tmp_path / "empty.wav").touch()
+    got = predicted(["--checkpoint", trained, tmp_path], tmp_path / "out.csv")
+    table = {row["utt_id"]: row for row in got}
+    assert table.keys() == {"plain", "double", "six_channels", "two_samples"}
+    alike = values(table[name] for name in ("plain", "double", "six_channels"))
+    np.testing.assert_allclose(alike, alike[[0, 0, 0]], atol=1e-5)
+    said = capsys.readouterr().err
+    for name, reason in (
+        ("empty", "cannot be decoded"), ("no_samples", "no samples"), ("one_sample", "no sound"),
+        ("long", "longer than 600 s: give start and end or --window"),
+    ):  # fmt: skip
+        assert re.search(rf"skipped {name} \(.*\): {reason}", said), name
+
+
+# --- formats that libsndfile does not know: here a .wav behind the first bytes of another format
+
+FFMPEG = f"""#!{sys.executable}
+import pathlib, sys
+path, target = pathlib.Path(sys.argv[sys.argv.index("-i") + 1].removeprefix("file:")), sys.argv[-1]
+content = path.read_bytes()[64:]
+if not content:
+    sys.exit("moov atom not found")
+pathlib.Path(target).write_bytes(content)
+"""
+TORCHCODEC = """
+import types, soundfile, torch
+class AudioDecoder:
+    def __init__(self, path):
+        self.content = path.read_bytes()[64:]
+        self.metadata = types.SimpleNamespace(duration_seconds_from_header=None)
+        if not self.content:
+            raise RuntimeError("moov atom not found")
+    def get_all_samples(self):
+        import io
+        samples, rate = soundfile.read(io.BytesIO(self.content), dtype="float32", always_2d=True)
+        return types.SimpleNamespace(data=torch.from_numpy(samples.T), sample_rate=rate)
+"""
+BEGINNINGS = {
+    "a.m4a": b"\0\0\0\x20ftypM4A ", "b.webm": b"\x1aE\xdf\xa3", "c.amr": b"#!AMR\n",
+    "d.aac": b"\xff\xf1\x50\x80", "e.wma": b"0&\xb2u\x8ef\xcf\x11",
+    "f.avi": b"RIFF\1\2\3\4AVI LIST",
+    "g.wav": b"\0\0\0\x18ftyp3gp4", "h": b"\0\0\0\x14ftypqt  ",
+}  # fmt: skip
+
+
+@pytest.fixture(params=["ffmpeg", "torchcodec", "none"])
+def decoder(request, tmp_path, monkeypatch):
+    """(name, what installs it) of a stand-in of what decodes more than libsndfile; none at first.
+
+    Each file is decoded anew, as in a process of its own.
+    """
+    folder = tmp_path / "bin"
+    (folder / "torchcodec").mkdir(parents=True)
+
+    def forget():
+        for function in (audio.torchcodec, audio.convert, files.version_of):
+            function.cache_clear()
+        predict.note_missing_decoder.cache_clear()
+
+    def install():
+        forget()
+        if request.param == "ffmpeg":
+            (folder / "ffmpeg").write_text(FFMPEG)
+            (folder / "ffmpeg").chmod(0o755)
+        elif request.param == "torchcodec":
+            for name in ("torchcodec", "torchcodec.decoders"):
+                del sys.modules[name]
+            (folder / "torchcodec/__init__.py").touch()
+            (folder / "torchcodec/decoders.py").write_text(TORCHCODEC)
+            (folder / "torchcodec-0.9.dist-info").mkdir()
+            metadata = "Metadata-Version: 2.1\nName: torchcodec\nVersion: 0.9\n"
+            (folder / "torchcodec-0.9.dist-info/METADATA").write_text(metadata)
+            (folder / "torchcodec-0.9.dist-info/top_level.txt").write_text("torchcodec\n")
+
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.syspath_prepend(folder)
+    for name in ("torchcodec", "torchcodec.decoders"):
+        monkeypatch.setitem(sys.modules, name, None)
+    yield request.param, install
+    forget()
+
+
+def write_foreign(folder, source):
+    """The sound in each of the formats, and one file without any."""
+    folder.mkdir()
+    for name, beginning in BEGINNINGS.items():
+        (folder / name).write_bytes(beginning.ljust(64, b"\0") + source.read_bytes())
+    (folder / "damaged.m4a").write_bytes(BEGINNINGS["a.m4a"].ljust(64, b"\0"))
+
+
+def test_other_formats_are_read_like_a_wav_or_one_line_says_what_to_install(
+    trained, decoder, corpus, tmp_path, capsys
+):
+    (name, install), clip = decoder, corpus.parent / "s1d0t0.wav"
+    [expected] = values(predicted(["--checkpoint", trained, clip], tmp_path / "clip.csv"))
+    write_foreign(tmp_path / "in", clip)
+    argv = ["--checkpoint", trained, clip, tmp_path / "in"]
+    install()
+    for more in ([], ["--window", 0.2, "--hop", 0.2]):
+        capsys.readouterr()
+        predict.note_missing_decoder.cache_clear()
+        got = predicted([*argv, *more], tmp_path / "out.csv")
+        said = capsys.readouterr().err
+        names = {Path(row["path"]).name for row in got}
+        if name == "none":
+            assert names == {clip.name} and said.count("(apt install ffmpeg)") == 1
+            assert said.count("needs the program ffmpeg or the package torchcodec") == 9
+            continue
+        assert names == {clip.name, *BEGINNINGS} and "moov atom not found" in said
+        if not more:
+            np.testing.assert_allclose(values(got), np.tile(expected, (9, 1)), atol=1.1e-6)
+        else:
+            assert len(got) == 9 * len([row for row in got if row["path"] == str(clip)])
+
+
+def test_training_reads_other_formats_too_once_there_is_what_decodes_them(
+    decoder, corpus, tmp_path
+):
+    (name, install), clip = decoder, corpus.parent / "s1d0t0.wav"
+    write_foreign(tmp_path / "in", clip)
+    table = "utt_id,path,start,end\n"
+    table += "first,IN/a.m4a,,\npart,IN/a.m4a,0.1,0.25\nother,IN/b.webm,0.1,0.25\nplain,CLIP,,\n"
+    table = table.replace("IN", str(tmp_path / "in")).replace("CLIP", str(clip))
+    (tmp_path / "in/m.csv").write_text(table)
+    manifest = read_csv(tmp_path / "in/m.csv", Path("/"), None, labelled=False)
+    found, _ = data.load_audio(manifest, tmp_path / "cache", 1.0)
+    assert [u.utt_id for u in found.utterances] == ["plain"]
+    assert {reason for _, _, reason in found.skipped} == {audio.NO_DECODER}
+    install()
+    found, pack = data.load_audio(manifest, tmp_path / "cache", 1.0)
+    if name == "none":
+        assert len(found.skipped) == 3
+        return
+    assert not found.skipped and f"audio decoded by {name}: 3 utterances" in found.notes
+    np.testing.assert_array_equal(pack.read(0), pack.read(3))
+    for row in (1, 2):
+        np.testing.assert_array_equal(pack.read(row), pack.read(3, 1600, 4000))
+
+
+# --- outputs that are closed or full
+
+
+def ended(monkeypatch, stdout, argv):
+    """Exit code of predict.py with that standard output."""
+    logging.getLogger("vatune").handlers.clear()  # those of train.main, which print to stdout
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        args = predict.parse_args(list(map(str, argv)))
+        return files.run_script("predict.py", lambda: predict.main(args))
+
+
+def test_a_closed_or_full_standard_output_loses_neither_the_table_nor_a_word(
+    trained, corpus, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out.csv"
+    argv = ["--checkpoint", trained, corpus.parent / "s1d0t0.wav", "--out", out]
+    full, (reader, writer) = os.open("/dev/full", os.O_WRONLY), os.pipe()
+    os.close(reader)
+    for stdout, code, said in (
+        (None, 0, ""),
+        (os.fdopen(writer, "w"), 141, ""),
+        (os.fdopen(full, "w"), 2, "predict.py: error: standard output: No space left"),
+    ):
+        out.unlink(missing_ok=True)
+        assert ended(monkeypatch, stdout, argv) == code
+        assert capsys.readouterr().err.startswith(said) and len(rows(out)) == 1
+
+
+def test_a_full_disk_names_the_file_and_the_disk_and_keeps_what_was_there(
+    trained, corpus, tmp_path, monkeypatch, capsys
+):
+    out, fsync = tmp_path / "out.csv", os.fsync
+
+    def full(handle):
+        if os.readlink(f"/proc/self/fd/{handle}").endswith("aside"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    out.write_text("before")
+    monkeypatch.setattr(os, "fsync", full)
+    argv = ["--checkpoint", trained, corpus.parent / "s1d0t0.wav", "--out", out]
+    assert ended(monkeypatch, sys.stdout, argv) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"error: {out}: No space left on device \(disk of /\S*\): free some", said)
+    assert out.read_text() == "before"
+
+
+BROKEN = "matplotlib tensorboard opensmile sklearn jinja2 torchcodec torchaudio speechbrain cv2"
+
+
+def test_broken_packages_that_a_command_does_not_need_do_not_end_it(flags, corpus, tmp_path):
+    directory = run(flags)
+    for name in BROKEN.split():
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        text = "raise OSError('libcudart.so.12: cannot open')"
+        (tmp_path / "broken" / name / "__init__.py").write_text(text)
+    code = f"""
+import json, predict, report, sys
+for words in {[["--help"], ["--checkpoint", str(directory), str(corpus.parent / "s1d0t0.wav")]]}:
+    try:
+        words += ["--out", "out.csv"]
+        print(predict.main(predict.parse_args(words)))
+        print(report.main(report.parse_args(["{directory.parent}", "--folds", "1"])))
+        predict.main(predict.parse_args([*words, "--window", "0.5", "--hop", "0.5", "--plot", "p"]))
+    except (SystemExit, ValueError) as error:
+        print(type(error).__name__, error)
+"""
+    path = f"{tmp_path / 'broken'}:{ROOT}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0 and "usage: python predict.py" in done.stdout, done.stderr
+    assert "1 utterances, 0 skipped" in done.stdout and "separation: not given" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert re.match(r"UserError a picture needs matplotlib, but matplotlib \d\S* does not", last)
+
+
+def test_a_package_that_a_run_needs_is_named_with_its_version(
+    trained, corpus, tmp_path, monkeypatch
+):
+    (tmp_path / "opensmile.py").write_text("raise OSError('libSMILEapi.so: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "opensmile", raising=False)
+    with pytest.raises(UserError, match=r"egemaps needs opensmile, but opensmile \d.*libSMILEapi"):
+        predicted(["--checkpoint", trained, corpus.parent / "s1d0t0.wav"], tmp_path / "out.csv")
+
+
+# --- windows
 
 
 def test_windows_cover_the_file_and_equal_the_same_cuts_of_a_manifest(trained, tmp_path):
@@ -284,7 +576,8 @@ def test_a_stream_equals_the_batch_and_its_state_survives_the_process(
     whole, said = streamed(run_flags, capsys, monkeypatch, lines)
     assert [row["path"] for row in whole] == files
     np.testing.assert_allclose(values(whole), expected, atol=2e-6)
-    assert "skipped nowhere.wav" in said and "8 given, 1 skipped" in said and " us per" in said
+    assert "skipped nowhere (nowhere.wav)" in said
+    assert "8 given, 1 skipped" in said and " us per" in said
 
     keep = [*run_flags, "--state", tmp_path / "state"]
     parts = [streamed([*keep, *part], capsys, monkeypatch)[0] for part in (files[:1], files[1:4])]
@@ -442,9 +735,9 @@ def test_wrong_input_is_named_and_what_is_read_is_not_written_over(
     ("words", "said"),
     [
         ("a.wav", "give --out"),
-        ("a.wav --out a.wav", "--out a.wav: a file ending in .csv"),
-        ("--out x.csv", "either audio files or --data"),
-        ("a.wav --data b.csv --out x.csv", "either audio files or --data"),
+        ("a.wav --out a.wav", "--out a.wav: must end in .csv"),
+        ("--out x.csv", "give either audio files, - for a list"),
+        ("a.wav --data b.csv --out x.csv", "give either audio files, - for a list"),
         ("a.wav --out nowhere/x.csv", "--out nowhere/x.csv: no such folder"),
         ("a.wav --out x.csv --window 8 --hop 9", "0 < hop <= window"),
         ("a.wav --out x.csv --window 0.01", "0.1 s or more"),
