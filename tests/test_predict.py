@@ -483,7 +483,8 @@ def test_a_full_disk_names_the_file_and_the_disk_and_keeps_what_was_there(
     argv = ["--checkpoint", trained, corpus.parent / "s1d0t0.wav", "--out", out]
     assert ended(monkeypatch, sys.stdout, argv) == 2
     said = capsys.readouterr().err
-    assert re.search(rf"error: {out}: No space left on device \(disk of /\S* \(\d+ MiB free\)\): free some", said)
+    disk = r"\(disk of /\S* \(\d+ MiB free\)\)"
+    assert re.search(rf"error: {out}: No space left on device {disk}: free some", said)
     assert out.read_text() == "before"
 
 
