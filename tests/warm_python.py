@@ -71,7 +71,6 @@ def serve(directory: Path) -> list[str]:
     for number, file in enumerate(files):  # they are 3 or more, in rising order
         os.dup2(file, number)
     os.closerange(len(files), 64)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115 what it was may have been a file, this a pipe
     argv, folder, environment = json.loads(call)
     os.chdir(folder)
     os.environ.clear()
