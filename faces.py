@@ -241,8 +241,9 @@ def features_of_video(
     path: Path, parts: dict[str, Source], fps: float, read_video: Callable, embed: Callable
 ) -> dict[str, np.ndarray]:
     """utt_id -> (T, D) of its part of a video, which is read once; UserError if it ends before."""
-    times = [np.arange(part.start, part.end, 1 / fps) for part in parts.values()]
-    owners = np.repeat(np.arange(len(parts)), [len(some) for some in times])
+    counts = [max(1, round((part.end - part.start) * fps)) for part in parts.values()]
+    times = [part.start + np.arange(n) / fps for part, n in zip(parts.values(), counts)]
+    owners = np.repeat(np.arange(len(parts)), counts)
     order = np.argsort(np.concatenate(times), kind="stable")
     vectors = embed(read_video(path, np.concatenate(times)[order]), False)
     owners = owners[order][: len(vectors)]

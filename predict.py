@@ -370,7 +370,6 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
         key = digest(weights_digest(model.state_dict()), dataclasses.asdict(model.config))
         state = read_state(Path(args.state), key, device)
     model.to(device)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["utt_id", "path", "seconds", *(f"pred_{t}" for t in TARGETS)])
     sys.stdout.flush()
@@ -396,8 +395,9 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
                     microseconds.append(1e6 * (time.perf_counter() - start) / len(preds))
             state = after if carries else None
             for u, seconds, values in zip(corpus.utterances, corpus.seconds, preds):
-                cells = [u.utt_id, path_of(u, corpus), f"{seconds:.3f}"]
-                lines.append([*cells, *(f"{value:.6f}" for value in values)])
+                names = [u.utt_id, path_of(u, corpus)]  # they need not be UTF-8
+                names = [name.encode(errors="backslashreplace").decode() for name in names]
+                lines.append([*names, f"{seconds:.3f}", *(f"{value:.6f}" for value in values)])
         if args.state:
             save_checkpoint(Path(args.state), {"checkpoint": key, "state": state})
         writer.writerows(lines)
