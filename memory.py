@@ -47,7 +47,7 @@ CONTEXT_GIB, NCCL_GIB = 0.45, 0.4  # outside the allocator: CUDA context with it
 ALLOCATOR_SLACK = 0.02  # of the peak, lost in the allocator's segments [guess]
 FITS, TIGHT = 0.90, 0.97  # shares of the card: clips of many lengths fragment what is reserved
 CUBLAS_BYTES, HOPPER_CUBLAS_BYTES = 8_519_680, 2**25  # per thread: forward's and backward's [P]
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
+BATCHES = (1, 4, 8, 16, 32, 64)
 PADDED = 1.06  # seconds with padding per second of audio, in batches of like length [measured]
 UTILIZATION = (0.1, 0.5)  # share of a card's published peak that training reaches [guess]
 CPU_TFLOPS = 0.05  # of one core, float32 [guess]
@@ -711,7 +711,7 @@ def table_text(planner: Planner, own: argparse.Namespace) -> str:
     every = batch_sizes(with_flags(args, global_batch_size=None), own.world_size)
     mark = {"fits": " ", "tight": "?", "does not fit": "!"}
     costs = hours(planner, own, unfreezes)
-    all_folds = f"{costs[0]['folds']} folds on {own.gpus} GPU" + ("s" if own.gpus > 1 else "")
+    all_folds = f"{costs[0]['folds']} folds, {own.gpus} GPU" + ("s" if own.gpus > 1 else "")
 
     def span(hours: list[float]) -> str:
         low, high = (f"{value:.2f}" for value in hours)

@@ -6,10 +6,13 @@
     ls turns/*.wav | python predict.py --checkpoint runs/dialogues/fold1 --stream --state state
     python predict.py --checkpoint runs/demo/fold1 --export model
 
-Input: files, folders of files, or a CSV manifest (utt_id, path, and start, end, dialog, speaker if
-it has them; labels are not needed). Output: a row per utterance; several checkpoints give the mean
-and the standard deviation over them. The utt_id of a file is its name without suffix or, if two
-files share it, the shortest end of its path that no other file has.
+Input: files; folders, in which all is tried that is not something else by its name; @FILE or - for
+a list of them in a file or on stdin, a path a line; or a CSV manifest (utt_id, path, and start,
+end, dialog, speaker if it has them; labels are not needed). ffmpeg or torchcodec, if installed,
+decodes what libsndfile does not know (m4a, mp4, webm, amr, ...).
+Output: a row per utterance; several checkpoints give the mean and the standard deviation over them.
+The utt_id of a file is its name without suffix or, if two files share it, the shortest end of its
+path that no other file has.
 
 A run that was trained on dialogues (--context above 1) tracks the turns of a manifest's dialogue in
 order; a file, like a window, is a dialogue of one turn. --stream tracks the files it is given, or
@@ -20,39 +23,41 @@ evaluation read float16 states of a frozen WavLM from the cache. They do not dep
 predicted. On a CPU, a run trained under --amp fp16 is evaluated in fp32.
 
 Audio is decoded into a temporary folder ($TMPDIR; 115 MB an hour, with --window that times window /
-hop). What cannot be decoded is named on stderr and left out. Exit code: 0 done; 1 nothing could be
-decoded; 2 wrong flags or files.
+hop). What is missing or cannot be decoded is named on stderr and left out. Exit code: 0 done; 1
+nothing could be decoded; 2 wrong flags or files.
 Not here: training and personalisation (train.py --init_from RUN --train_only film).
 """
 
 import argparse
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import soundfile
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import data
-from corpora import Corpus, Utterance, read_csv, turn_order
+from corpora import Corpus, Utterance, listed, read_csv, read_files, turn_order
 from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
 from report import COLOURS, new_figure
 from util import distributed
+from util.audio import NO_DECODER, seconds_of
 from util.checkpoints import read_checkpoint, save_checkpoint
-from util.files import UserError, digest, replace_text, run_script, weights_digest
+from util.files import UserError, digest, replace_text, replacing, run_script, say, weights_digest
 from util.runs import MODEL_FLAGS, load_model, read_json
 from wavlm import save_wavlm
 
@@ -66,7 +71,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     # fmt: off
-    p.add_argument("audio", nargs="*", help="audio files, or folders that are searched for them")
+    p.add_argument("audio", nargs="*",
+                   help="audio files, folders, - for a list on stdin, or @FILE for one in a file")
     p.add_argument("--checkpoint", action="append", required=True,
                    help="run directory, best.pt or exported directory; may be given several times")
     p.add_argument("--data", help="CSV manifest instead of files")
@@ -99,9 +105,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.export and (args.audio or args.data or args.stream), "--export takes a run alone"),
         (args.stream and (args.data or args.window), "--stream takes files: no --data, --window"),
         (args.state and not args.stream, "--state needs --stream"),
-        (files and bool(args.audio) == bool(args.data), "give either audio files or --data CSV"),
+        (
+            files and bool(args.audio) == bool(args.data),
+            "give either audio files, - for a list of them on stdin, or --data CSV",
+        ),
         (files == (args.out is None), "give --out CSV, but not with --stream and --export"),
-        (args.out and not args.out.endswith(".csv"), f"--out {args.out}: a file ending in .csv"),
+        (not (args.out or ".csv").lower().endswith(".csv"), f"--out {args.out}: must end in .csv"),
         (not Path(args.out or "x").absolute().parent.is_dir(), f"--out {args.out}: no such folder"),
         (args.window and args.max_seconds, "--window and --max_seconds exclude each other"),
         (args.window and args.features_dir, "--window cuts audio, not --features_dir"),
@@ -121,37 +130,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # What to predict
 
 
-def corpus_of_files(paths: list[str]) -> Corpus:
-    """An unlabelled corpus of audio files; folders are searched for what soundfile reads."""
-    suffixes = {f".{name.lower()}" for name in soundfile.available_formats()}
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = (p for p in path.rglob("*") if p.suffix.lower() in suffixes | {".mp3"})
-            files += sorted(p for p in found if p.is_file() and p.name[0] != ".")
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder")
-    if not files:
-        raise UserError(f"no audio files in {' '.join(paths)}")
-    named = zip(names_of(files), files)
-    utterances = [Utterance(name, file, math.nan, math.nan) for name, file in named]
-    return Corpus("files", Path("."), (0.0, 1.0), utterances)
-
-
-def names_of(files: list[Path]) -> list[str]:
-    """The stem of each file, or the shortest end of its path that is the name of no other."""
-    candidates = []
-    for file in files:
-        parts = file.absolute().parts[1:]
-        ends = ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-        candidates.append([file.stem, *ends])
-    uses = Counter(name for names in candidates for name in {*names})
-    unique = [[name for name in names if uses[name] == 1] for names in candidates]
-    return [alone[0] if alone else names[-1] for alone, names in zip(unique, candidates)]
-
-
 def cut_windows(corpus: Corpus, window: float, hop: float) -> Corpus:
     """The corpus with each utterance as windows (seconds), the last of which ends where it ends.
 
@@ -160,10 +138,7 @@ def cut_windows(corpus: Corpus, window: float, hop: float) -> Corpus:
     """
     cut = []
     for u in corpus.utterances:
-        try:
-            file_end = soundfile.info(u.path).duration
-        except (soundfile.SoundFileError, TypeError):  # TypeError: a .raw file
-            file_end = 0.0
+        file_end = seconds_of(u.path)
         last = min(u.end or file_end, file_end) - window
         for start in np.arange(u.start, last - 1e-6, hop):
             cut.append(dataclasses.replace(u, start=float(start), end=float(start) + window))
@@ -171,12 +146,25 @@ def cut_windows(corpus: Corpus, window: float, hop: float) -> Corpus:
     return dataclasses.replace(corpus, utterances=cut)
 
 
-def decode(corpus: Corpus, cache_dir: str) -> tuple[Corpus, data.PackedRows]:
-    """Decoded audio, and the utterances that have any; the others are named on stderr."""
-    corpus, pack = data.load_audio(corpus, cache_dir, 1.0)  # however many are left out
+def decode(corpus: Corpus, cache_dir: str) -> tuple[Corpus, data.PackedRows | None]:
+    """Decoded audio, and the utterances that have any; stderr has what is left out."""
+    for note in corpus.notes:
+        say(f"note: {note}")
+    pack = None
+    if corpus.utterances:
+        corpus, pack = data.load_audio(corpus, cache_dir, 1.0)  # however many are left out
     for utt_id, file, reason in corpus.skipped:
-        print(f"skipped {utt_id} ({file}): {reason}", file=sys.stderr)
+        long = " or --window" if reason.startswith("longer than") else ""
+        say(f"skipped {utt_id} ({file}): {reason}{long}")
+        if reason.startswith(NO_DECODER):
+            note_missing_decoder()
     return corpus, pack
+
+
+@functools.cache  # one line in a run
+def note_missing_decoder() -> None:
+    fix = "install ffmpeg (apt install ffmpeg), or torchcodec (pip install torchcodec)"
+    say(f"note: to decode what libsndfile cannot, {fix}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -270,9 +258,9 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
         root = Path(args.data_dir) if args.data_dir else None
         corpus = read_csv(Path(args.data), root, None, labelled=False)
     else:
-        corpus = corpus_of_files(args.audio)
-    inputs = {Path(args.data or "").resolve(), *(u.path.resolve() for u in corpus.utterances)}
-    if Path(args.out).resolve() in inputs or Path(args.out).is_dir():
+        corpus = read_files(listed(args.audio))
+    inputs = [args.data or "", *(u.path for u in corpus.utterances)]
+    if os.path.realpath(args.out) in map(os.path.realpath, inputs) or Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is an input, or a folder: give another name")
     if args.window:
         corpus = cut_windows(corpus, args.window, args.hop)
@@ -280,8 +268,10 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
     with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
         corpus, pack = decode(corpus, cache_dir)
         if not corpus.utterances:
-            print("predict.py: nothing could be decoded", file=sys.stderr)
-            return 1
+            if any(os.path.exists(skipped.file) for skipped in corpus.skipped):
+                say("predict.py: nothing could be decoded")
+                return 1
+            raise UserError(f"no audio files in {' '.join(args.audio[:3])}")
         for path in args.checkpoint:
             model, checkpoint = load_model(path, "--checkpoint")
             model.to(device)
@@ -294,7 +284,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
             if dataset.num_cut:
                 used = f"{dataset.num_cut} longer than {dataset.max_seconds:g} s: their beginning"
                 curve = "is used, as in training; --window 8 gives a curve over all"
-                print(f"note: {used} {curve}", file=sys.stderr)
+                say(f"note: {used} {curve}")
             order = list(range(len(corpus.utterances)))
             dialogs = order  # each utterance is one
             if flags["context"] > 1 and args.data and not args.window:
@@ -355,7 +345,8 @@ def plot_windows(directory: Path, table: pd.DataFrame, label_range: tuple[float,
         axis.set(xlabel="middle of the window, s", ylim=label_range, title=utt_id)
         axis.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=2)
-        figure.savefig(directory / f"{utt_id.replace('/', '_')}.png")
+        with replacing(directory / f"{utt_id.replace('/', '_')}.png") as file:
+            figure.savefig(file, format="png")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -374,27 +365,24 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
         fault = "the run was trained on single utterances (--context 1): nothing is carried"
         if args.state:
             raise UserError(f"--state {args.state}: {fault}: remove it")
-        print(f"note: {fault}", file=sys.stderr)
+        say(f"note: {fault}")
     if args.state:
         key = digest(weights_digest(model.state_dict()), dataclasses.asdict(model.config))
         state = read_state(Path(args.state), key, device)
     model.to(device)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["utt_id", "path", "seconds", *(f"pred_{t}" for t in TARGETS)])
     sys.stdout.flush()
     microseconds, skipped = [], 0
-    for line in args.audio or sys.stdin:
-        path, lines = line.rstrip("\r\n"), []
+    for path in listed(args.audio or ["-"]):
+        lines = []
         if not path:  # a dialogue ends
             state = None
         else:
             with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
-                try:
-                    corpus, pack = decode(corpus_of_files([path]), cache_dir)
-                except UserError as error:  # no such file
-                    print(f"skipped {error}", file=sys.stderr)
-                    corpus = None
-                if not (corpus and corpus.utterances):
+                corpus, pack = decode(read_files([path]), cache_dir)
+                if not corpus.utterances:
                     skipped += 1
                     continue
                 dataset = build_inputs(corpus, pack, cache_dir, args, model, flags)
@@ -415,10 +403,9 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
         writer.writerows(lines)
         sys.stdout.flush()
     cost = f"{statistics.median(microseconds):.0f}" if microseconds else "-"
-    print(
+    say(
         f"{len(microseconds)} given, {skipped} skipped, {' and '.join(TARGETS)} in {low:g}.."
-        f"{high:g} | beyond the encoder {cost} us per utterance (median)",
-        file=sys.stderr,
+        f"{high:g} | beyond the encoder {cost} us per utterance (median)"
     )
     return 1 if skipped and not microseconds else 0
 
@@ -458,7 +445,18 @@ def export(path: str, directory: Path) -> None:
     if directory.exists():
         raise UserError(f"--export {directory} exists: delete it, or give another")
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
+    try:
+        aside.mkdir(parents=True)
+        write_export(aside, path, model, checkpoint)
+        os.rename(aside, directory)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--export {directory}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_export(aside: Path, path: str, model: EmotionModel, checkpoint: dict) -> None:
+    """Fills the directory."""
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
     content = {"targets": TARGETS, "config": dataclasses.asdict(model.config)}
@@ -469,7 +467,6 @@ def export(path: str, directory: Path) -> None:
         save_wavlm(model.encoder.wavlm, aside / "wavlm")
     run = Path(path) if Path(path).is_dir() else Path(path).parent
     (aside / "README.md").write_text(model_card(run, checkpoint), encoding="utf-8")
-    os.rename(aside, directory)
 
 
 CARD = """\
@@ -498,7 +495,8 @@ def model_card(run: Path, checkpoint: dict) -> str:
     if result:
         scores = f"Scores of fold {result['fold']} of {result['num_folds']}:\n"
         for split in ("dev", "test"):  # dev chose the epoch
-            cccs = [f"CCC {target} {result[split][f'ccc_{target}']:.3f}" for target in TARGETS]
+            found = {target: result[split][f"ccc_{target}"] for target in TARGETS}
+            cccs = [f"CCC {t} {ccc:.3f}" for t, ccc in found.items() if ccc is not None]
             scores += f"\n- {split}, {result['splits'][split]} utterances: {', '.join(cccs)}"
     origin = f", starting from {Path(flags['init_from']).name}" if flags["init_from"] else ""
     if flags["train_only"]:
@@ -520,7 +518,10 @@ def main(args: argparse.Namespace) -> int:
     if args.export:
         export(args.checkpoint[0], Path(args.export))
         return 0
-    return stream(args, device) if args.stream else predict(args, device)
+    try:
+        return stream(args, device) if args.stream else predict(args, device)
+    except UserError as error:  # of a cache, which is in a temporary folder here
+        raise UserError(str(error).replace("--cache_dir", "$TMPDIR")) from None
 
 
 if __name__ == "__main__":

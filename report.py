@@ -20,6 +20,7 @@ import base64
 import contextlib
 import io
 import json
+import logging
 import math
 import re
 import sys
@@ -35,12 +36,14 @@ from torch import Tensor
 from corpora import known_speaker
 from flags import FREE_ON_RESUME
 from model import TARGETS, concordance, metrics, moment_sums
-from util.files import UserError, optional_module, replace_text, run_script
+from util.files import UserError, optional_module, replace_text, run_script, say
 from util.runs import read_json, read_predictions, read_records, read_vectors, tensors
 
 if TYPE_CHECKING:  # matplotlib and scikit-learn are imported where they are used: they take seconds
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+log = logging.getLogger("vatune")
 
 RESAMPLES = 2000
 SEED = 0
@@ -314,10 +317,8 @@ def separation(
     speaker_accuracy: mean over speakers of the share of utterances that a probe attributes to them;
     leakage if well above speaker_chance. A half or a speaker with fewer than five is left out.
     """
-    optional_module("sklearn.metrics", "scikit-learn", "the separation of embeddings")
-    from scipy.stats import ks_2samp
-    from sklearn.metrics import balanced_accuracy_score, silhouette_score
-
+    statistics = optional_module("scipy.stats", "scipy", "the separation of embeddings")
+    scores = optional_module("sklearn.metrics", "scikit-learn", "the separation of embeddings")
     keep = evenly_spaced(len(vectors))
     vectors = np.asarray(vectors)[keep].astype(np.float64)
     labels, speakers = np.asarray(labels)[keep], pd.Series(speakers, dtype=object)[keep]
@@ -328,14 +329,15 @@ def separation(
         if min(high.sum(), (~high).sum()) < 5:
             continue
         positions = probe(vectors[known], high, "decision_function")
-        result[f"silhouette_{target}"] = float(silhouette_score(vectors[known], high))
-        result[f"ks_{target}"] = float(ks_2samp(positions[high], positions[~high]).statistic)
+        silhouette = scores.silhouette_score(vectors[known], high)
+        distance = statistics.ks_2samp(positions[high], positions[~high]).statistic
+        result |= {f"silhouette_{target}": float(silhouette), f"ks_{target}": float(distance)}
     frequent = speakers.map(speakers.value_counts()) >= 5
     known = (frequent & speakers.map(known_speaker)).to_numpy()
     truth = speakers[known].to_numpy()
     count = len(set(truth))
     if count > 1:
-        accuracy = balanced_accuracy_score(truth, probe(vectors[known], truth, "predict"))
+        accuracy = scores.balanced_accuracy_score(truth, probe(vectors[known], truth, "predict"))
         result |= {"speaker_accuracy": float(accuracy), "speaker_chance": 1 / count}
     return result
 
@@ -364,7 +366,7 @@ def mean_separation(experiment: Experiment) -> dict[str, float] | None:
         try:
             vectors = read_vectors(Path(experiment.name) / f"fold{fold}", len(rows))
             figures.append(separation(vectors, tensors(rows)[1], rows["speaker"].tolist()))
-        except UserError as error:
+        except UserError as error:  # also of a package that is broken
             experiment.notes.append(f"separation: not given, {error}")
             return None
     return pd.DataFrame(figures).dropna(axis="columns").mean().to_dict()
@@ -550,9 +552,8 @@ h2 { margin-top: 2.5rem } img { max-width: 100% } figure { margin: 1.5rem 0 }
 
 def as_html(sections: list[Section]) -> str:
     """The page; names of runs, speakers and files are escaped, in tables by pandas."""
-    from jinja2 import Environment
-
-    page = Environment(autoescape=True).from_string(PAGE)
+    jinja2 = optional_module("jinja2", "jinja2", "report.html")
+    page = jinja2.Environment(autoescape=True).from_string(PAGE)
     with pd.option_context("display.max_colwidth", None):
         return page.render(sections=sections)
 
@@ -567,7 +568,12 @@ def plot_run(directory: Path, split: str, vectors: Tensor) -> None:
     """Writes the pictures of a run; vectors (n, U) in the row order of predictions_<split>.csv."""
     parts = {directory.name: read_predictions(directory / f"predictions_{split}.csv")}
     records = {directory.name: read_records(directory)}
-    for name, figure in plot_all(records, parts, {directory.name: vectors.numpy()}).items():
+    try:
+        figures = plot_all(records, parts, {directory.name: vectors.numpy()})
+    except UserError as error:  # a package is broken, the run is not
+        log.warning(f"no pictures: {error}")
+        return
+    for name, figure in figures.items():
         figure.savefig(directory / f"{name}.png")
 
 
@@ -582,8 +588,9 @@ def picture_section(e: Experiment) -> Section:
     section = Section(f"{e.name}: pictures of {', '.join(parts)}")
     try:
         figures = plot_all(records, parts, vectors)
-    except UserError as error:
+    except UserError as error:  # a package is broken, the figures are not
         section.notes.append(f"not drawn: {error}")
+        say(f"{e.name}: no pictures: {error}")
         return section
     for name, figure in figures.items():
         png = io.BytesIO()
@@ -610,10 +617,9 @@ def plot_all(
 def new_figure(columns: int, rows: int = 1, width: float = 4.4) -> tuple["Figure", list["Axes"]]:
     """A figure and its panels, row by row, each `width` inches wide."""
     matplotlib = optional_module("matplotlib", "matplotlib", "a picture")
-    from matplotlib.figure import Figure
-
+    figures = optional_module("matplotlib.figure", "matplotlib", "a picture")
     matplotlib.rcParams["text.parse_math"] = False  # names of files and speakers may hold a $
-    figure = Figure(figsize=(width * columns, 3.6 * rows), dpi=110, layout="constrained")
+    figure = figures.Figure(figsize=(width * columns, 3.6 * rows), dpi=110, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -683,15 +689,13 @@ def plot_embedding(vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame
 
     Runs do not share an embedding space; of each at most MAX_VECTORS rows are shown.
     """
-    optional_module("sklearn.decomposition", "scikit-learn", "a picture of embeddings")
-    from sklearn.decomposition import PCA
-
+    decomposition = optional_module("sklearn.decomposition", "scikit-learn", "a picture")
     panels = (*TARGETS, "speaker")
     figure, axes = new_figure(len(panels), len(vectors))
     for i, (name, values) in enumerate(vectors.items()):
         keep = evenly_spaced(len(values))
         rows = parts[name].iloc[keep].reset_index(drop=True)
-        pca = PCA(2)
+        pca = decomposition.PCA(2)
         x, y = pca.fit_transform(values[keep].astype(np.float64)).T  # (n,) each
         one, two = pca.explained_variance_ratio_
         row = axes[len(panels) * i : len(panels) * (i + 1)]
@@ -753,7 +757,7 @@ def main(args: argparse.Namespace) -> int:
             page += [section for e in experiments for section in fold_sections(e)]
         page += [picture_section(e) for e in experiments if e.parts]
         replace_text(out / "report.html", as_html(page))
-        print(f"written: {out / 'report.html'}", file=sys.stderr)
+        say(f"written: {out / 'report.html'}")
     if args.json:
         figures = [{k: v for k, v in vars(e).items() if k != "parts"} for e in experiments]
         figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # null for NaN

@@ -37,7 +37,15 @@ from model import (
 )
 from util import distributed
 from util.files import UserError, digest, weights_digest
-from wavlm import WavLM, WavLMError, load_wavlm, read_config
+from wavlm import (
+    PADDING_BIAS,
+    WavLM,
+    WavLMError,
+    attend,
+    dense_table,
+    load_wavlm,
+    read_config,
+)
 
 log = logging.getLogger("vatune")
 
@@ -164,6 +172,53 @@ def set_checkpointing(model: EmotionModel, on: bool) -> None:
         encoder.gradient_checkpointing = on
     elif on:
         raise UserError(f"--encoder {model.config.encoder} has no --gradient_checkpointing")
+
+
+def check_attention(model: EmotionModel, args: argparse.Namespace, device: torch.device) -> None:
+    """Falls back to sdpa, with a line in the log, if --attention fused does not work on the device.
+
+    It is tried once, in the run's precision: its kernel may be missing, or wrong, on a new GPU.
+    """
+    if args.encoder != "wavlm" or args.attention != "fused":
+        return
+    wavlm, dtype = model.encoder.wavlm, AUTOCAST[args.amp]
+    heads = wavlm.config.num_attention_heads
+    try:
+        error = attention_error(heads, wavlm.config.hidden_size // heads, dtype, device)
+        reason = f"it differs from eager attention by {error:.0e} of the largest value"
+    except Exception as fault:  # of a kernel: anything
+        error, reason = math.inf, f"{type(fault).__name__}: {' '.join(str(fault).split())[:160]}"
+    if not error <= ATTENTION_TOLERANCE[dtype]:
+        wavlm.attention = "sdpa"
+        log.info(f"--attention fused does not work on {device}, sdpa is used: {reason}")
+
+
+# of output and gradients, relative to the largest of each; float32 may be TF32 [guess]
+ATTENTION_TOLERANCE = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
+
+
+@torch.enable_grad()
+def attention_error(heads: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Largest difference of fused from eager attention, forward and backward, with padding; NaN if
+    a value is."""
+    frames, padded, real = 29, 32, 20  # no multiple of 8; the second utterance is shorter
+    generator = torch.Generator().manual_seed(0)  # not the run's
+    shapes = [(2, heads, frames, width)] * 3 + [(2, heads, frames, 1), (heads, frames + padded - 1)]
+    leaves = [
+        torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+        for shape in shapes
+    ]
+    key_bias = torch.zeros(2, 1, 1, padded, dtype=dtype, device=device)
+    key_bias[1, ..., real:frames] = PADDING_BIAS
+    is_real = torch.ones(2, 1, frames, 1, dtype=torch.bool, device=device)
+    is_real[1, :, real:] = False
+    results = []
+    for kind in ("eager", "fused"):
+        position = leaves[4] if kind == "fused" else dense_table(leaves[4], frames)
+        out = attend(*leaves[:4], position, key_bias, 0.0, kind).float() * is_real
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    errors = [(a - b).abs().max() / a.abs().max() for a, b in zip(*results)]
+    return float(torch.stack(errors).float().max())
 
 
 def compile_layers(model: EmotionModel) -> None:

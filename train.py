@@ -47,7 +47,7 @@ from util import distributed, runs
 from util import log as logs
 from util.checkpoints import read_checkpoint
 from util.distributed import Ranks, Stopped
-from util.files import UserError, open_standard_streams, say_error
+from util.files import UserError, open_standard_streams, say
 from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
@@ -100,6 +100,7 @@ def main(args: argparse.Namespace) -> int:
     distributed.configure_device(ranks.device, args.tf32 == "on", args.memory_fraction)
     torch.manual_seed(args.seed)
     model = start_model(args, fold).to(ranks.device)
+    step.check_attention(model, args, ranks.device)
     if args.compile:
         step.compile_layers(model)
     last = load_interrupted(args, given, files)
@@ -299,7 +300,7 @@ def selection_notes(args: argparse.Namespace, fold: data.Fold) -> list[str]:
     notes = []
     if not all(weights.values()):
         notes.append(f"the best epoch is that of the highest dev CCC of {trained}")
-    if perfect < 0.5:  # of constant labels it is 0
+    if perfect < 0.01:  # of constant labels it is 0
         notes.append(f"no dev CCC of {trained} can differ from 0: epoch 1 counts as the best")
     return notes
 
@@ -522,13 +523,13 @@ def cli(argv: list[str] | None = None) -> int:
             code = distributed.RETRY_EXIT_CODE
         elif not reason:
             reason = f"{type(error).__name__}: {error}"
-            say_error(traceback.format_exc())
+            say(traceback.format_exc())
         distributed.kill_workers()  # freeing `error` frees the loader, which waits for its workers
     if code == distributed.RETRY_EXIT_CODE:
         reason = "stopped by a signal: continue with --resume"
     elif code:
         where = "" if rank == "0" else f"rank {rank}: "
-        say_error(f"train.py: error: {where}{reason}")
+        say(f"train.py: error: {where}{reason}")
     runs.end_status(runs.run_dir(args), code, reason)
     distributed.kill_workers()
     return code

@@ -7,7 +7,8 @@
     states, frame_mask = model(input_values, attention_mask, layers=[6, 12, 18, 24])
 
 To use it elsewhere, copy this file. It needs torch and numpy; huggingface_hub and safetensors are
-imported only when weights are read or written.
+imported only when weights are read or written. Microsoft's original files, torchaudio's and other
+forms of checkpoints are in a section of their own at the end, as is attention on a CPU.
 
 Not here: LayerDrop (0 whatever the config says, because a rank that skips a layer breaks DDP),
 SpecAugment (masked_spec_embed is only kept to be saved again), adapters, task heads. The caller
@@ -773,7 +774,7 @@ def save_wavlm(model: WavLM, directory: str | Path) -> None:
 def find_config(name: str, revision: str | None) -> tuple[dict[str, Any], str]:
     """(the config.json of a WavLM or what stands for it, where it was found)."""
     folder = folder_of(name)
-    path = find(folder, ("config.json",), revision)
+    path = find_file(folder, ("config.json",), revision)
     if path is None or name != folder:
         checkpoint = read_checkpoint(name, revision)
         if path is None or checkpoint.cfg:
@@ -785,7 +786,7 @@ def find_config(name: str, revision: str | None) -> tuple[dict[str, Any], str]:
     return raw, where
 
 
-def find(name: str, files: Sequence[str], revision: str | None) -> Path | None:
+def find_file(name: str, files: Sequence[str], revision: str | None) -> Path | None:
     """Path of the first of `files` in a directory, None if it has none, or in a hub repository."""
     if Path(name).exists():
         paths = (Path(name) / file for file in files)
@@ -1039,7 +1040,7 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(name: str, revision: str | None) -> Checkpoint:
     """The WavLM in a file, a directory or a hub repository."""
     folder = folder_of(name)
-    path = find(folder, WEIGHTS + SHARDS, revision) if folder == name else Path(name)
+    path = find_file(folder, WEIGHTS + SHARDS, revision) if folder == name else Path(name)
     if path is None:
         raise unusable(name, f"no {' or '.join(WEIGHTS)} in this directory")
     where = f"{folder}/{path.name}"
@@ -1050,7 +1051,7 @@ def read_checkpoint(name: str, revision: str | None) -> Checkpoint:
         raise unusable(where, "no weight_map in it")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
-        shard_path = find(folder, (shard,), revision)
+        shard_path = find_file(folder, (shard,), revision)
         if shard_path is None:
             raise unusable(where, f"{shard} is missing", "copy every file that this one names")
         tensors |= read_tensors(shard_path, f"{folder}/{shard}")[0]
@@ -1082,16 +1083,16 @@ def read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, A
         found = f"damaged, cut short or no checkpoint: {reason}"
         raise unusable(where, found, "copy or download it again") from error
     cfg = content.get("cfg") if isinstance(content, dict) else None
-    return dict(flat(content)), cfg if isinstance(cfg, dict) else {}
+    return dict(flat_tensors(content)), cfg if isinstance(cfg, dict) else {}
 
 
-def flat(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def flat_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in nested dicts, named by the keys on the way to them."""
     if isinstance(content, Tensor):
         yield prefix, content
     elif isinstance(content, dict):
         for key, value in content.items():
-            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flat_tensors(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def find_wavlm(tensors: dict[str, Tensor], cfg: dict[str, Any], where: str) -> Checkpoint:

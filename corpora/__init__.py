@@ -20,6 +20,7 @@ import pandas as pd
 
 from corpora.base import LABELS, Corpus, Skipped, Utterance, known_speaker, to_float, turn_order
 from corpora.demo import read_demo
+from corpora.files import listed, read_files
 from corpora.iemocap import read_iemocap
 from corpora.manifest import read_csv
 from corpora.msp_podcast import read_msp_podcast
@@ -27,8 +28,9 @@ from util.files import UserError, replace_text
 
 __all__ = [
     "LABELS", "MAX_SKIPPED", "READERS", "Corpus", "Skipped", "Utterance", "check_skipped",
-    "describe_splits", "is_table", "known_speaker", "make_splits", "natural", "num_folds",
-    "read_corpus", "read_csv", "skipped_by_kind", "turn_order", "write_skipped",
+    "describe_splits", "is_table", "known_speaker", "listed", "make_splits", "natural",
+    "num_folds", "read_corpus", "read_csv", "read_files", "skipped_by_kind", "turn_order",
+    "write_skipped",
 ]  # fmt: skip
 
 READERS = {  # --data: what reads --data_dir, and the range of its labels

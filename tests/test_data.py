@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tiny_vision_model
 
 import corpora
 import data
@@ -788,42 +787,3 @@ def test_the_command_line_prints_what_one_wants_to_know_before_training(tmp_path
         assert text in said
     assert "(u000)" in said and "correlation of valence and arousal" in said
     assert re.search(r"fold 3\nsplit +utterances.*\ntrain +\d+ +0.00 .*\n +dev ", said)
-
-
-# ---------------------------------------------------------------- faces.py
-
-
-def test_faces_writes_one_array_per_utterance_and_resumes(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    faces = pytest.importorskip("faces")
-    tiny_vision_model(tmp_path / "model")
-    rng = np.random.default_rng(0)
-    for utt_id, count, root in (("a", 12, "v"), ("b", 3, "v"), ("b", 2, "f")):
-        (tmp_path / root / utt_id).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            pixels = rng.integers(0, 255, (224, 224, 3), dtype=np.uint8)
-            image.fromarray(pixels).save(tmp_path / root / utt_id / f"{i}.png")
-    out = tmp_path / "out"
-    flags = ["--video_dir", tmp_path / "v", "--face_dir", tmp_path / "f"]
-    flags += ["--features_224_dir", out, "--vision_model", tmp_path / "model"]
-
-    def extract(batch_size):
-        faces.extract(faces.parse_args([*map(str, flags), "--batch_size", batch_size]))
-
-    extract("5")
-    a, b = np.load(out / "a.npy"), np.load(out / "b.npy")
-    assert a.shape == (12, 16) and b.shape == (2, 16)  # the crops win
-    (out / "b.npy").unlink()
-    stamp = (out / "a.npy").stat().st_mtime_ns
-    extract("5")
-    assert (out / "a.npy").stat().st_mtime_ns == stamp
-    np.testing.assert_array_equal(np.load(out / "b.npy"), b)
-    (out / "a.npy").unlink()
-    extract("1")  # frame 10 after frame 9, whatever the batch size
-    np.testing.assert_allclose(np.load(out / "a.npy"), a, atol=1e-5)
-    tiny_vision_model(tmp_path / "model", seed=1)
-    with pytest.raises(UserError, match="of another model"):
-        extract("5")
-    (tmp_path / "v/empty").mkdir()
-    with pytest.raises(UserError, match=r"1 of 3 utterances have no .jpg or .png.*\(empty\)"):
-        extract("5")

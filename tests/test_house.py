@@ -23,7 +23,7 @@ BELOW = {  # what a module may import of ours
 for name in ("data", "util.runs", "util.log", "step", "flags", "memory", "report", "train"):
     BELOW[name] = set(BELOW)  # all that stand before it
 BELOW["predict"] = BELOW["train"] - {"step", "flags", "memory"}
-BELOW["faces"] = {"util.files", "corpora", "data"}
+BELOW["faces"] = {"util.files", "util.audio", "corpora"}
 
 
 def module_of(path):

@@ -19,6 +19,7 @@ from fault_kills import Run, assert_same_outcome, raise_on, run_ranks, signal_on
 from torch.nn.modules.module import register_module_forward_hook
 
 import data
+import predict
 import report
 import step
 from data import BatchSpec
@@ -461,6 +462,9 @@ def test_a_run_with_missing_labels_is_scored_and_reported_by_those_there_are(
     result = json.loads((directory / "fold1/result.json").read_text())
     assert result["dev"]["ccc_arousal"] is None and result["dev"]["rmse_arousal"] is None
     assert result["dev"]["ccc_mean"] == result["dev"]["ccc_valence"]
+    predict.export(str(directory / "fold1"), tmp_path / "model")
+    card = (tmp_path / "model/README.md").read_text()
+    assert re.search(r"- dev, 24 utterances: CCC valence -?0\.\d+\n", card), card
     table = pd.read_csv(directory / "fold1/predictions_test.csv")
     known = table["valence"].notna()
     assert known.sum() == 16 and table["arousal"].notna().all()
@@ -652,7 +656,6 @@ def test_frozen_weights_do_not_move_and_unfrozen_ones_do(flags):
         ["--encoder", "baseline", "--base_channels", "4", "--num_blocks", "2"],
         ["--encoder", "transformer", "--d_model", "64", "--num_layers", "1"],
         ["--encoder", "lightweight_transformer", "--d_model", "256", "--num_layers", "1"],
-        ["--prosody", "egemaps"],
         ["--speaker", "NPY"],
         ["--pooling", "attention", "--d_state", "0", "--no_film"],
         ["--gradient_checkpointing", "--unfreeze", "transformer", "--attention", "eager"],
@@ -943,3 +946,25 @@ def test_other_audio_is_another_cache_and_only_train_audio_moves_a_normaliser(
     names = [utterance.utt_id for utterance in data.load_fold(args).corpus.utterances]
     moved = [name for name, row, other in zip(names, rows[0], rows[1]) if (row != other).any()]
     assert moved == ["s1d0t0"]
+
+
+@pytest.mark.parametrize("fault", ["raises", "is wrong"])
+def test_fused_attention_that_does_not_work_on_the_device_is_replaced_and_said(
+    flags, monkeypatch, capsys, fault
+):
+    softmax = torch.softmax  # of the fused attention on a CPU; eager's is a method
+
+    def broken(scores, dim, **options):
+        if scores.is_meta:  # the plan's
+            return softmax(scores, dim, **options)
+        if fault == "raises":
+            raise RuntimeError("no kernel image is available")
+        return softmax(scores, dim, **options).mul_(1.5)
+
+    monkeypatch.setattr(torch, "softmax", broken)
+    assert main(parse_args([*flags, "--max_steps", "1"])) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "sdpa is used" in line]
+    reason = (
+        "RuntimeError: no kernel image" if fault == "raises" else "differs from eager attention"
+    )
+    assert len(said) == 1 and reason in said[0]

@@ -231,7 +231,12 @@ def test_the_planner_takes_shapes_from_a_file(models, tmp_path, capsys):
     command = ["--wavlm", str(tmp_path / "WavLM-Large.pt"), "--prosody", "none", "--json"]
     assert memory.main([*command, "--batch_size", "1", "--max_seconds", "1"]) in (0, None)
     plan = json.loads(capsys.readouterr().out)
-    assert plan["flags"]["wavlm"].endswith("WavLM-Large.pt")
+    assert plan["plan"]["bytes"]["parameters"] > 4 * sum(
+        p.numel() for p in models["layer"].parameters()
+    )
+    command[1] = str(tmp_path / "nowhere" / "WavLM-Large.pt")
+    assert memory.main(command) == 2
+    assert capsys.readouterr().err.startswith(f"memory.py: error: --wavlm {command[1]}: no such")
 
 
 def test_a_mirror_named_by_HF_ENDPOINT_is_used(tmp_path):

@@ -21,7 +21,7 @@ import soxr
 
 from util.files import UserError, optional_module, version_of
 
-VERSION = 5  # raise it with every change of decode: it is part of the cache key
+VERSION = 6  # raise it with every change of decode: it is part of the cache key
 SAMPLE_RATE = 16_000
 MIN_SAMPLES = 400  # WavLM's CNN needs this many; shorter clips are zero-padded to it
 MAX_CLIP_SECONDS = 600  # a longer clip is taken for a forgotten start/end [guess]
@@ -78,7 +78,7 @@ def decode(
             return nothing, "no such file, or not a regular one", []
         if not os.access(path, os.R_OK):
             return nothing, "no permission to read it", []
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:
             rate, frames = file.samplerate, file.frames
             text = file.extra_info[len(f"File : {path}") :]  # a name could hold anything
             promised, reason, changes = check_header(text)
@@ -95,8 +95,8 @@ def decode(
                 return nothing, reason, []
             file.seek(first)
             audio = file.read(last - first, dtype="float32", always_2d=True)  # (L, channels)
-    # TypeError: a .raw file; UnicodeError: a name that is not UTF-8
-    except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
+    # TypeError: a .raw file
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
         wav, how = foreign_wav(path)
         if wav:
             samples, reason, changes = decode(Path(wav.name), start, end)
@@ -139,8 +139,8 @@ def decoded_bytes(path: Path, start: float = 0.0, end: float | None = None) -> i
     """About how large the decoded clip will be, by its header; 0 if it cannot be read."""
     try:
         if end is None:
-            end = soundfile.info(path).duration if path.is_file() else start
-    except (soundfile.SoundFileError, OSError, TypeError, UnicodeError):
+            end = soundfile.info(os.fsencode(path)).duration if path.is_file() else start
+    except (soundfile.SoundFileError, OSError, TypeError):
         end = start
     return 2 * round(SAMPLE_RATE * min(max(0.0, end - start), MAX_CLIP_SECONDS))
 
@@ -148,8 +148,8 @@ def decoded_bytes(path: Path, start: float = 0.0, end: float | None = None) -> i
 def seconds_of(path: Path) -> float:
     """Duration of a file, or 0 if it cannot be decoded."""
     try:
-        return soundfile.info(path).duration
-    except (soundfile.SoundFileError, OSError, TypeError, UnicodeError):
+        return soundfile.info(os.fsencode(path)).duration
+    except (soundfile.SoundFileError, OSError, TypeError):
         wav, _ = foreign_wav(path)
         return soundfile.info(wav.name).duration if wav else 0.0
 

@@ -36,7 +36,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, get_worker_info
 
-from util.files import UserError
+from util.files import UserError, disk_of
 
 log = logging.getLogger("vatune")
 
@@ -614,14 +614,6 @@ def machine_fault(error: Exception, directory: Path, timeout: float) -> str:
             f"message, then rerun with --resume ({first_line[:120]})"
         )
     return ""
-
-
-def disk_of(path: Path) -> str:
-    """Where its disk is mounted, with the space that is left there."""
-    place = path.absolute()
-    while not os.path.ismount(place):  # a path that does not exist is none
-        place = place.parent
-    return f"{place} ({shutil.disk_usage(place).free / 2**20:.0f} MiB free)"
 
 
 def fullest_disk(directory: Path) -> Path:

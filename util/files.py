@@ -6,6 +6,7 @@ Not here: what a run writes (runs.py).
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -25,6 +26,8 @@ from typing import BinaryIO, TextIO
 import numpy as np
 import torch
 from tqdm import tqdm
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class UserError(ValueError):
@@ -56,7 +59,8 @@ def described(package: str, module: str, error: Exception) -> str:
 @functools.cache
 def version_of(package: str, module: str) -> str:
     """Version of the installed package, or of another one that brings the module; "" of none."""
-    names = importlib.metadata.packages_distributions().get(module.partition(".")[0], [package])
+    brought_by = importlib.metadata.packages_distributions()
+    names = brought_by.get(module.partition(".")[0], [package])
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(names[0])
     return ""
@@ -97,8 +101,8 @@ def silence(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def say_error(text: str) -> None:
-    """A line on stderr, if that can be written."""
+def say(text: str) -> None:
+    """A line on stderr, or nowhere: `2>&1 | head` must not end what goes on."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -116,11 +120,33 @@ def run_script(name: str, command: Callable[[], int | None]) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         silence(sys.stdout)
-        return 141
+        code = 141
     except (UserError, OSError) as error:
-        say_error(f"{name}: error: {error}")
-        return 2
+        code = 2
+        say(f"{name}: error: {disk_fault(error) if isinstance(error, OSError) else error}")
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence(sys.stdout)
     return code or 0
+
+
+def disk_fault(error: OSError) -> str:
+    """What failed on which file and, if its disk is full, on which disk."""
+    if not error.filename:
+        return f"standard output: {error.strerror}" if error.errno in DISK_FULL else str(error)
+    text = f"{error.filename}: {error.strerror}"
+    if error.errno not in DISK_FULL:
+        return text
+    return f"{text} (disk of {disk_of(Path(error.filename))}): free some there, or write elsewhere"
+
+
+def disk_of(path: Path) -> str:
+    """Where its disk is mounted, with the space that is left there."""
+    place = path.absolute()
+    while not os.path.ismount(place):  # a path that does not exist is none
+        place = place.parent
+    return f"{place} ({shutil.disk_usage(place).free / 2**20:.0f} MiB free)"
 
 
 def replace_text(path: Path, text: str) -> None:
