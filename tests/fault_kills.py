@@ -172,9 +172,10 @@ class Run:
     def kill(self):
         self.process.kill()
         self.wait()
-        end = time.monotonic() + 2
+        seconds = 2 if self.method == "fork" else 10  # a worker that starts imports torch first
+        end = time.monotonic() + seconds
         while processes_of(self.directory.parent.parent):
-            assert time.monotonic() < end, "processes outlive the kill by 2 s"
+            assert time.monotonic() < end, f"processes outlive the kill by {seconds} s"
             time.sleep(0.01)
 
     def records(self):

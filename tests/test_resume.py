@@ -24,7 +24,7 @@ from train import cli
 from util.checkpoints import read_checkpoint, save_checkpoint
 
 SETTINGS = {  # utterances of a step, flags
-    "dialogues, feedback, augmentation": (12, [*EVERYTHING, "--epochs", "2"]),
+    "dialogues, feedback, augmentation": (8, [*EVERYTHING, "--epochs", "2"]),
     "progressive, dropout": (8, ["--unfreeze", "1:none,2:top:1,3:all", "--epochs", "3"]),
     "scaler, accumulation": (
         8, ["--amp", "fp16", "--device", "auto", "--gradient_accumulation_steps", "2", "--augment",
