@@ -1070,9 +1070,8 @@ def read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, A
             from safetensors.torch import load_file
 
             return load_file(path), {}
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        mmap = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what the two libraries raise has no common base class
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
