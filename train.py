@@ -18,7 +18,7 @@ import sys
 
 if __name__ == "__main__":  # before the imports, which take seconds
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(os.EX_TEMPFAIL))
+        signal.signal(number, lambda *_: os._exit(os.EX_TEMPFAIL))  # an exception may get lost
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank does not outlive its torchrun
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
