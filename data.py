@@ -609,16 +609,8 @@ class Batches(torch.utils.data.Dataset):
         batch["padded_share"], real = 0.0, None
         rate = self.rate
         if self.frozen is not None:
-            states = [self.frozen.read(row) for row in rows]
-            for name, first in states[0].items():
-                values = [state[name] for state in states]
-                if name == "stream" or first.ndim == 3:
-                    batch[name], real = pad(values)
-                    batch["frame_mask"], rate = real, FRAME_RATE
-                else:
-                    batch[name] = torch.from_numpy(np.stack(values))
-                if first.dtype == np.uint16:
-                    batch[name] = batch[name].view(torch.bfloat16)
+            batch |= self._frozen_states(rows)
+            real, rate = batch.get("frame_mask"), FRAME_RATE
         elif self.features is not None:
             frames = [self._window(self.features, row, spec.epoch)[0] for row in rows]
             batch["frames"], batch["frame_mask"] = pad(frames)
@@ -639,6 +631,19 @@ class Batches(torch.utils.data.Dataset):
                 padded = sum((stop - start) * longest for start, stop, longest in batch["groups"])
             batch["padded_share"] = 1.0 - float(lengths.sum()) / padded
         return batch
+
+    def _frozen_states(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """stream, hidden and, if one of them has frames, frame_mask."""
+        found, states = {}, [self.frozen.read(row) for row in rows]
+        for name, first in states[0].items():
+            values = [state[name] for state in states]
+            if name == "stream" or first.ndim == 3:
+                found[name], found["frame_mask"] = pad(values)
+            else:
+                found[name] = torch.from_numpy(np.stack(values))
+            if first.dtype == np.uint16:
+                found[name] = found[name].view(torch.bfloat16)
+        return found
 
     def _window(
         self, source: PackedRows | FrameFeatures, row: int, epoch: int

@@ -3,7 +3,6 @@
     python tests/bench_peers.py --wavlm tiny --steps 30                # to see it work: a minute
     python tests/bench_peers.py --wavlm base                           # CPU: twenty minutes
     python tests/bench_peers.py --wavlm large --amp fp16 --batch_size 16 --steps 60     # GPU
-    python tests/bench_peers.py --frozen --wavlm base --utterances 64  # cached hidden states
 
 The first steps of fine-tuning WavLM for two targets: the same weights (random, saved once), the
 same recordings (noise, with IEMOCAP's durations: log-normal, mean 4.46 s, at most 12 s), AdamW,
@@ -74,13 +73,12 @@ def make_job(directory: Path, args: argparse.Namespace) -> None:
 class MeanPoolHead(nn.Module):
     """AutoModel, mean over real frames, two linear maps: what people write."""
 
-    def __init__(self, path: Path, frozen: bool) -> None:
+    def __init__(self, path: Path) -> None:
         from transformers import AutoModel
 
         super().__init__()
         self.encoder = AutoModel.from_pretrained(path, layerdrop=0.0, mask_time_prob=0.0)
         self.encoder.freeze_feature_encoder()
-        self.encoder.requires_grad_(not frozen)
         for parameter in self.encoder.feature_extractor.parameters():
             parameter.requires_grad = False
         width = self.encoder.config.hidden_size
@@ -160,7 +158,7 @@ def run_trainer(directory: Path, args: argparse.Namespace, grouped: bool) -> dic
         save_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     clock = Clock()
-    model = MeanPoolHead(directory / "wavlm", args.frozen)
+    model = MeanPoolHead(directory / "wavlm")
     trainer = Grouped(
         model=model, args=flags, train_dataset=Clips(), data_collator=collate, callbacks=[clock]
     )
@@ -178,7 +176,7 @@ def run_vatune(directory: Path, args: argparse.Namespace) -> dict:
     flags += ["--no_film", "--d_state", "0", "--epochs", "1", "--log_every", "1", "--layers"]
     flags += [json.loads((directory / "wavlm/config.json").read_text())["num_hidden_layers"]]
     flags += ["--batch_size", args.batch_size, "--amp", args.amp, "--cache_dir", directory / "c"]
-    flags += ["--unfreeze", "none" if args.frozen else "transformer", "--attention", args.attention]
+    flags += ["--unfreeze", "transformer", "--attention", args.attention]
     flags += ["--num_workers", "0", "--out", directory / "runs", "--name", "b", "--overwrite"]
     flags += ["--encoder_lr", "1e-5", "--lr", "1e-5", "--max_steps", args.steps]
     assert train.main(train.parse_args([str(flag) for flag in flags])) == 0
@@ -204,25 +202,6 @@ def summary(seconds: float, audio: float, losses: list[float]) -> dict:
 # ---------------------------------------------------------------- the race
 
 
-def frozen_race(directory: Path, args: argparse.Namespace) -> None:
-    """Epochs of a frozen WavLM from audio and from the cache."""
-    speeds = {}
-    for cache in ("off", "on"):
-        name = f"frozen-{cache}"
-        flags = ["--data", directory / "job.csv", "--wavlm", directory / "wavlm", "--epochs", "3"]
-        flags += ["--prosody", "none", "--batch_size", args.batch_size, "--amp", args.amp]
-        flags += ["--cache_dir", directory / "c", "--out", directory / "runs", "--name", name]
-        flags += ["--log_every", "1", "--num_workers", "0", "--feature_cache", cache]
-        assert train.main(train.parse_args([str(flag) for flag in flags])) == 0
-        lines = (directory / "runs" / name / "fold1/metrics.jsonl").read_text().splitlines()
-        steps = [r for r in map(json.loads, lines) if r["event"] == "train" and r["epoch"] > 1]
-        times = [r["ms_per_step"] for r in steps if "ms_per_step" in r]
-        speeds[cache] = statistics.median(times)
-    print(f"frozen {args.wavlm}, {args.amp}, batch {args.batch_size}: median step of later epochs")
-    print(f"from audio {speeds['off']:.1f} ms, from the cache {speeds['on']:.1f} ms, ", end="")
-    print(f"ratio {speeds['off'] / speeds['on']:.0f}")
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--wavlm", default="base", help="random weights of this size")
@@ -232,7 +211,6 @@ def main() -> None:
     p.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
     p.add_argument("--attention", default="fused", help="of train.py")
     p.add_argument("--runs", type=int, default=3)
-    p.add_argument("--frozen", action="store_true", help="cached features against uncached ones")
     p.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     p.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
     p.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -248,9 +226,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vatune-bench-") as name:
         directory = Path(name)
         make_job(directory, args)
-        if args.frozen:
-            frozen_race(directory, args)
-            return
         results = {contestant: [] for contestant in args.contestants}
         for _ in range(args.runs):
             for contestant, entries in results.items():
