@@ -21,12 +21,11 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -221,7 +220,7 @@ def load_audio(
 
 
 def egemaps_of(pack: PackedRows) -> np.ndarray:
-    """(N, 88) float32 of a (part of a) pack, in this process."""
+    """(N, 88) float32 of a (part of a) pack, in this thread."""
     import opensmile  # free for research only
 
     smile = opensmile.Smile(opensmile.FeatureSet.eGeMAPSv02, opensmile.FeatureLevel.Functionals)
@@ -242,13 +241,13 @@ def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarr
         except Exception as error:  # a library of opensmile that does not load here
             fault = described("opensmile", "opensmile", error)
             raise UserError(f"{flag}: {fault}: reinstall opensmile{otherwise}") from None
-        if count < 50:  # starting processes would take longer
-            return egemaps_of(pack)
         parts = [pack.part(range(i, min(i + 16, count))) for i in range(0, count, 16)]
-        spawn = multiprocessing.get_context("spawn")  # fork is not safe once torch has threads
-        with ProcessPoolExecutor(CORES, spawn, torch.set_num_threads, (1,)) as pool:
+        pool = ThreadPoolExecutor(CORES)  # opensmile computes without Python's lock
+        try:
             done = progress_bar(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
             return np.concatenate(list(done))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     key = digest(pack.key, opensmile.__version__, "eGeMAPSv02")
     return cached_array(Path(cache_dir) / f"egemaps-{key}", build)

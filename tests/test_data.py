@@ -375,10 +375,10 @@ def test_an_unusable_file_is_skipped_and_named_and_rows_stay_aligned(tmp_path):
 # ---------------------------------------------------------------- prosody, speakers, features
 
 
-def test_egemaps_equals_opensmile_called_directly_in_one_process_and_in_several(tmp_path):
+def test_egemaps_equals_opensmile_called_directly_in_one_thread_and_in_several(tmp_path):
     opensmile = pytest.importorskip("opensmile")
     corpus, pack = data.load_audio(corpus_of(tmp_path, [0.3] * 51), tmp_path / "cache")
-    features = data.egemaps(corpus, pack, tmp_path / "cache")  # 51 clips: several processes
+    features = data.egemaps(corpus, pack, tmp_path / "cache")  # 51 clips: several threads
     assert features.shape == (51, 88) and features.dtype == np.float32
     smile = opensmile.Smile(opensmile.FeatureSet.eGeMAPSv02, opensmile.FeatureLevel.Functionals)
     rows = [0, 20, 50]
