@@ -78,6 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--data", help="CSV manifest instead of files")
     p.add_argument("--data_dir", help="root of the manifest's paths; default: its folder")
     p.add_argument("--out", help="CSV to write")
+    p.add_argument("--cache_dir",
+        help="keeps decoded audio and features for the next call; default: nothing is kept")
     p.add_argument("--features_dir", help="<utt_id>.npy (of a file: its name without suffix), for "
                    "a feature Transformer")
     p.add_argument("--speaker", help="as in train.py; default: what the run was trained with")
@@ -265,7 +267,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
     if args.window:
         corpus = cut_windows(corpus, args.window, args.hop)
     preds, ranges = [], []  # per checkpoint: (N, 2), in the label's scale; its scale
-    with tempfile.TemporaryDirectory(prefix="vatune-") as cache_dir:
+    with tempfile.TemporaryDirectory(prefix="vatune-") as temporary:
+        cache_dir = args.cache_dir or temporary
         corpus, pack = decode(corpus, cache_dir)
         if not corpus.utterances:
             if any(os.path.exists(skipped.file) for skipped in corpus.skipped):
@@ -520,7 +523,10 @@ def main(args: argparse.Namespace) -> int:
         return 0
     try:
         return stream(args, device) if args.stream else predict(args, device)
-    except UserError as error:  # of a cache, which is in a temporary folder here
+    except UserError as error:
+        if args.cache_dir:
+            raise
+        # a cache is in a temporary folder then
         raise UserError(str(error).replace("--cache_dir", "$TMPDIR")) from None
 
 

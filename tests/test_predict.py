@@ -770,3 +770,14 @@ def test_the_command_line_exits_with_2_and_one_line(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "y.wav" in done.stderr
+
+
+def test_a_kept_cache_gives_the_same_predictions_without_decoding_again(
+    trained, corpus, tmp_path, monkeypatch
+):
+    words = ["--checkpoint", trained, corpus.parent / "s1d0t0.wav"]
+    plain = predicted(words, tmp_path / "plain.csv")
+    words += ["--cache_dir", tmp_path / "cache"]
+    first = predicted(words, tmp_path / "first.csv")
+    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))
+    assert predicted(words, tmp_path / "second.csv") == first == plain
