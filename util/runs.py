@@ -438,7 +438,12 @@ class RunFiles:
         """Checkpoints by name, and then status.json, while the run goes on; see Writer."""
         if self.writes:
             contents = {self.directory / name: content for name, content in contents.items()}
-            self.writer.write(contents, lambda: self.write_status(step))
+            self.writer.write(contents, lambda: self._write_saved(step))
+
+    def _write_saved(self, step: int) -> None:
+        """write_status, unless the run has ended with an error while its checkpoint was written."""
+        if read_json(self.directory / "status.json").get("exit_code") is None:
+            self.write_status(step)
 
     def wait(self) -> None:
         """Returns when all checkpoints are on the disk; OSError if one could not be written."""
