@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,7 @@ def test_a_kill_and_a_resume_leave_every_step_once_in_tensorboard(flags, tmp_pat
     death = (signal_on, r"^step +6/", signal.SIGKILL)
     assert run_ranks(killed.flags, killed.log, 1, death) == [-signal.SIGKILL]
     assert read_checkpoint(killed.directory / "last.pt")["progress"]["step"] == 4
+    time.sleep(1)  # TensorBoard reads its files in the order of the seconds in their names
     assert main(parse_args([*killed.flags, "--resume"])) == 0
     board = EventAccumulator(str(killed.directory / "tb"))
     board.Reload()
