@@ -32,7 +32,7 @@ run() {
 # a step's flags on a GPU, and in a rehearsal
 if [[ $rehearse ]]; then
     where=cpu
-    attention=(--model tiny --seconds 1 --batch_sizes 2 --amps off --runs 1)
+    attention=(--frames 50 --tokens 100 --runs 1)  # one layer: compiling takes minutes on a CPU
     peers=(--wavlm tiny --utterances 12 --steps 2 --runs 1 --batch_size 4 --contestants vatune)
     frozen=(--wavlm tiny --unfreeze top:2 --seconds 1 --batch_size 2 --runs 1)
     checkpoint=(--gb 0.01 --runs 1)
