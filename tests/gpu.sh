@@ -23,6 +23,7 @@ say() { echo "$*" | tee -a "$out/summary.txt"; }
 run() {
     local name=$1 limit=$2 begin=$SECONDS code=0
     shift 2
+    [[ ! $rehearse ]] || limit=$((4 * limit)) # a CPU is slow
     timeout --kill-after 10 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
     ((code == 0)) || failed=1
     say "$(printf '%-11s code %-3s %4s s | %s' "$name" "$code" "$((SECONDS - begin))" \
