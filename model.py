@@ -110,12 +110,13 @@ class WavLMEncoder(nn.Module):
         mean = (waveform * mask).sum(1, keepdim=True) / count
         centred = (waveform - mean) * mask
         waveform = centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / count + 1e-7)
-        stream, _, states = self.wavlm.run_frozen(
+        stream, frame_mask, states = self.wavlm.run_frozen(
             waveform, mask if self.takes_mask else None, self.layers
         )
-        frames = self.wavlm.frame_lengths(lengths).unsqueeze(1)
-        num_frames = self.wavlm.frame_lengths(waveform.shape[1])
-        frame_mask = torch.arange(num_frames, device=frames.device) < frames  # (B, T)
+        if frame_mask is None:
+            frames = self.wavlm.frame_lengths(lengths).unsqueeze(1)
+            num_frames = self.wavlm.frame_lengths(waveform.shape[1])
+            frame_mask = torch.arange(num_frames, device=frames.device) < frames  # (B, T)
         return stream, frame_mask, list(states.values())
 
     def _finish(
@@ -793,15 +794,10 @@ def split_by_length(batch: dict) -> list[dict]:
 
 def cat_padded(parts: list[Tensor]) -> Tensor:
     """[(B_i, T_i, ...)] -> (sum of B_i, longest T, ...), padded with zeros (False)."""
-    if len({part.shape[1] for part in parts}) == 1:
-        return torch.cat(parts)
-    longest = max(part.shape[1] for part in parts)
-    padded = parts[0].new_zeros(sum(map(len, parts)), longest, *parts[0].shape[2:])
-    start = 0
-    for part in parts:
-        padded[start : start + len(part), : part.shape[1]] = part
-        start += len(part)
-    return padded
+    if len(parts) == 1:
+        return parts[0]
+    rows = [row for part in parts for row in part]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 @torch.no_grad()
