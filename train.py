@@ -418,9 +418,9 @@ def finish_epoch(run: Run, epoch: int) -> dict[str, dict]:
     arrives meanwhile.
     """
     args, fold, files, progress = run.args, run.fold, run.files, run.progress
-    files.wait()  # evaluation forks loader processes, which no thread may write beside
     due = (epoch + 1) % args.eval_every == 0 or progress.step == run.total_steps
     if due:
+        files.wait()  # evaluation forks loader processes, which no thread may write beside
         scores, evaluation = evaluate(run, "dev")
     progress.epoch = epoch + 1
     if not due:
