@@ -36,7 +36,7 @@ from torch import Tensor
 from corpora import known_speaker
 from flags import FREE_ON_RESUME
 from model import TARGETS, concordance, metrics, moment_sums
-from util.files import UserError, optional_module, replace_text, run_script, say
+from util.files import UserError, optional_module, replace_text, run_script, say, without_nan
 from util.runs import read_json, read_predictions, read_records, read_vectors, tensors
 
 if TYPE_CHECKING:  # matplotlib and scikit-learn are imported where they are used: they take seconds
@@ -760,8 +760,7 @@ def main(args: argparse.Namespace) -> int:
         say(f"written: {out / 'report.html'}")
     if args.json:
         figures = [{k: v for k, v in vars(e).items() if k != "parts"} for e in experiments]
-        figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # null for NaN
-        print(json.dumps(figures))
+        print(json.dumps(without_nan(figures)))
     else:
         print(as_text(sections))
     return int(any(e.problems for e in experiments))

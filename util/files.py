@@ -154,6 +154,11 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8", errors="backslashreplace"))
 
 
+def without_nan(content: object) -> object:
+    """The content as JSON can hold it, with None for NaN: a target's score without a label."""
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
+
+
 def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)

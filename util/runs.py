@@ -34,7 +34,14 @@ from data import Fold
 from model import TARGETS, EmotionModel, ModelConfig
 from util import distributed
 from util.checkpoints import Writer, read_checkpoint
-from util.files import UserError, digest, optional_module, replace_text, replacing
+from util.files import (
+    UserError,
+    digest,
+    optional_module,
+    replace_text,
+    replacing,
+    without_nan,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -450,10 +457,10 @@ class RunFiles:
         self.writer.wait()
 
     def write_json(self, name: str, content: dict) -> None:
-        """The content, with null for NaN, which is a target's score without a label."""
+        """The content, with null for NaN."""
         if self.writes:
-            content = json.loads(json.dumps(content), parse_constant=lambda _: None)
-            replace_text(self.directory / name, json.dumps(content, indent=1) + "\n")
+            text = json.dumps(without_nan(content), indent=1)
+            replace_text(self.directory / name, text + "\n")
 
     def write_status(self, step: int) -> None:
         """status.json of a run that goes on and has saved `step`; end_status completes it."""
