@@ -39,21 +39,24 @@ def corpus(tmp_path_factory):
     return root / "corpus.csv"
 
 
-@pytest.fixture(scope="session")
-def small_wavlm(tmp_path_factory):
-    """Directory of a WavLM with two layers of width 32, dropout on."""
+def save_narrow_wavlm(directory, num_layers):
+    """A WavLM with layers of width 32, dropout on."""
     from wavlm import SIZES, WavLM, WavLMConfig, save_wavlm
 
     torch.manual_seed(0)
     shape = {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "hidden_size": 32, "num_hidden_layers": num_layers, "num_attention_heads": 2,
         "intermediate_size": 64, "conv_dim": [16] * 7, "num_conv_pos_embeddings": 16,
         "num_conv_pos_embedding_groups": 4, "hidden_dropout": 0.1, "attention_dropout": 0.1,
     }  # fmt: skip
-    config = WavLMConfig.from_dict(SIZES["tiny"].to_dict() | shape)
-    directory = tmp_path_factory.mktemp("wavlm")
-    save_wavlm(WavLM(config), directory)
+    save_wavlm(WavLM(WavLMConfig.from_dict(SIZES["tiny"].to_dict() | shape)), directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def small_wavlm(tmp_path_factory):
+    """Directory of a WavLM with two narrow layers."""
+    return save_narrow_wavlm(tmp_path_factory.mktemp("wavlm"), 2)
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,14 @@ import time
 
 import pytest
 import torch
-from conftest import quick_flags
+from conftest import quick_flags, save_narrow_wavlm
 from test_train import caches, records, weights_of
 
 import data
 from train import main, parse_args
 from util.files import UserError
 from util.runs import run_dir
-from wavlm import SIZES, FeatureExtractor, WavLM, WavLMConfig, save_wavlm
+from wavlm import FeatureExtractor
 
 STAGES = ["--unfreeze", "1:none,2:top:1,3:top:2", "--epochs", "3"]
 
@@ -21,15 +21,7 @@ STAGES = ["--unfreeze", "1:none,2:top:1,3:top:2", "--epochs", "3"]
 @pytest.fixture(scope="module")
 def deep_wavlm(tmp_path_factory):
     """Directory of a WavLM with three narrow layers and dropout."""
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "intermediate_size": 64, "conv_dim": [16] * 7, "num_conv_pos_embeddings": 16,
-        "num_conv_pos_embedding_groups": 4, "hidden_dropout": 0.1, "attention_dropout": 0.1,
-    }  # fmt: skip
-    directory = tmp_path_factory.mktemp("deep")
-    save_wavlm(WavLM(WavLMConfig.from_dict(SIZES["tiny"].to_dict() | shape)), directory)
-    return directory
+    return save_narrow_wavlm(tmp_path_factory.mktemp("deep"), 3)
 
 
 @pytest.fixture

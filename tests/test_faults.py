@@ -597,7 +597,8 @@ def test_a_dead_or_stalled_worker_is_one_line_that_names_it(flags, tmp_path, fau
     )
     assert run_ranks(victim.flags, victim.log, 1, fault, seconds=60) == [1]
     said = victim.console().split("train.py: error: ")[1]
-    assert re.search(r"DataLoader.*worker .*--resume.*--num_workers 0.*--shm-size", said), said
+    dead = r"DataLoader.*worker (\d+ is|\(pid\(s\) \d+\) exited) "  # torch has two sentences
+    assert re.search(dead + ".*--resume.*--num_workers 0.*--shm-size", said), said
     assert "Traceback" not in victim.console() and len(said.strip().splitlines()) == 1
     assert victim.status()["exit_code"] == 1
     gone(tmp_path, 2)
