@@ -21,22 +21,23 @@ import pandas as pd
 from corpora.base import LABELS, Corpus, Skipped, Utterance, known_speaker, to_float, turn_order
 from corpora.demo import read_demo
 from corpora.files import listed, read_files
-from corpora.iemocap import read_iemocap
+from corpora.iemocap import iemocap_texts, read_iemocap
 from corpora.manifest import read_csv
-from corpora.msp_podcast import read_msp_podcast
+from corpora.msp_podcast import msp_podcast_texts, read_msp_podcast
 from util.files import UserError, replace_text
 
 __all__ = [
     "LABELS", "MAX_SKIPPED", "READERS", "Corpus", "Skipped", "Utterance", "check_skipped",
     "describe_splits", "is_table", "known_speaker", "listed", "make_splits", "natural",
-    "num_folds", "read_corpus", "read_csv", "read_files", "skipped_by_kind", "turn_order",
-    "write_skipped",
+    "num_folds", "read_corpus", "read_csv", "read_files", "read_texts", "skipped_by_kind",
+    "turn_order", "write_skipped",
 ]  # fmt: skip
 
 READERS = {  # --data: what reads --data_dir, and the range of its labels
     "iemocap": (read_iemocap, (1.0, 5.0)),
     "msp_podcast": (read_msp_podcast, (1.0, 7.0)),
 }
+TEXTS = {"iemocap": iemocap_texts, "msp_podcast": msp_podcast_texts}
 MAX_SKIPPED = 0.05  # share of utterances; with more left out, it is not the corpus [guess]
 SPLITS = ("train", "dev", "test")
 
@@ -98,6 +99,33 @@ def read_corpus(
         corpus.notes.append(f"speaker unknown: {unknown} utterances, {fault}")
     corpus.utterances.sort(key=turn_order)
     return corpus
+
+
+def read_texts(data: str, data_dir: str | None) -> dict[str, str]:
+    """utt_id -> what is said, "" if there is no transcript, of every utterance of --data.
+
+    A CSV has it in its column `text`, and needs no labels. UserError if there is no transcript of
+    more than MAX_SKIPPED of the utterances.
+    """
+    if is_table(data):
+        root = Path(data_dir) if data_dir else None
+        corpus = read_csv(Path(data), root, None, labelled=False)
+        found = {u.utt_id: u.text for u in corpus.utterances if u.text is not None}
+        place = "a column text"
+    elif data in TEXTS:
+        corpus = read_corpus(data, data_dir, None)
+        found = TEXTS[data](corpus)
+        place = (
+            "Session*/dialog/transcriptions" if data == "iemocap" else "Transcripts/<utt_id>.txt"
+        )
+    else:
+        fix = f"give {' or '.join(TEXTS)}, or a .csv with a column text"
+        raise UserError(f"--data {data}: has no transcripts that are known here: {fix}")
+    lacking = [u.utt_id for u in corpus.utterances if u.utt_id not in found]
+    if len(lacking) > MAX_SKIPPED * len(corpus.utterances):
+        count = f"{len(lacking)} of {len(corpus.utterances)} utterances have no transcript"
+        raise UserError(f"{data}: {count} ({', '.join(lacking[:3])}): expected {place}")
+    return {u.utt_id: " ".join(found.get(u.utt_id, "").split()) for u in corpus.utterances}
 
 
 def check_spelling(corpus: Corpus) -> None:

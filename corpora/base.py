@@ -41,6 +41,7 @@ class Utterance:
     speaker: str = ""
     gender: str = ""
     emotion: str = ""
+    text: str | None = None  # what is said; None = not known, or see corpora.read_texts
     split: str = ""
     onset: float = 0.0  # position of the turn in its dialogue; only used to sort
     row: int = 0  # line of the manifest, the first one of several raters; 0 = no manifest

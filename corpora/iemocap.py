@@ -10,6 +10,7 @@ from util.files import UserError
 # [onset - end] utt_id emotion [valence, arousal, dominance]
 TURN = re.compile(r"\[([\d.]+) - ([\d.]+)\]\t([\w.-]+)\t(\w+)\t\[(.+), (.+), (.+)\]\s*")
 SPEAKER = re.compile(r"_([FM])\d{3}")
+SPOKEN = re.compile(r"([\w.-]+) +\[[\d. -]+\]:(.*)")  # utt_id [onset-end]: words
 
 
 def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemocap") -> Corpus:
@@ -55,6 +56,16 @@ def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemo
         if wav.stem not in annotated:
             corpus.skip(wav.stem, wav, "no annotation")
     return corpus
+
+
+def iemocap_texts(corpus: Corpus) -> dict[str, str]:
+    """utt_id -> its words in Session*/dialog/transcriptions, with marks such as [LAUGHTER]."""
+    texts = {}
+    for table in without_forks(corpus.root, "Session*/dialog/transcriptions/*.txt"):
+        for line in table.read_text("utf-8", errors="replace").splitlines():
+            if match := SPOKEN.fullmatch(line.strip()):
+                texts[match[1]] = match[2]
+    return texts
 
 
 def without_forks(root: Path, pattern: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A CSV of your own: utt_id, path, valence, arousal[, start, end, session, dialog, ...].
+"""A CSV of your own: utt_id, path, valence, arousal[, start, end, session, dialog, text, ...].
 
 Columns are known by their usual other names, too, and cells may be separated by commas, semicolons
 or tabs. Unlike a published corpus it is the user's to repair: the first fault raises UserError with
@@ -49,7 +49,7 @@ OTHER_NAMES = {  # of a column, without case, blanks, - and _
 NAMES = ("session", "dialog", "speaker", "gender", "emotion")  # columns of free text
 TIMES = ("start", "end", "duration")
 TIME_WORDS = {"start": {"start", "begin", "onset"}, "end": {"end", "stop", "offset"}}
-COLUMNS = ("utt_id", "path", *LABELS, *TIMES, "split", "rater", *NAMES)
+COLUMNS = ("utt_id", "path", *LABELS, *TIMES, "split", "rater", *NAMES, "text")
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("dev", "development", "val", "valid", "validation"), "dev"),
@@ -239,7 +239,7 @@ def read_row(row: int, cells: dict[str, str], root: Path, targets: Sequence[str]
     return Utterance(
         utt_id, audio_file(cells["path"], root), **labels, start=start,
         end=None if math.isnan(end) else end, onset=times["start"], split=SPLITS.get(split, ""),
-        row=row, ratings=(rating,) if rating else (), **names,
+        row=row, ratings=(rating,) if rating else (), text=cells.get("text"), **names,
     )  # fmt: skip
 
 

@@ -64,3 +64,13 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
         if count:
             corpus.notes.append(note)
     return corpus
+
+
+def msp_podcast_texts(corpus: Corpus) -> dict[str, str]:
+    """utt_id -> its words in Transcripts/<utt_id>.txt."""
+    texts = {}
+    for u in corpus.utterances:
+        path = corpus.root / "Transcripts" / f"{u.utt_id}.txt"
+        if path.is_file():
+            texts[u.utt_id] = path.read_text("utf-8-sig", errors="replace")
+    return texts

@@ -24,6 +24,7 @@ for name in ("data", "util.runs", "util.log", "step", "flags", "memory", "report
     BELOW[name] = set(BELOW)  # all that stand before it
 BELOW["predict"] = BELOW["train"] - {"step", "flags", "memory"}
 BELOW["faces"] = {"util.files", "util.audio", "corpora"}
+BELOW["text"] = {"util.files", "corpora"}
 
 
 def module_of(path):
