@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from corpora import is_table
-from model import ENCODERS
+from model import ENCODERS, GATES, TARGETS
 from step import parse_unfreeze, reads_cache, stages
 from util.distributed import read_ranks, uses_cuda
 from util.files import UserError
@@ -47,7 +47,9 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 # A run with --init_from takes the model flags of its start, except for these.
-FREE_WITH_INIT_FROM = {"max_seconds", "context", "wavlm", "wavlm_revision", "speaker"}
+FREE_WITH_INIT_FROM = {
+    "max_seconds", "context", "wavlm", "wavlm_revision", "speaker", "vectors",
+}  # fmt: skip
 
 GPU_GIB = 24.0  # assumed size of a GPU that is not in this machine
 AUTO_STEPS = 20  # --batch_size auto leaves at least so many steps in an epoch
@@ -122,8 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wavlm_revision", help="hub commit or tag of --wavlm")
     add("--wavlm_dropout", type=share, help="replaces all dropouts of the WavLM checkpoint")
     add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")
-    add("--pooling", choices=("mean", "attention"), default="mean",
-        help="how frames become one utterance vector")
+    add("--pooling", choices=("mean", "attention", "stats"), default="mean",
+        help="how frames become one utterance vector; stats: mean and standard deviation")
     add("--features_dir", "--features_224_dir", help="<utt_id>.npy (T, D) for the Transformers")
     add("--feature_rate", type=at_least(0.01, float),
         help="frames per second in --features_dir; default: from frames and seconds of audio")
@@ -131,6 +133,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="88 functionals by opensmile, which is free for research only")
     add("--speaker", default="none",
         help="ecapa, xvector, a directory of <utt_id>.npy or of an x-vector model, or none")
+    add("--vectors", action="append", metavar="DIR",
+        help="<utt_id>.npy (D,), a vector per utterance of any origin, such as text.py's; "
+        "standardised on train; may be given several times")
     add("--no_film", action="store_true", help="do not condition the speech on the speaker")
     add("--d_prosody", type=at_least(1), default=64, help="width of the prosody code")
     add("--d_hidden", type=at_least(2), default=256,
@@ -142,6 +147,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="Mamba blocks in the updater; 0 = linear")
     add("--feedback", action="store_true",
         help="feed the previous prediction; teacher forcing falls from 1 to 0 over the epochs")
+    add("--gates", nargs="+", choices=GATES,
+        help="what each target's head can weigh against its other inputs, in the order of the "
+        "targets; default: prosody for valence where there is prosody, else speech")
     add("--d_model", type=at_least(64), default=768, help="width of the feature Transformer")
     add("--num_layers", type=at_least(1), default=4, help="layers of the feature Transformer")
     add("--base_channels", type=at_least(1), default=64,
@@ -258,7 +266,10 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
     known, start = vars(given).keys() & MODEL_FLAGS, {}
     if given.init_from:
         start = read_flags(given.init_from, "--init_from")
-        parser.set_defaults(**{k: v for k, v in start.items() if k in known})
+        defaults = {k: v for k, v in start.items() if k in known}
+        if given.vectors:  # argparse would append them to the default
+            defaults.pop("vectors", None)
+        parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if start:
         for flag in sorted(known - FREE_WITH_INIT_FROM):
@@ -283,6 +294,9 @@ def check(args: argparse.Namespace) -> None:
     schedule = parse_unfreeze(args.unfreeze)
     reads_features = args.encoder.endswith("transformer")
     cached = args.feature_cache in ("on", "exact")
+    gates, there = args.gates or (), {"speech", "none"}
+    there |= {"vectors"} if args.vectors else set()
+    there |= {"prosody"} if args.prosody != "none" else set()
     for flag in ("separation_every", "plot_every"):
         if getattr(args, flag) % args.eval_every:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be a multiple of --eval_every")
@@ -323,6 +337,15 @@ def check(args: argparse.Namespace) -> None:
         (
             args.speaker != "none" and args.no_film,
             f"--speaker {args.speaker} is read by FiLM alone: remove it, or --no_film",
+        ),
+        (
+            gates and len(gates) != len(TARGETS),
+            f"--gates {' '.join(gates)}: give one for each of {' '.join(TARGETS)}",
+        ),
+        (
+            not there.issuperset(gates),
+            f"--gates {' '.join(gates)}: the inputs are {' '.join(sorted(there - {'none'}))}: "
+            "name these or none, or give --prosody egemaps or --vectors DIR",
         ),
         (args.train_only and not args.init_from, "--train_only needs --init_from, a trained model"),
         (args.train_only and args.no_film, "--train_only film needs FiLM: remove --no_film"),

@@ -128,6 +128,8 @@ def make_batch(
             batch["prosody"] = torch.rand(size, 88)
         if shape.speaker_dim:
             batch["speaker"] = torch.rand(size, shape.speaker_dim)
+        if shape.vector_dims:
+            batch["vectors"] = torch.rand(size, sum(shape.vector_dims))
     return batch
 
 
@@ -643,7 +645,8 @@ def hours(planner: Planner, own: argparse.Namespace, unfreezes: list[str]) -> li
 def shape_of(args: argparse.Namespace, from_data: bool = False) -> data.InputShape:
     """What the flags lead to without a corpus; widths are read from a file if there is one.
 
-    UserError if --features_dir holds none. Its rate is that of the corpus if --data was given.
+    UserError if --features_dir or --vectors holds none. The rate of features is that of the corpus
+    if --data was given.
     """
 
     def width_of(directory: str) -> int | None:
@@ -664,7 +667,10 @@ def shape_of(args: argparse.Namespace, from_data: bool = False) -> data.InputSha
             rate = data.FRAME_RATE
             fix = "give --feature_rate, or --data"
             print(f"feature files of {rate} frames per second are assumed: {fix}", file=sys.stderr)
-    return data.InputShape(speaker, frames, max(1, int(args.max_seconds * rate)), rate)
+    vector_dims = tuple(width_of(directory) for directory in args.vectors or ())
+    if None in vector_dims:
+        raise UserError(f"--vectors {' '.join(args.vectors)}: no <utt_id>.npy in one of them")
+    return data.InputShape(speaker, frames, max(1, int(args.max_seconds * rate)), rate, vector_dims)
 
 
 def comparable(args: argparse.Namespace) -> list[str]:

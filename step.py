@@ -150,6 +150,8 @@ def build_model(
     settings["ema_alpha"] = -1.0 if args.ema_alpha == "learned" else float(args.ema_alpha)
     settings["film"] = not args.no_film
     settings["speaker_dim"] = 0 if args.no_film else shape.speaker_dim
+    settings["vector_dims"] = shape.vector_dims
+    settings["gates"] = tuple(args.gates or ())
     settings["frame_dim"] = shape.frame_dim
     settings["frame_rate"] = float(shape.rate) if shape.frame_dim else 0.0
     wavlm = None
@@ -569,7 +571,8 @@ def frozen_states(
         data.FROZEN_VERSION, dataset.pack.key, len(lengths), args.max_seconds, args.amp,
         args.feature_cache == "exact",
         weights_digest({k: p for k, p in wavlm.named_parameters() if not p.requires_grad}),
-        wavlm.frozen_blocks, wavlm.config.to_dict(), list(model.encoder.layers), framewise,
+        wavlm.frozen_blocks, wavlm.config.to_dict(), list(model.encoder.layers),
+        model.config.pooling,
     )  # fmt: skip
     num_bytes = np.full(
         len(lengths), cached_bytes(model, args, np.maximum(lengths, data.MIN_SAMPLES))

@@ -309,9 +309,10 @@ def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
     """The model before its first step, the same on every rank."""
     if not args.init_from:
         model = step.build_model(args, fold.shape)
-        if fold.dataset.prosody is not None:
-            train_rows = fold.splits["train"]
-            model.prosody.fit(torch.from_numpy(fold.dataset.prosody[train_rows]))
+        inputs = ((model.prosody, fold.dataset.prosody), (model.vectors, fold.dataset.vectors))
+        for module, values in inputs:
+            if module is not None:
+                module.fit(torch.from_numpy(values[fold.splits["train"]]))
         return model
     model, _ = runs.load_model(args.init_from, "--init_from")
     runs.check_unseen(args.init_from, fold.corpus, fold.splits)
@@ -322,6 +323,10 @@ def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
             f"--init_from: its model reads speaker vectors and frames of widths {expected}, "
             f"--speaker and --features_dir have {found} (0 = none)"
         )
+    expected = tuple(model.config.vector_dims)
+    if expected != fold.shape.vector_dims:
+        fault = f"its model reads vectors of widths {expected}, not {fold.shape.vector_dims}"
+        raise UserError(f"--init_from: {fault}: give its --vectors, in its order")
     step.set_checkpointing(model, args.gradient_checkpointing)
     return model
 

@@ -309,7 +309,7 @@ def caches(args):
     return sorted(Path(args.cache_dir).glob("hidden-*"))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention"])
+@pytest.mark.parametrize("pooling", ["mean", "attention", "stats"])
 def test_a_frozen_run_from_the_cache_learns_what_one_from_audio_learns(flags, pooling, tmp_path):
     flags = [*flags, "--unfreeze", "none", "--pooling", pooling, "--cache_dir", str(tmp_path)]
     on, off = (parse_args([*flags, "--name", how, "--feature_cache", how]) for how in ("on", "off"))
@@ -327,8 +327,8 @@ def test_the_cache_serves_all_folds_and_no_other_encoder(flags, tmp_path):
     count = 0
     for more, new in (
         ([], 1), (["--fold", "2"], 0), (["--lr", "0.5", "--batch_size", "4"], 0),
-        (["--layers", "2"], 1), (["--pooling", "attention"], 1), (["--amp", "bf16"], 1),
-        (["--max_seconds", "0.9"], 1),
+        (["--layers", "2"], 1), (["--pooling", "attention"], 1), (["--pooling", "stats"], 1),
+        (["--amp", "bf16"], 1), (["--max_seconds", "0.9"], 1),
     ):  # fmt: skip
         args = parse_args([*flags, *more, "--overwrite"])
         assert main(args) == 0

@@ -50,7 +50,8 @@ log = logging.getLogger("vatune")
 
 # train.py's flags that belong to a model, also when it is trained further
 MODEL_FLAGS = {f.name for f in dataclasses.fields(ModelConfig)} | {
-    "prosody", "speaker", "no_film", "wavlm_revision", "wavlm_dropout", "max_seconds", "context",
+    "prosody", "speaker", "vectors", "no_film", "wavlm_revision", "wavlm_dropout", "max_seconds",
+    "context",
 }  # fmt: skip
 # What a TensorBoard raises that is installed but does not work
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
@@ -149,7 +150,7 @@ def check_resumable(flags: dict, last: dict, files: "RunFiles", frozen: bool) ->
     """
     needed, directory = [], files.directory
     if "data" in last:  # the content counts, wherever it is now
-        places = {"data", "features_dir"}
+        places = {"data", "features_dir", "vectors"}
         if "speaker vector" in files.data.partition("\n")[0]:
             places.add("speaker")
         flags = {flag: value for flag, value in flags.items() if flag not in places}
@@ -277,7 +278,8 @@ def differences(before: str, now: str) -> str:
         changed = both[one != two]
         if len(changed):
             example = first = changed[0]
-            if column not in ("audio", "features", "speaker vector"):  # whose digests say nothing
+            digests = ("audio", "features", "speaker vector", "vectors")
+            if column not in digests:  # which say nothing
                 example = f"{first}, {one[first]} before and {two[first]} now"
             found.append(f"utterances whose {column} has changed: {len(changed)} (as {example})")
     return ", ".join(found) or "rows are in another order"
