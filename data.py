@@ -414,17 +414,21 @@ def read_vectors(paths: Sequence[Path]) -> np.ndarray:
     return np.stack(rows)
 
 
-def utterance_vectors(corpus: Corpus, directories: Sequence[str] | None) -> list[np.ndarray]:
-    """(N, D) float32, finite, of each --vectors DIR with its <utt_id>.npy (D,)."""
-    found = []
-    for directory in directories or ():
-        paths = npy_files(corpus, directory, "--vectors")
-        found.append(read_vectors(paths))
-        broken = np.flatnonzero(~np.isfinite(found[-1]).all(1))
+def utterance_vectors(corpus: Corpus, directory: str, cache_dir: str | Path) -> np.ndarray:
+    """(N, D) float32, finite, of a --vectors DIR with its <utt_id>.npy (D,)."""
+    paths = npy_files(corpus, directory, "--vectors")
+
+    def build() -> np.ndarray:
+        vectors = read_vectors(paths)
+        broken = np.flatnonzero(~np.isfinite(vectors).all(1))
         if len(broken):
             fault = f"holds NaN or infinite values, one of {len(broken)} such files: make it again"
             raise UserError(f"{paths[broken[0]]}: {fault}")
-    return found
+        return vectors
+
+    files = [(path.name, *identity(path)) for path in paths]
+    key = digest(str(Path(directory).resolve()), files)
+    return cached_array(Path(cache_dir) / f"vectors-{key}", build)
 
 
 class FrameFeatures:
@@ -914,7 +918,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
         if holds_vectors(args.speaker):
             paths = npy_files(corpus, args.speaker, "--speaker")
             digests["speaker vector"] = [array_digest(open_npy(path, 1, None)) for path in paths]
-    vectors = utterance_vectors(corpus, args.vectors)
+    vectors = [utterance_vectors(corpus, path, args.cache_dir) for path in args.vectors or ()]
     if vectors:
         digests["vectors"] = [array_digest(row) for row in np.hstack(vectors)]
     dataset = Batches(
@@ -987,7 +991,8 @@ def inspect(args: argparse.Namespace) -> None:
         frames = sum(len(features.read(row)) for row in range(len(utterances)))  # finds NaN
         print(f"\nfeatures    {frames} frames, {features.dim} wide, all finite")
         print(f"            {features.describe()}")
-    for directory, vectors in zip(args.vectors or (), utterance_vectors(corpus, args.vectors)):
+    for directory in args.vectors or ():
+        vectors = utterance_vectors(corpus, directory, args.cache_dir)
         print(f"\nvectors     {vectors.shape[1]} wide in {directory}, all finite")
     for fold in [args.fold] if args.fold is not None else range(1, num_folds(corpus) + 1):
         print(f"\nfold {fold}\n{describe_splits(corpus, make_splits(corpus, fold))}")

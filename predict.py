@@ -222,7 +222,7 @@ def build_inputs(
         speaker = data.speaker_embeddings(named, pack, kind, cache_dir, device)
     vectors = []
     if model.config.vector_dims:
-        vectors = data.utterance_vectors(named, args.vectors)
+        vectors = [data.utterance_vectors(named, path, cache_dir) for path in args.vectors]
         expected = tuple(model.config.vector_dims)
         found = tuple(of_directory.shape[1] for of_directory in vectors)
         if found != expected:

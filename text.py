@@ -41,6 +41,7 @@ def load_text_model(args: argparse.Namespace) -> tuple[object, torch.nn.Module]:
     """(tokenizer, model in evaluation mode); of an encoder-decoder, its encoder."""
     flag, options = f"--model {args.model}", {"trust_remote_code": False}
     transformers = optional_module("transformers", "transformers", flag)
+    transformers.logging.set_verbosity_error()  # what is missing is checked below
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, **options)
         options |= {"use_safetensors": True, "output_loading_info": True}
@@ -55,7 +56,8 @@ def load_text_model(args: argparse.Namespace) -> tuple[object, torch.nn.Module]:
         return tokenizer, model
     except Exception as error:  # not there, no text model, or a package that it imports is broken
         fault = described("transformers", "transformers", error)
-        raise UserError(f"{flag}: cannot be used ({fault})") from None
+        fix = "give a text encoder in safetensors, which is here or can be downloaded"
+        raise UserError(f"{flag}: cannot be used ({fault}): {fix}") from None
 
 
 def tokens_of(

@@ -59,6 +59,7 @@ NOT_RUN = {
     "python tests/bench_": "minutes to hours",
     "python memory.py --calibrate": "half a minute; tests/test_memory.py calls it",
     "python faces.py": "needs a vision model; tests/test_faces.py calls it",
+    "python text.py": "needs a text model; tests/test_text.py calls it",
 }
 # Files that a command writes without a flag that names them
 WRITES = {"berlin.py": ["emodb/manifest.csv"], "logmel.py": ["features/03a00Wa.npy"]}
