@@ -296,6 +296,7 @@ def check(args: argparse.Namespace) -> None:
     cached = args.feature_cache in ("on", "exact")
     gates, there = args.gates or (), {"speech", "none"}
     there |= {"vectors"} if args.vectors else set()
+    absent = [directory for directory in args.vectors or () if not Path(directory).is_dir()]
     there |= {"prosody"} if args.prosody != "none" else set()
     for flag in ("separation_every", "plot_every"):
         if getattr(args, flag) % args.eval_every:
@@ -320,6 +321,7 @@ def check(args: argparse.Namespace) -> None:
             args.features_dir and not reads_features,
             f"--features_dir is not used by --encoder {args.encoder}: remove it",
         ),
+        (absent, f"--vectors {' '.join(absent)}: no such directory (text.py makes one)"),
         (args.feature_rate and not args.features_dir, "--feature_rate is that of --features_dir"),
         (
             args.augment and reads_features,

@@ -160,6 +160,7 @@ def test_a_wrong_vector_file_is_named_in_one_line(flags, corpus, tmp_path, conte
         (["prosody", "none"], "--gates prosody none: the inputs are speech:"),
         (["speech", "vectors"], "give --prosody egemaps or --vectors DIR"),
         (["speech", "text"], "invalid choice: 'text'"),
+        (["vectors", "none", "--vectors", "nowhere"], "--vectors nowhere: no such directory"),
     ],
 )
 def test_gates_that_do_not_fit_the_model_are_refused(flags, gates, said, capsys):
