@@ -68,13 +68,11 @@ def tokens_of(
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions:
         limit = min(limit, positions - 2)  # RoBERTa's begin at 2
-    options = {"add_special_tokens": True, "verbose": False}
     tokens, cut = {}, []
     for utt_id, text in texts.items():
-        tokens[utt_id] = tokenizer(text, **options)["input_ids"]
+        tokens[utt_id] = tokenizer(text, verbose=False)["input_ids"]
         if len(tokens[utt_id]) > limit:
-            options_of_long = options | {"truncation": True, "max_length": limit}
-            tokens[utt_id] = tokenizer(text, **options_of_long)["input_ids"]
+            tokens[utt_id] = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
             cut.append(utt_id)
     if cut:
         print(f"{len(cut)} texts are longer than {limit} tokens ({', '.join(cut[:3])}): cut there")

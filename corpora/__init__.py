@@ -37,7 +37,10 @@ READERS = {  # --data: what reads --data_dir, and the range of its labels
     "iemocap": (read_iemocap, (1.0, 5.0)),
     "msp_podcast": (read_msp_podcast, (1.0, 7.0)),
 }
-TEXTS = {"iemocap": iemocap_texts, "msp_podcast": msp_podcast_texts}
+TEXTS = {  # --data: what reads its transcripts, and where they are
+    "iemocap": (iemocap_texts, "Session*/dialog/transcriptions/*.txt"),
+    "msp_podcast": (msp_podcast_texts, "Transcripts/<utt_id>.txt"),
+}
 MAX_SKIPPED = 0.05  # share of utterances; with more left out, it is not the corpus [guess]
 SPLITS = ("train", "dev", "test")
 
@@ -114,10 +117,8 @@ def read_texts(data: str, data_dir: str | None) -> dict[str, str]:
         place = "a column text"
     elif data in TEXTS:
         corpus = read_corpus(data, data_dir, None)
-        found = TEXTS[data](corpus)
-        place = (
-            "Session*/dialog/transcriptions" if data == "iemocap" else "Transcripts/<utt_id>.txt"
-        )
+        read, place = TEXTS[data]
+        found = read(corpus)
     else:
         fix = f"give {' or '.join(TEXTS)}, or a .csv with a column text"
         raise UserError(f"--data {data}: has no transcripts that are known here: {fix}")
