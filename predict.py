@@ -201,8 +201,9 @@ def build_inputs(
     if reads_speaker and kind == "none":
         raise UserError("--speaker none: the run was trained with speaker embeddings")
     if model.config.vector_dims and not args.vectors:
-        wanted = f"the run reads {len(model.config.vector_dims)} vectors of each utterance"
-        raise UserError(f"{wanted}: give --vectors DIR for each{data.MAKERS['--vectors']}")
+        widths = ", ".join(map(str, model.config.vector_dims))
+        wanted = f"the run reads vectors of widths {widths}: give --vectors DIR for each"
+        raise UserError(f"{wanted}{data.MAKERS['--vectors']}")
     named = corpus
     if not args.data:  # .npy files belong to a recording by its name without suffix
         stems = [dataclasses.replace(u, utt_id=u.path.stem) for u in corpus.utterances]

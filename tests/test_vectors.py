@@ -86,7 +86,7 @@ def test_predict_needs_the_vectors_of_the_run_and_gives_its_numbers(
     (tmp_path / "new.wav").write_bytes(files[0].read_bytes())
     (tmp_path / f"{files[0].stem}.wav").write_bytes(files[1].read_bytes())
     for wrong, said in (
-        ([files[0]], r"reads 2 vectors of each utterance: give --vectors DIR .*text\.py makes"),
+        ([files[0]], r"reads vectors of widths 20, 30: give --vectors DIR .*text\.py makes"),
         ([*both[:2], files[0]], r"--vectors: widths \(20,\), .* trained on \(20, 30\)"),
         ([*both[2:], *both[:2], files[0]], r"--vectors: widths \(30, 20\)"),
         ([*both, tmp_path / "new.wav"], r"1 of 1 missing \(new\.npy\); text\.py makes"),
