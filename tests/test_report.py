@@ -90,8 +90,10 @@ def test_mean_and_sample_deviation_over_folds_are_those_computed_by_hand(experim
     # valence 0.2, 0.3, 0.7; arousal 0.6, 0.7, 0.8; mean 0.4, 0.5, 0.75
     assert line_of(text, "mean")[1:4] == ["0.400", "0.700", "0.550"]
     assert line_of(text, "std")[1:4] == ["0.265", "0.100", "0.180"]
-    row = "0.300 0.700 0.500 0.500 0.500 0.500 0.500 0.500 6 0.500 2.000"
+    row = "0.300 0.700 0.500 0.500 0.500 0.500 0.500 0.500 6 0.500"
     assert " ".join(line_of(text, "2")[1:]) == row
+    assert max(map(len, text.split("- pooled")[0].splitlines())) <= 80
+    assert line_of(text.split("GiB")[1], "2")[1:] == ["2.000"]
 
 
 def test_pooled_ccc_is_one_ccc_over_all_test_utterances_and_not_the_mean(experiment, capsys):
