@@ -122,6 +122,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wavlm_revision", help="hub commit or tag of --wavlm")
     add("--wavlm_dropout", type=share, help="replaces all dropouts of the WavLM checkpoint")
     add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")
+    add("--lora", type=at_least(0), default=0, metavar="R",
+        help="train updates of rank R of the q, k, v and out projections in all of WavLM's layers, "
+        "at --lr, instead of WavLM itself (--unfreeze lora); 0 = off. It saves memory; that it "
+        "helps valence is not shown by any published figure")
+    add("--lora_alpha", type=rate, default=0.0, metavar="ALPHA",
+        help="updates of --lora count ALPHA / R times; 0 = R, so once: the rate alone decides")
     add("--pooling", choices=("mean", "attention"), default="mean",
         help="how frames become one utterance vector")
     add("--features_dir", "--features_224_dir", help="<utt_id>.npy (T, D) for the Transformers")
@@ -171,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup", type=share, default=0.1, help="share of all steps used for warm-up")
     add("--unfreeze", default="none",
         help="part of WavLM that trains: none, all, transformer, top:K, or a schedule "
-        "EPOCH:WHAT,... e.g. 1:none,6:top:4,9:all")
+        "EPOCH:WHAT,... e.g. 1:none,6:top:4,9:all; with --lora, also lora, e.g. 1:none,4:lora")
     add("--loss", choices=("ccc", "mse"), default="ccc", help="ccc: 1 - CCC + mse_weight x MSE")
     add("--mse_weight", type=rate, default=0.1, help="weight of MSE in --loss ccc")
     add("--valence_weight", type=share, default=0.5,
@@ -262,7 +268,7 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
     args = parser.parse_args(argv)
     if start:
         for flag in sorted(known - FREE_WITH_INIT_FROM):
-            old, new = start.get(flag), getattr(args, flag)
+            old, new = start.get(flag, parser.get_default(flag)), getattr(args, flag)
             if new != old:
                 raise UserError(f"--{flag} {new}: the model of --init_from has {old}: leave it out")
         if is_table(args.data):
@@ -271,6 +277,8 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
         if given.unfreeze != "none":
             raise UserError(f"--train_only freezes WavLM: remove --unfreeze {given.unfreeze}")
         args.unfreeze = "none"  # a preset may have set it
+    elif args.lora and given.unfreeze == "none":
+        args.unfreeze = "lora"
     args.amp = args.amp or ("fp16" if uses_cuda(args.device) else "off")
     corpus = Path(args.data).stem if is_table(args.data) else args.data
     args.name = args.name or f"{corpus}-{args.encoder}"
@@ -280,7 +288,7 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
 def check(args: argparse.Namespace) -> None:
     """UserError on flags that exclude or need each other."""
     low, high = args.label_range or (0, 1)
-    schedule = parse_unfreeze(args.unfreeze)
+    schedule, trained = parse_unfreeze(args.unfreeze), stages(args.unfreeze)
     reads_features = args.encoder.endswith("transformer")
     cached = args.feature_cache in ("on", "exact")
     for flag in ("separation_every", "plot_every"):
@@ -335,6 +343,24 @@ def check(args: argparse.Namespace) -> None:
             f"--unfreeze {args.unfreeze}: its last epoch is after --epochs {args.epochs}",
         ),
         (
+            args.lora and args.encoder != "wavlm",
+            f"--lora {args.lora} is for WavLM, not for --encoder {args.encoder}",
+        ),
+        (
+            args.lora and not args.train_only and {*trained, "none"} != {"none", "lora"},
+            f"--lora {args.lora} trains updates of WavLM and leaves its own weights alone: remove "
+            f"--unfreeze {args.unfreeze}, or --lora",
+        ),
+        (
+            not args.lora and "lora" in trained,
+            f"--unfreeze {args.unfreeze}: give the rank, --lora R",
+        ),
+        (
+            args.lora and args.layers == [0],
+            f"--lora {args.lora} updates layers, of which --layers 0 uses none: give other layers",
+        ),
+        (args.lora_alpha and not args.lora, f"--lora_alpha {args.lora_alpha:g} needs --lora R"),
+        (
             cached and args.augment,
             f"--feature_cache {args.feature_cache} keeps what WavLM makes of the recording itself, "
             "--augment changes it every epoch: remove one of the two",
@@ -344,7 +370,7 @@ def check(args: argparse.Namespace) -> None:
             f"--feature_cache {args.feature_cache} is for WavLM, not for --encoder {args.encoder}",
         ),
         (
-            cached and not any(reads_cache(args, stage) for stage in stages(args.unfreeze)),
+            cached and not any(reads_cache(args, stage) for stage in trained),
             f"--feature_cache {args.feature_cache}: --unfreeze {args.unfreeze} freezes no layers",
         ),
     ):

@@ -70,6 +70,7 @@ CCCS = {f"ccc_{name}": f"CCC {name}" for name in (*TARGETS, "mean")}
 FREE_IN_BASELINE = FREE_ON_RESUME | {
     "unfreeze", "lr", "encoder_lr", "lr_reference_batch", "warmup", "scheduler", "epochs",
     "max_steps", "patience", "eval_every", "separation_every", "name", "feature_cache",
+    "lora", "lora_alpha",
     # how a step is computed, not what it computes
     "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "attention",
 }  # fmt: skip

@@ -42,6 +42,7 @@ from util.files import (
     replacing,
     without_nan,
 )
+from wavlm import LORA
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -54,7 +55,7 @@ MODEL_FLAGS = {f.name for f in dataclasses.fields(ModelConfig)} | {
 }  # fmt: skip
 # What a TensorBoard raises that is installed but does not work
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
-WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
+WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel, and those of --lora
 
 # Columns of predictions_<split>.csv
 TEXTS = ("utt_id", "dialog", "speaker", "emotion")
@@ -73,7 +74,7 @@ def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Pat
 
 def all_weights(weights: dict[str, Tensor], encoder: str, directory: Path) -> dict[str, Tensor]:
     """The weights, and those of a WavLM that did not train, which are in frozen.pt."""
-    if encoder == "wavlm" and not any(name.startswith(WAVLM) for name in weights):
+    if encoder == "wavlm" and not any(map(is_wavlms_own, weights)):
         return weights | read_checkpoint(directory / "frozen.pt")["model"]
     return weights
 
@@ -194,13 +195,18 @@ def check_resumable(flags: dict, last: dict, files: "RunFiles", frozen: bool) ->
         )
 
 
+def is_wavlms_own(name: str) -> bool:
+    """True for a weight of WavLM, False for one of --lora's updates, or of anything else."""
+    return name.startswith(WAVLM) and not name.endswith(LORA)
+
+
 def wavlm_weights(model: EmotionModel) -> dict[str, Tensor]:
-    return {k: v for k, v in model.state_dict().items() if k.startswith(WAVLM)}
+    return {k: v for k, v in model.state_dict().items() if is_wavlms_own(k)}
 
 
 def other_weights(model: EmotionModel) -> dict[str, Tensor]:
     """All weights except those of a WavLM that has not trained, which are in frozen.pt, once."""
-    return {k: v for k, v in model.state_dict().items() if not k.startswith(WAVLM)}
+    return {k: v for k, v in model.state_dict().items() if not is_wavlms_own(k)}
 
 
 def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
