@@ -816,6 +816,17 @@ def test_a_model_that_starts_from_another_keeps_its_flags(
     assert said in capsys.readouterr().err
 
 
+def test_a_model_of_older_code_is_a_start_without_the_flags_that_it_did_not_know(flags, finished):
+    older = Path(flags[-1]).parent / "older"
+    shutil.copytree(finished[1], older)
+    known = json.loads((older / "args.json").read_text())
+    del known["lora"], known["pooling"]
+    (older / "args.json").write_text(json.dumps(known))
+    assert parse_args([*flags, "--init_from", str(older)]).pooling == "mean"
+    with pytest.raises(SystemExit):
+        parse_args([*flags, "--init_from", str(older), "--pooling", "attention"])
+
+
 def manifest(corpus, path, prefix="", suffix=""):
     """The corpus under other names of its utterances, or with copies of its files."""
     with open(corpus, newline="") as file:
