@@ -124,8 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")
     add("--lora", type=at_least(0), default=0, metavar="R",
         help="train updates of rank R of the q, k, v and out projections in all of WavLM's layers, "
-        "at --lr, instead of WavLM itself (--unfreeze lora); 0 = off. It saves memory; that it "
-        "helps valence is not shown by any published figure")
+        "at --lr, instead of WavLM itself (--unfreeze lora); 0 = off. It saves memory; no published "
+        "figure shows that it helps valence")
     add("--lora_alpha", type=rate, default=0.0, metavar="ALPHA",
         help="updates of --lora count ALPHA / R times; 0 = R, so once: the rate alone decides")
     add("--pooling", choices=("mean", "attention"), default="mean",
@@ -348,18 +348,12 @@ def check(args: argparse.Namespace) -> None:
         ),
         (
             args.lora and not args.train_only and {*trained, "none"} != {"none", "lora"},
-            f"--lora {args.lora} trains updates of WavLM and leaves its own weights alone: remove "
-            f"--unfreeze {args.unfreeze}, or --lora",
+            f"--lora {args.lora} trains none of WavLM's weights: remove --unfreeze {args.unfreeze}",
         ),
         (
-            not args.lora and "lora" in trained,
-            f"--unfreeze {args.unfreeze}: give the rank, --lora R",
+            not args.lora and ("lora" in trained or args.lora_alpha),
+            "--unfreeze lora and --lora_alpha need a rank, --lora R",
         ),
-        (
-            args.lora and args.layers == [0],
-            f"--lora {args.lora} updates layers, of which --layers 0 uses none: give other layers",
-        ),
-        (args.lora_alpha and not args.lora, f"--lora_alpha {args.lora_alpha:g} needs --lora R"),
         (
             cached and args.augment,
             f"--feature_cache {args.feature_cache} keeps what WavLM makes of the recording itself, "

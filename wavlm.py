@@ -716,6 +716,7 @@ def _init_weights(module: nn.Module, std: float) -> None:
 
 # ---------------------------------------------------------------------------- low-rank updates
 LORA = (".lora_a", ".lora_b")  # how the names of their parameters end
+LORA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class LowRankLinear(nn.Module):
@@ -736,30 +737,26 @@ class LowRankLinear(nn.Module):
         update = F.linear(F.linear(x, self.lora_a) * self.scale, self.lora_b)
         return F.linear(x, self.weight, self.bias) + update
 
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        out_dim, in_dim = self.weight.shape
-        plain = nn.Linear(in_dim, out_dim).to(self.weight)
-        plain.weight.copy_(self.weight + self.scale * self.lora_b @ self.lora_a)
-        plain.bias.copy_(self.bias)
-        return plain
-
 
 def add_lora(model: WavLM, rank: int, alpha: float) -> None:
     """Gives q, k, v and out of every layer an update of this rank, times alpha / rank, which
     changes nothing yet; `set_trainable("lora")` then trains the updates alone."""
     for layer in model.encoder.layers:
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        for name in LORA_PROJECTIONS:
             plain = getattr(layer.attention, name)
             setattr(layer.attention, name, LowRankLinear(plain, rank, alpha / rank))
 
 
+@torch.no_grad()
 def merge_lora(model: WavLM) -> None:
-    """Adds the updates to the weights: the model is an ordinary WavLM again."""
+    """Adds the updates of `add_lora` to the weights: the model is an ordinary WavLM again."""
     for layer in model.encoder.layers:
-        for name, module in list(layer.attention.named_children()):
-            if isinstance(module, LowRankLinear):
-                setattr(layer.attention, name, module.merged())
+        for name in LORA_PROJECTIONS:
+            updated = getattr(layer.attention, name)
+            plain = nn.Linear(*updated.weight.shape).to(updated.weight)  # width to width
+            plain.weight.copy_(updated.weight + updated.scale * updated.lora_b @ updated.lora_a)
+            plain.bias.copy_(updated.bias)
+            setattr(layer.attention, name, plain)
 
 
 # ---------------------------------------------------------------------------- weights on disk

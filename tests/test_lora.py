@@ -1,9 +1,9 @@
-"""--lora: updates of low rank beside a WavLM whose own weights stay, from their closed form to
-runs, exports and plans."""
+"""--lora: updates beside a WavLM whose own weights stay: closed forms, runs, exports, plans."""
 
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from bench_memory import measured_bytes
@@ -92,9 +92,8 @@ def test_a_model_starts_as_without_updates_and_has_a_group_of_its_own_for_them(f
     assert all(torch.equal(now[name], before[name]) for name in before)
     groups = {group["name"]: group for group in step.param_groups(model, args)}
     assert groups["lora, decayed"]["lr"] == args.lr and "wavlm, decayed" not in groups
-    trained = groups["lora, decayed"]["params"]
-    assert {*map(id, trained)} == {*map(id, updates_of(model).values())}
-    assert sum(p.numel() for p in trained) == 2 * 4 * (32 * 4 + 4 * 32)
+    trained = [p.numel() for p in groups["lora, decayed"]["params"]]
+    assert trained == [4 * 32] * 2 * 4 * 2  # two factors, four projections, two layers
 
 
 def test_a_run_moves_updates_and_heads_alone_and_its_export_is_a_plain_wavlm(
@@ -129,8 +128,8 @@ def test_a_run_moves_updates_and_heads_alone_and_its_export_is_a_plain_wavlm(
     for source in (directory, tmp_path / "model"):
         argv = ["--checkpoint", str(source), "--out", str(tmp_path / "out.csv"), *clips]
         assert predict.main(predict.parse_args(argv)) == 0
-        csvs.append(np.genfromtxt(tmp_path / "out.csv", delimiter=",", skip_header=1)[:, 3:])
-    np.testing.assert_allclose(*csvs, atol=1e-5)
+        csvs.append(pd.read_csv(tmp_path / "out.csv").filter(like="pred_").to_numpy())
+    assert csvs[0].shape == (24, 2) and np.abs(csvs[0] - csvs[1]).max() < 1e-5
 
     start = [*flags, "--init_from", str(directory), "--train_only", "film", "--name", "again"]
     assert cli(start) == 0
@@ -139,10 +138,9 @@ def test_a_run_moves_updates_and_heads_alone_and_its_export_is_a_plain_wavlm(
 
 
 def test_a_step_is_the_same_from_cache_and_audio_with_and_without_checkpointing(flags):
-    weights = []
+    flags, weights = [*flags, *LORA_4, "--epochs", "1", "--overwrite", "--feature_cache"], []
     for more in (["off"], ["exact"], ["exact", "--gradient_checkpointing"]):
-        args = parse_args([*flags, *LORA_4, "--epochs", "1", "--name", "x", "--overwrite",
-                           "--feature_cache", *more])  # fmt: skip
+        args = parse_args([*flags, *more])
         assert main(args) == 0
         weights.append(weights_of(args))
     assert_same(weights[0], weights[1], rtol=1e-4, atol=1e-6)
@@ -184,13 +182,13 @@ def test_the_planned_peak_is_the_profilers_account_of_a_real_step(more):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["--lora", "4"], "--lora 4 trains updates of WavLM and leaves its own weights alone"),
+        (["--lora", "4"], "--lora 4 trains none of WavLM's weights: remove --unfreeze all"),
         (["--lora", "4", "--unfreeze", "1:lora,2:top:1"], "remove --unfreeze 1:lora,2:top:1"),
         (["--lora", "4", "--encoder", "baseline"], "is for WavLM, not for --encoder baseline"),
         (["--lora", "-1"], "--lora: -1 must be at least 0"),
-        (["--unfreeze", "lora"], "--unfreeze lora: give the rank, --lora R"),
-        (["--lora_alpha", "8"], "--lora_alpha 8 needs --lora R"),
-        ([*LORA_4, "--layers", "0"], "of which --layers 0 uses none"),
+        (["--unfreeze", "lora"], "--unfreeze lora and --lora_alpha need a rank, --lora R"),
+        (["--lora_alpha", "8"], "--lora_alpha need a rank"),
+        ([*LORA_4, "--layers", "0"], "K between 1 and 0, the layers that this WavLM keeps"),
         ([*LORA_4, "--lora", "33"], "--lora 33: must be at most 32"),
     ],
 )
