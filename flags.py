@@ -124,8 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")
     add("--lora", type=at_least(0), default=0, metavar="R",
         help="train updates of rank R of the q, k, v and out projections in all of WavLM's layers, "
-        "at --lr, instead of WavLM itself (--unfreeze lora); 0 = off. It saves memory; no published "
-        "figure shows that it helps valence")
+        "at --lr, instead of WavLM itself (--unfreeze lora); 0 = off. It saves memory; that it "
+        "helps valence is shown by no published figure")
     add("--lora_alpha", type=rate, default=0.0, metavar="ALPHA",
         help="updates of --lora count ALPHA / R times; 0 = R, so once: the rate alone decides")
     add("--pooling", choices=("mean", "attention"), default="mean",
