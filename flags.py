@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from corpora import is_table
+from data import BALANCE_BINS
 from model import ENCODERS
 from step import parse_unfreeze, reads_cache, stages
 from util.distributed import read_ranks, uses_cuda
@@ -113,6 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="run the frozen part of WavLM (unfreeze none or top:K) once per utterance and keep "
         "what the rest reads in --cache_dir, in half precision, or in that of the run (exact); "
         "utterances above --max_seconds: their beginning; auto: on unless --augment")
+    add("--balance", type=share, default=0.0,
+        help="draw rare labels more often: an utterance in proportion to (number of train "
+        f"utterances in its cell of a grid of {BALANCE_BINS} bins per target) ** -BALANCE; 0 = "
+        "off, 1 = all cells alike")
     add("--augment", action="store_true", help="gain, noise, speed and time masks in training")
 
     add = p.add_argument_group("model").add_argument

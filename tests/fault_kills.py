@@ -276,7 +276,9 @@ def kill_and_compare(flags, directory, ranks, kills, rng, method="fork"):
     return done, saves, starts, runs
 
 
-EVERYTHING = ("--context", "4", "--feedback", "--augment", "--ema_alpha", "learned")
+EVERYTHING = (
+    "--context", "4", "--feedback", "--augment", "--ema_alpha", "learned", "--balance", "0.5",
+)  # fmt: skip
 SETTINGS = {  # ranks, kills, flags
     "dialogues, plateau": (1, 8, [*EVERYTHING, "--scheduler", "plateau", "--save_every", "1"]),
     "progressive, 1 worker": (
