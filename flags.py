@@ -44,7 +44,7 @@ PRESETS = {
 FREE_ON_RESUME = {
     "resume", "overwrite", "num_workers", "log_every", "cache_dir", "out", "data_dir", "dry_run",
     "gpu_gib", "memory_fraction", "preset", "device", "plot_every", "separation_every",
-    "save_every", "timeout",
+    "save_every", "timeout", "keep_last",
 }  # fmt: skip
 
 # A run with --init_from takes the model flags of its start, except for these.
@@ -213,6 +213,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="epochs between separation figures of the embeddings; 0 = off")
     add("--save_every", type=at_least(0), default=0,
         help="steps between checkpoints; 0 = at epoch ends")
+    add("--keep_last", action="store_true",
+        help="keep last.pt and previous.pt of a finished run; best.pt is always kept")
     add("--out", default="runs", help="directory of all runs")
     add("--name", help="name of the experiment, in OUT/NAME/foldK; default CORPUS-ENCODER")
 

@@ -104,8 +104,11 @@ def main(args: argparse.Namespace) -> int:
     if args.compile:
         step.compile_layers(model)
     last = load_interrupted(args, given, files)
-    if last and (files.directory / "result.json").exists():
+    if last and files.is_complete():
         log.info(f"{files.directory} is complete: nothing to resume")
+        distributed.wait_for_ranks()  # they have read last.pt
+        if not (args.keep_last or last["args"].get("keep_last")):
+            files.remove_last()
         return 0
     batch_note = memory.choose_batch(args, fold, model, ranks, last)
     planned = memory.plan(args, fold.shape, ranks.world_size)
@@ -265,6 +268,8 @@ def finish(run: Run) -> None:
     show_embeddings(run, "test", evaluation.vectors, separation=False, pictures=True)
     if args.preset == "verify" and args.unfreeze != "none":
         log.info(report.against_frozen(files.directory))
+    if not args.keep_last:
+        files.remove_last()
     files.close()
     log.info(f"done in {progress.seconds:.0f} s: {files.directory / 'result.json'}")
 
@@ -327,8 +332,13 @@ def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
 
 
 def load_interrupted(args: argparse.Namespace, given: dict, files: RunFiles) -> dict | None:
-    """Content of last.pt with --resume, if there is one; UserError if it belongs to another run."""
+    """Content of last.pt with --resume, if there is one; UserError if it belongs to another run.
+
+    A complete run has removed it: then only what tells whether this is the same run.
+    """
     last = runs.load_last(files.directory, files.writes) if args.resume else None
+    if args.resume and last is None and files.is_complete():
+        last = runs.end_of_run(files, given)
     if last:
         decisive = {k: v for k, v in given.items() if k not in flags.FREE_ON_RESUME}
         runs.check_resumable(decisive, last, files, step.stays_frozen(args, epoch=0))

@@ -259,6 +259,54 @@ def test_a_complete_run_has_nothing_to_resume_and_is_not_touched(finished, capsy
         assert (directory / name).read_bytes() == before[name], name
 
 
+def test_a_finished_run_removes_what_only_a_resume_reads(flags, tmp_path, capsys, corpus):
+    flags = [flag for flag in flags if flag != "--keep_last"] + ["--unfreeze", "none"]
+    directory = run_dir(parse_args(flags))
+    kept = directory / "kept.pt"
+    with raise_on(r"^step +5/"):
+        assert cli(flags) == 75
+    shutil.copy(directory / "last.pt", kept)
+    assert cli([*flags, "--resume"]) == 0
+    files = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    assert files.keys() >= {"best.pt", "frozen.pt"} and not files.keys() & {
+        "last.pt",
+        "previous.pt",
+    }
+    for argv, code, line in (
+        ((), 0, f"{directory} is complete: nothing to resume"),
+        (("--lr", "0.5"), 2, "--lr was 0.001"),
+        (("--fold", "2"), 0, "done in"),
+    ):
+        capsys.readouterr()
+        assert cli([*flags, "--resume", *argv]) == code
+        said = capsys.readouterr()
+        assert line in said.out + said.err
+    for name in files.keys() - {"train.log", "status.json"}:
+        assert (directory / name).read_bytes() == files[name], name
+    for name, more, stays in (  # killed after result.json was written
+        ("last.pt", ["--keep_last"], True), ("last.pt", [], False), ("previous.pt", [], False),
+    ):  # fmt: skip
+        shutil.copy(kept, directory / name)
+        assert cli([*flags, "--resume", *more]) == 0
+        assert (directory / name).exists() == stays
+    answers = [
+        "--checkpoint",
+        str(directory),
+        "--data",
+        str(corpus),
+        "--out",
+        str(tmp_path / "p.csv"),
+    ]
+    assert predict.main(predict.parse_args(answers)) == 0
+    table = pd.read_csv(corpus)
+    table.loc[3, "valence"] = 0.123
+    table["path"] = [str(corpus.parent / path) for path in table["path"]]
+    table.to_csv(tmp_path / "changed.csv", index=False)
+    changed = ["--data", str(tmp_path / "changed.csv"), "--data_dir", str(corpus.parent)]
+    assert cli([*flags, *changed, "--name", "corpus-wavlm", "--resume"]) == 2
+    assert "the data differs from that of the interrupted run" in capsys.readouterr().err
+
+
 def test_a_flag_that_is_new_since_the_run_began_is_logged_and_another_value_refused(flags, capsys):
     with raise_on(r"^step +2/"):
         assert cli(flags) == 75
