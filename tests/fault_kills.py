@@ -30,7 +30,9 @@ from util.checkpoints import read_checkpoint
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train", "torch.utils.tensorboard", "fault_kills"])
-TIMING = {"audio_seconds_per_second", "data_share", "padded_share", "ms_per_step", "peak_gib"}
+TIMING = {
+    "audio_seconds_per_second", "tflops", "data_share", "padded_share", "ms_per_step", "peak_gib",
+}  # fmt: skip
 
 
 class OnLine(logging.Filter):

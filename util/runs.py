@@ -448,11 +448,10 @@ class RunFiles:
         except BROKEN as error:
             self.board = warn_of_board(error)
 
-    def median_speed(self) -> float | None:
-        """Median of the log lines' audio seconds per second; None if no line has it."""
-        name = "audio_seconds_per_second"
-        speeds = [record[name] for record in self.history if name in record]
-        return statistics.median(speeds) if speeds else None
+    def median(self, name: str) -> float | None:
+        """The median of a figure over the log lines of steps; None if no line has it."""
+        values = [record[name] for record in self.history if name in record]
+        return statistics.median(values) if values else None
 
     def save(self, contents: dict[str, dict], step: int) -> None:
         """Checkpoints by name, and then status.json, while the run goes on; see Writer."""
