@@ -102,7 +102,7 @@ def main(args: argparse.Namespace) -> int:
     model = start_model(args, fold).to(ranks.device)
     step.check_attention(model, args, ranks.device)
     if args.compile:
-        step.compile_layers(model)
+        step.check_compile(model, fold.dataset, args, ranks.device)
     last = load_interrupted(args, given, files)
     if last and files.is_complete():
         log.info(f"{files.directory} is complete: nothing to resume")

@@ -17,7 +17,10 @@ import soundfile
 import torch
 from conftest import quick_flags
 from fault_kills import Run, assert_same_outcome, raise_on, run_ranks, signal_on
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 import data
 import predict
@@ -748,6 +751,40 @@ def test_compiled_layers_train_like_plain_ones(flags):
         assert main(args) == 0
         losses.append([record["loss"] for record in records(args, "train")])
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_where_compile_does_not_work_the_run_is_that_without_it(flags, tmp_path, ranks):
+    plain = Run([*flags, "--epochs", "1"], tmp_path / "plain", ranks)
+    broken = Run([*flags, "--epochs", "1", "--compile"], tmp_path / "compiled", ranks)
+    assert run_ranks(plain.flags, plain.log, ranks) == [0] * ranks
+    without = (without_compiler, tmp_path / "kernels")
+    codes = run_ranks(broken.flags, broken.log, ranks, without, seconds=500)
+    assert codes == [0] * ranks, broken.console()
+    said = [line for line in broken.console().splitlines() if "--compile does not work" in line]
+    assert len(said) == 1 and "on cpu, the layers run as they are: " in said[0]
+    assert "Traceback" not in broken.console()
+    assert_same_outcome(plain, broken)
+
+
+def without_compiler(folder):
+    """In a rank, before it starts: rank 0 has no C++ compiler, and nothing is compiled yet."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}-{os.environ.get('RANK', '0')}"
+    if os.environ.get("RANK", "0") == "0":
+        torch._inductor.config.cpp.cxx = ("/nowhere/g++",)
+
+
+def test_an_error_of_the_model_itself_keeps_its_traceback_under_compile(flags, capsys):
+    def fail(module, inputs):
+        if type(module).__name__ == "Layer":
+            raise ValueError("a mistake in my layer")
+
+    with register_module_forward_pre_hook(fail):
+        assert cli([*flags, "--compile"]) == 1
+    said = capsys.readouterr()
+    assert "Traceback" in said.err and "a mistake in my layer" in said.err
+    assert "--compile does not work" not in said.out
 
 
 # --- presets and errors
