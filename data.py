@@ -49,7 +49,6 @@ from corpora import (
     skipped_by_kind,
     write_skipped,
 )
-from model import TARGETS
 from util.audio import (
     MIN_SAMPLES,
     NO_DECODER,
@@ -584,7 +583,7 @@ class Batches(torch.utils.data.Dataset):
     def collate(self, spec: BatchSpec) -> dict:
         """All torch CPU tensors but the last four; turns of chunks are ordered by length:
         chunk_index (C, K) positions in the batch (-1 = padding),
-        labels (B, 2), input_values (B, L) and attention_mask (B, L) True = sample,
+        labels (B, E), input_values (B, L) and attention_mask (B, L) True = sample,
         frames (B, T, D) and frame_mask (B, T), stream and hidden as from EmotionModel.encode_frozen
         in the dtype of the cache,
         prosody (B, 88) raw with NaN, speaker (B, S),
@@ -734,7 +733,7 @@ class TrainPlan:
     rank: int
     world_size: int
     seed: int
-    labelled: np.ndarray  # (N, 2) True = this label is known
+    labelled: np.ndarray  # (N, E) True = this label is known
     draws: np.ndarray | None = None  # (N,) as from balanced_draws; a chunk has its turns' mean
 
     def __post_init__(self) -> None:
@@ -862,15 +861,15 @@ class Fold:
     """One fold of a corpus, ready to be batched."""
 
     corpus: Corpus
-    splits: dict[str, np.ndarray]  # train, dev, test: rows of the corpus
+    splits: dict[str, np.ndarray]  # rows of the corpus, see make_splits
     dataset: Batches
     dialogs: list[str]  # of every row
-    labels: torch.Tensor  # (N, 2) in [0, 1]
+    labels: torch.Tensor  # (N, E) in [0, 1]
     shape: InputShape
     digests: dict[str, list[str]]  # of the content of every row: audio, features, speaker vector
 
     def in_label_scale(self, preds: torch.Tensor) -> torch.Tensor:
-        """Predictions (n, 2) in [0, 1] in the units of the labels."""
+        """Predictions (n, E) in [0, 1] in the units of the labels."""
         low, high = self.corpus.label_range
         return low + (high - low) * preds
 
@@ -879,7 +878,8 @@ class Fold:
         rows, draws = self.splits["train"], None
         if args.balance:
             draws = np.zeros(len(self.dialogs))
-            draws[rows] = balanced_draws(self.dataset.labels[rows], args.balance)
+            trained = np.array(args.target_weights) > 0
+            draws[rows] = balanced_draws(self.dataset.labels[rows][:, trained], args.balance)
         return TrainPlan(
             lengths=self.dataset.lengths,
             rows=rows,
@@ -894,6 +894,9 @@ class Fold:
             draws=draws,
         )
 
+    def is_labelled(self, split: str) -> bool:
+        return not bool(self.labels[self.splits[split]].isnan().all())
+
     def speakers(self, split: str) -> list[str]:
         return [self.corpus.utterances[row].speaker for row in self.splits[split]]
 
@@ -904,7 +907,8 @@ def load_fold(args: argparse.Namespace) -> Fold:
     Nothing is normalised here: the model's normaliser sees the train split alone.
     """
     label_range = tuple(args.label_range) if args.label_range else None
-    corpus = read_corpus(args.data, args.data_dir, label_range, Path(args.cache_dir))
+    cache_dir = Path(args.cache_dir)
+    corpus = read_corpus(args.data, args.data_dir, label_range, cache_dir, args.targets)
     corpus, pack = load_audio(corpus, args.cache_dir)
     digests = {"audio": corpus.audio}
     features = prosody = speaker = None
@@ -920,7 +924,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
             paths = npy_files(corpus, args.speaker, "--speaker")
             digests["speaker vector"] = [array_digest(open_npy(path, 1, None)) for path in paths]
     dataset = Batches(
-        labels=corpus.labels(TARGETS),
+        labels=corpus.labels(corpus.targets),
         pack=None if features else pack,
         features=features,
         prosody=prosody,
@@ -955,8 +959,8 @@ def load_fold(args: argparse.Namespace) -> Fold:
 
 def inspect(args: argparse.Namespace) -> None:
     """Print what one should know before training. UserError: do not train on it."""
-    corpus = read_corpus(args.data, args.data_dir, args.label_range, args.cache_dir)
-    corpus, pack = load_audio(corpus, args.cache_dir, max_skipped=1.0)
+    flags = (args.data, args.data_dir, args.label_range, args.cache_dir, args.targets)
+    corpus, pack = load_audio(read_corpus(*flags), args.cache_dir, max_skipped=1.0)
     if args.skipped:
         write_skipped(Path(args.skipped), corpus)
     for note in corpus.notes:
@@ -996,13 +1000,13 @@ def inspect(args: argparse.Namespace) -> None:
 
 def describe_balance(corpus: Corpus, rows: np.ndarray, balance: float) -> str:
     """Utterances of an epoch by bin of each label, without --balance and with it."""
-    labels = corpus.labels(TARGETS)[rows]
+    labels = corpus.labels(corpus.targets)[rows]
     draws, bins = balanced_draws(labels, balance), label_bins(labels)
     low, high = corpus.label_range
     edges = [f"{edge:g}" for edge in np.linspace(low, high, BALANCE_BINS + 1)]
     names = [f"{a}..{b}" for a, b in itertools.pairwise(edges)] + ["missing"]
     table = pd.DataFrame(index=names)
-    for i, target in enumerate(TARGETS):
+    for i, target in enumerate(corpus.targets):
         for name, weights in ((target, None), (f"{target} balanced", draws)):
             counts = np.bincount(bins[:, i], weights, minlength=len(names))
             table[name] = np.rint(counts).astype(int)
@@ -1016,7 +1020,8 @@ def describe_balance(corpus: Corpus, rows: np.ndarray, balance: float) -> str:
 def print_labels(corpus: Corpus) -> None:
     """A histogram of each label and their correlations. UserError if one is constant."""
     lo, hi = corpus.label_range
-    labels = pd.DataFrame({name: [getattr(u, name) for u in corpus.utterances] for name in LABELS})
+    values = {name: [getattr(u, name) for u in corpus.utterances] for name in corpus.targets}
+    labels = pd.DataFrame(values)
     half_bin = (hi - lo) / 16
     for name, values in labels.items():
         print(
@@ -1031,7 +1036,7 @@ def print_labels(corpus: Corpus) -> None:
             bar = "#" * round(30 * count / counts.max())
             print(f"{centre:6.2f} {count:6d} {bar}".rstrip())
     correlations = labels.corr()
-    for one, two in itertools.combinations(LABELS, 2):
+    for one, two in itertools.combinations(corpus.targets, 2):
         print(f"correlation of {one} and {two} {correlations.loc[one, two]:+.2f}")
 
 
@@ -1041,11 +1046,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", required=True, help="demo, iemocap, msp_podcast, or a .csv or .tsv")
     add("--data_dir", help="root of the corpus, or of the relative paths in a CSV")
     add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
+    add("--targets", choices=LABELS, nargs="+", help="labels to look at (default: all there are)")
     add("--cache_dir", default="cache", help="directory of caches")
     add("--fold", type=int, help="print only this fold (default: all)")
     add("--features_dir", help="directory of frame features to check, too")
     add("--skipped", metavar="CSV", help="file for the utterances left out, and why")
-    add("--balance", type=float, default=0, help="show what train.py --balance makes of each bin")
+    add(
+        "--balance",
+        type=float,
+        default=0,
+        help="show what train.py --balance makes of each bin of --targets",
+    )
     args = parser.parse_args(argv)
     args.label_range = tuple(args.label_range) if args.label_range else None
     if not 0 <= args.balance <= 1:

@@ -23,7 +23,9 @@ import json
 import logging
 import math
 import re
+import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,10 +35,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from corpora import known_speaker
+from corpora import TESTS, known_speaker
 from flags import FREE_ON_RESUME
-from model import TARGETS, concordance, metrics, moment_sums
-from util.files import UserError, optional_module, replace_text, run_script, say, without_nan
+from model import ModelConfig, concordance, metrics, moment_sums
+from util.files import (
+    UserError,
+    in_words,
+    optional_module,
+    replace_text,
+    run_script,
+    say,
+    without_nan,
+)
 from util.runs import read_json, read_predictions, read_records, read_vectors, tensors
 
 if TYPE_CHECKING:  # matplotlib and scikit-learn are imported where they are used: they take seconds
@@ -52,19 +62,8 @@ MIN_UTTERANCES = 10  # a CCC of fewer is not shown [guess]
 MAX_GROUPS = 20  # rows of a breakdown; a corpus may have a thousand speakers
 MAX_VECTORS = 1000  # embeddings that are measured or drawn
 
-# A fold's figure -> its heading; FIGURES are all that are read
-COLUMNS = {
-    **{f"test/ccc_{target}": f"CCC {target}" for target in TARGETS},
-    "test/ccc_mean": "CCC mean",
-    **{f"test/pcc_{target}": f"PCC {target}" for target in TARGETS},
-    **{f"test/rmse_{target}": f"RMSE {target}" for target in TARGETS},
-    "dev/ccc_mean": "dev CCC",
-    "best_epoch": "best epoch",
-    "hours": "hours",
-    "peak_gib": "peak GiB",
-}
-FIGURES = (*COLUMNS, "parameters_trainable", "num_folds")
-CCCS = {f"ccc_{name}": f"CCC {name}" for name in (*TARGETS, "mean")}
+LINE = 80  # characters in a line of a table
+MAX_NAME = 20  # characters of a name that count for it
 
 # A fine-tuned run may differ from its frozen baseline in these flags and in no other
 FREE_IN_BASELINE = FREE_ON_RESUME | {
@@ -75,15 +74,36 @@ FREE_IN_BASELINE = FREE_ON_RESUME | {
 }  # fmt: skip
 
 
+def columns_of(targets: Sequence[str]) -> dict[str, str]:
+    """A fold's figure -> its heading."""
+    return {
+        **{f"test/ccc_{target}": f"CCC {target}" for target in targets},
+        "test/ccc_mean": "CCC mean",
+        **{f"test/pcc_{target}": f"PCC {target}" for target in targets},
+        **{f"test/rmse_{target}": f"RMSE {target}" for target in targets},
+        "dev/ccc_mean": "dev CCC",
+        "best_epoch": "best epoch",
+        "hours": "hours",
+        "peak_gib": "peak GiB",
+    }
+
+
+def cccs_of(targets: Sequence[str]) -> dict[str, str]:
+    """The CCCs among model.metrics -> their headings."""
+    return {f"ccc_{name}": f"CCC {name}" for name in (*targets, "mean")}
+
+
 @dataclass
 class Experiment:
     """Figures of one experiment directory; what spans folds is None where a fold is missing."""
 
     name: str
     num_folds: int  # of the corpus, as far as the directory shows
-    folds: dict[int, dict[str, float] | None]  # fold -> its FIGURES; None = missing
+    targets: list[str]
+    folds: dict[int, dict[str, float] | None]  # fold -> its figures; None = missing
     problems: dict[int, str]  # missing fold -> why
     parts: dict[int, pd.DataFrame] = field(repr=False)  # fold -> its test rows
+    others: dict[str, pd.DataFrame] = field(repr=False)  # rows of further test splits, all folds
     notes: list[str]
     mean: dict[str, float] | None = None
     std: dict[str, float] | None = None  # sample standard deviation; None for a single fold
@@ -99,20 +119,26 @@ class Experiment:
 
 
 def read_experiment(
-    directory: Path, asked: list[int] | None = None, failed: list[int] | None = None
+    directory: Path,
+    asked: list[int] | None = None,
+    failed: list[int] | None = None,
+    targets: Sequence[str] | None = None,
 ) -> Experiment:
     """The experiment with all its folds, or those of `asked`; UserError where it has none.
 
     K folds are expected: num_folds of any result.json or, without one, the highest fold that left
-    a directory or a log. A fold in `failed` is missing: what is on disk is older.
+    a directory or a log. A fold in `failed` is missing: what is on disk is older. `targets`: read
+    the figures of these alone; None: those of the first fold.
     """
     figures, parts, problems = {}, {}, {}
     found = found_folds(directory)
     for fold in found:
         try:
-            figures[fold], parts[fold] = read_fold(directory / f"fold{fold}")
+            targets = targets or targets_of(directory / f"fold{fold}")
+            figures[fold], parts[fold] = read_fold(directory / f"fold{fold}", targets)
         except UserError as error:
             problems[fold] = str(error)
+    targets = list(targets or ModelConfig.targets)
     num_folds = max([result["num_folds"] for result in figures.values()] or found)
     problems |= dict.fromkeys(failed or (), "this run of it failed")
     wanted = asked or range(1, num_folds + 1)
@@ -121,9 +147,11 @@ def read_experiment(
     experiment = Experiment(
         name=str(directory),
         num_folds=num_folds,
+        targets=targets,
         folds={fold: None if fold in missing else figures[fold] for fold in wanted},
         problems=missing,
         parts={fold: parts[fold] for fold in wanted if fold not in missing},
+        others=read_other_tests(directory, [k for k in wanted if k not in missing], targets),
         notes=[f"{directory}: fold {fold} {left_out}" for fold in found if fold > num_folds],
     )
     if not missing:
@@ -132,10 +160,10 @@ def read_experiment(
         if len(table) > 1:
             experiment.std = table.std(skipna=False).to_dict()
         rows = pd.concat(experiment.parts.values(), ignore_index=True)
-        preds, labels = tensors(rows)
+        preds, labels = tensors(rows, targets)
         ids, experiment.clusters = cluster_ids(rows)
-        experiment.pooled = metrics(preds, labels)
-        experiment.interval = intervals(resampled_cccs(preds, labels, ids))
+        experiment.pooled = metrics(preds, labels, targets)
+        experiment.interval = intervals(resampled_cccs(preds, labels, ids), targets)
         experiment.separation = mean_separation(experiment)
     return experiment
 
@@ -153,18 +181,43 @@ def found_folds(directory: Path) -> list[int]:
     return found
 
 
-def read_fold(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
-    """(FIGURES, test rows) of a fold that is done."""
+def targets_of(run: Path) -> list[str]:
+    """The targets of a fold; older code knew two and did not write them down."""
+    return read_json(run / "result.json").get("targets") or list(ModelConfig.targets)
+
+
+def read_other_tests(
+    directory: Path, folds: list[int], targets: Sequence[str]
+) -> dict[str, pd.DataFrame]:
+    """Rows of the test splits beside `test` that have labels, by split, over the folds."""
+    others = {}
+    for split in TESTS[1:]:
+        paths = [directory / f"fold{fold}" / f"predictions_{split}.csv" for fold in folds]
+        tables = [read_predictions(path, targets) for path in paths if path.exists()]
+        rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        if len(rows) and rows[list(targets)].notna().any(axis=None):
+            others[split] = rows
+    return others
+
+
+def read_fold(directory: Path, targets: Sequence[str]) -> tuple[dict[str, float], pd.DataFrame]:
+    """(figures, test rows) of a fold that is done, for some or all of its targets."""
+    keys = (*columns_of(targets), "parameters_trainable", "num_folds")
     path = directory / "result.json"
     if not path.exists():
         raise UserError(f"{path}: not there, the run is not done")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+        if set(targets) != set(targets_of(directory)):
+            for scores in (result["dev"], result["test"]):
+                cccs = [scores[f"ccc_{target}"] for target in targets]
+                cccs = [ccc for ccc in cccs if ccc is not None]
+                scores["ccc_mean"] = statistics.fmean(cccs) if cccs else None
         result |= {f"{s}/{key}": result[s][key] for s in ("dev", "test") for key in result[s]}
         result |= {"hours": result["seconds"] / 3600, "peak_gib": result["peak_gib_measured"]}
-        figures = {key: result[key] for key in FIGURES}
-        unlabelled = [key for key in FIGURES if "/" in key and figures[key] is None]
-        numbers = [key for key in FIGURES if key not in unlabelled]
+        figures = {key: result[key] for key in keys}
+        unlabelled = [key for key in keys if "/" in key and figures[key] is None]
+        numbers = [key for key in keys if key not in unlabelled]
         wrong = [key for key in numbers if not math.isfinite(figures[key])]
         figures |= dict.fromkeys(unlabelled, math.nan)
     except KeyError as error:
@@ -173,7 +226,7 @@ def read_fold(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if wrong:
         raise UserError(f"{path}: {wrong[0]} {figures[wrong[0]]} is not a finite number")
-    return figures, read_predictions(directory / "predictions_test.csv")
+    return figures, read_predictions(directory / "predictions_test.csv", targets)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -215,11 +268,11 @@ def resampled_cccs(preds: Tensor, labels: Tensor, ids: np.ndarray) -> np.ndarray
     return torch.cat(cccs).numpy()
 
 
-def intervals(cccs: np.ndarray) -> dict[str, tuple[float, float]]:
-    """95 % percentile interval per target and of their mean, from (RESAMPLES, 2)."""
+def intervals(cccs: np.ndarray, targets: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """95 % percentile interval per target and of their mean, from (RESAMPLES, E)."""
     cccs = np.column_stack((cccs, np.nanmean(cccs, 1)))
     low, high = np.quantile(cccs, (0.025, 0.975), axis=0).tolist()
-    return dict(zip(CCCS, zip(low, high)))
+    return dict(zip(cccs_of(targets), zip(low, high)))
 
 
 def test_rows(e: Experiment) -> pd.DataFrame:
@@ -229,7 +282,8 @@ def test_rows(e: Experiment) -> pd.DataFrame:
 
 
 def paired_difference(one: Experiment, two: Experiment) -> dict | str:
-    """Pooled CCCs of `one` minus those of `two` on the test utterances of both, or why not.
+    """Pooled CCCs of `one` minus those of `two` on the test utterances and targets of both, or why
+    not.
 
     {"to": name of `two`, "n", "clusters", "ccc_valence": (difference, low, high), ...}
     """
@@ -239,16 +293,18 @@ def paired_difference(one: Experiment, two: Experiment) -> dict | str:
     shared = rows_one.index.intersection(rows_two.index)
     if not len(shared):
         return "no test utterance in common"
-    preds_one, labels = tensors(rows_one.loc[shared])
-    preds_two, others = tensors(rows_two.loc[shared])
+    targets = [target for target in one.targets if target in two.targets]
+    if not targets:
+        return "no target in common"
+    preds_one, labels = tensors(rows_one.loc[shared], targets)
+    preds_two, others = tensors(rows_two.loc[shared], targets)
     if not torch.allclose(labels, others, equal_nan=True):
         return "their labels of the same utterances differ"
     ids, clusters = cluster_ids(rows_one.loc[shared])
-    score_one, score_two = metrics(preds_one, labels), metrics(preds_two, labels)
+    score_one, score_two = (metrics(preds, labels, targets) for preds in (preds_one, preds_two))
     # the same draws for both
-    ends = intervals(
-        resampled_cccs(preds_one, labels, ids) - resampled_cccs(preds_two, labels, ids)
-    )
+    draws_one, draws_two = (resampled_cccs(preds, labels, ids) for preds in (preds_one, preds_two))
+    ends = intervals(draws_one - draws_two, targets)
     differences = {key: (score_one[key] - score_two[key], *ends[key]) for key in ends}
     return {"to": two.name, "n": len(shared), "clusters": clusters, **differences}
 
@@ -275,7 +331,8 @@ def against_frozen(run: Path) -> str:
             refused.append((len(differ), f" ({path.parent} differs in {', '.join(differ)})"))
             continue
         with contextlib.suppress(UserError):  # damaged
-            baselines.append((read_fold(path.parent)[0]["dev/ccc_mean"], path.parent))
+            figures, _ = read_fold(path.parent, targets_of(run))
+            baselines.append((figures["dev/ccc_mean"], path.parent))
     if not baselines:
         nearest = min(refused)[1] if refused else ""
         return (
@@ -288,7 +345,8 @@ def against_frozen(run: Path) -> str:
     paired = paired_difference(one, two)
     if isinstance(paired, str):
         return f"no comparison with {baseline}: {paired}"
-    cccs = ", ".join(f"{key.removeprefix('ccc_')} {signed(paired[key])}" for key in CCCS)
+    names = [*one.targets, "mean"]
+    cccs = ", ".join(f"{name} {signed(paired[f'ccc_{name}'])}" for name in names)
     return (
         f"test CCC less that of the frozen {baseline}: {cccs} (95 % intervals over "
         f"{paired['clusters']}, {paired['n']} utterances; an interval with 0 inside shows no gain)"
@@ -307,11 +365,14 @@ def signed(difference: tuple[float, float, float]) -> str:
 
 
 def separation(
-    vectors: np.ndarray | Tensor, labels: np.ndarray | Tensor, speakers: list[str] | np.ndarray
+    vectors: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor,
+    speakers: list[str] | np.ndarray,
+    targets: Sequence[str],
 ) -> dict[str, float]:
-    """How far high and low valence and arousal (split at the median) lie apart, and the speakers.
+    """How far high and low labels (split at the median) lie apart, and the speakers.
 
-    vectors (n, U), labels (n, 2), speakers (n); at most MAX_VECTORS evenly spaced rows are used.
+    vectors (n, U), labels (n, E), speakers (n); at most MAX_VECTORS evenly spaced rows are used.
     silhouette_<target>: of the two halves, -1..1. ks_<target>: the Kolmogorov-Smirnov distance,
     0..1, of the halves' positions along the direction of a linear probe that did not see them.
     speaker_accuracy: mean over speakers of the share of utterances that a probe attributes to them;
@@ -323,7 +384,7 @@ def separation(
     vectors = np.asarray(vectors)[keep].astype(np.float64)
     labels, speakers = np.asarray(labels)[keep], pd.Series(speakers, dtype=object)[keep]
     result = {}
-    for i, target in enumerate(TARGETS):
+    for i, target in enumerate(targets):
         known = ~np.isnan(labels[:, i])
         high = labels[known, i] > pd.Series(labels[:, i]).median()
         if min(high.sum(), (~high).sum()) < 5:
@@ -365,7 +426,8 @@ def mean_separation(experiment: Experiment) -> dict[str, float] | None:
     for fold, rows in experiment.parts.items():
         try:
             vectors = read_vectors(Path(experiment.name) / f"fold{fold}", len(rows))
-            figures.append(separation(vectors, tensors(rows)[1], rows["speaker"].tolist()))
+            targets, speakers = experiment.targets, rows["speaker"].tolist()
+            figures.append(separation(vectors, tensors(rows, targets)[1], speakers, targets))
         except UserError as error:  # also of a package that is broken
             experiment.notes.append(f"separation: not given, {error}")
             return None
@@ -388,45 +450,61 @@ class Section:
 
 def fold_sections(e: Experiment) -> list[Section]:
     """One experiment: its folds, then the figures over all of them, or why there are none."""
-    rows = []
+    rows, columns = [], columns_of(e.targets)
     for name, figures in {**e.folds, "mean": e.mean, "std": e.std}.items():
         if figures:
-            rows.append({"fold": name} | {title: figures[key] for key, title in COLUMNS.items()})
+            rows.append({"fold": name} | {title: figures[key] for key, title in columns.items()})
         elif name in e.problems:
-            rows.append({"fold": name, f"CCC {TARGETS[0]}": "missing"})
+            rows.append({"fold": name, f"CCC {e.targets[0]}": "missing"})
     title = f"{e.name}: {len(e.parts)} of {e.num_folds} folds, each on its own test set"
-    folds = Section(title, table_of(rows, ["fold", *COLUMNS.values()]), not_given(e) + e.notes)
+    folds = Section(title, table_of(rows, ["fold", *columns.values()]), not_given(e) + e.notes)
     if e.problems:
         return [folds]
-    rows = []
-    for key, name in zip(CCCS, (*TARGETS, "mean")):
-        low, high = e.interval[key]
-        row = {"pooled": name, "CCC": e.pooled[key], "95 % interval": f"[{low:.3f}, {high:.3f}]"}
-        if math.isnan(low):
-            row["95 % interval"] = None
-        for metric in ("pcc", "rmse"):
-            row[metric.upper()] = e.pooled.get(f"{metric}_{name}")
-        rows.append(row)
     everything = pd.concat(e.parts.values(), ignore_index=True)
+    pooled = pooled_table(e.targets, e.pooled, e.interval)
     explained = (
         f"pooled: one CCC over all {len(everything)} test utterances (not the mean over folds); "
         f"interval from {RESAMPLES} bootstrap draws of {e.clusters}"
     )
-    pooled = Section("All folds pooled", table_of(rows), [explained])
-    return [folds, pooled, *breakdown(everything, "speaker"), *breakdown(everything, "emotion")]
+    sections = [folds, Section("All folds pooled", pooled, [explained])]
+    for split, part in e.others.items():
+        preds, labels = tensors(part, e.targets)
+        ids, clusters = cluster_ids(part)
+        ends = intervals(resampled_cccs(preds, labels, ids), e.targets)
+        table = pooled_table(e.targets, metrics(preds, labels, e.targets), ends)
+        note = f"{len(part)} utterances; intervals from {RESAMPLES} bootstrap draws of {clusters}"
+        sections.append(Section(f"Another test split: {split}", table, [note]))
+    for column in ("speaker", "emotion"):
+        sections += breakdown(everything, column, e.targets)
+    return sections
 
 
-def breakdown(rows: pd.DataFrame, column: str) -> list[Section]:
+def pooled_table(
+    targets: Sequence[str], scores: dict[str, float], interval: dict[str, tuple[float, float]]
+) -> pd.DataFrame:
+    """A row per target, and for their mean if there are several."""
+    rows = []
+    for name in (*targets, "mean")[: len(targets) + (len(targets) > 1)]:
+        low, high = interval[f"ccc_{name}"]
+        row = {"pooled": name, "CCC": scores[f"ccc_{name}"]}
+        row["95 % interval"] = None if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
+        for metric in ("pcc", "rmse"):
+            row[metric.upper()] = scores.get(f"{metric}_{name}")
+        rows.append(row)
+    return table_of(rows)
+
+
+def breakdown(rows: pd.DataFrame, column: str, targets: Sequence[str]) -> list[Section]:
     """Table per speaker or emotion if there are two, the MAX_GROUPS largest; bias: pred - true."""
     groups = rows.groupby(rows[column].replace("", "unknown"))
     if len(groups) < 2:
         return []
     shown = []
     for name in sorted(groups.size().nlargest(MAX_GROUPS).index):
-        preds, labels = tensors(groups.get_group(name))
-        scores, bias = metrics(preds, labels), (preds - labels).nanmean(0).tolist()
+        preds, labels = tensors(groups.get_group(name), targets)
+        scores, bias = metrics(preds, labels, targets), (preds - labels).nanmean(0).tolist()
         row = {column: name, "n": len(labels)}
-        for i, target in enumerate(TARGETS):  # a CCC against two label values says little
+        for i, target in enumerate(targets):  # a CCC against two label values says little
             known = labels[:, i][~labels[:, i].isnan()]
             enough = len(known) >= MIN_UTTERANCES and len(known.unique()) > 2
             row[f"CCC {target}"] = scores[f"ccc_{target}"] if enough else None
@@ -449,8 +527,10 @@ def not_given(e: Experiment) -> list[str]:
 
 
 def comparison_sections(experiments: list[Experiment]) -> list[Section]:
-    """Table of all experiments in their order, then differences to the first."""
+    """Table of all experiments in their order, then differences to the first; their targets are the
+    same."""
     best = experiments[0]
+    titles = cccs_of(best.targets)
     rows, differences = [], []
     notes = ["CCC: mean over folds ± standard deviation, on test; hours: all folds together"]
     for e in experiments:
@@ -458,9 +538,9 @@ def comparison_sections(experiments: list[Experiment]) -> list[Section]:
         rows.append(row)
         notes += [f"{e.name}: {note}" for note in not_given(e) + e.notes]
         if e.problems:
-            row[f"CCC {TARGETS[0]}"] = "missing"
+            row[f"CCC {best.targets[0]}"] = "missing"
             continue
-        row |= {title: e.mean[f"test/{key}"] for key, title in CCCS.items()}
+        row |= {title: e.mean[f"test/{key}"] for key, title in titles.items()}
         if e.std:
             row["CCC mean"] = f"{row['CCC mean']:.3f} ± {e.std['test/ccc_mean']:.3f}"
         row["parameters trainable"] = f"{e.mean['parameters_trainable'] / 1e6:.2f} M"
@@ -472,13 +552,13 @@ def comparison_sections(experiments: list[Experiment]) -> list[Section]:
         row, paired = {"less the best": e.name, "utterances": e.less_the_best}, e.less_the_best
         if isinstance(paired, dict):
             row["utterances"] = f"{paired['n']} of {paired['clusters']}"
-            row |= {title: signed(paired[key]) for key, title in CCCS.items()}
+            row |= {title: signed(paired[key]) for key, title in titles.items()}
         differences.append(row)
     explained = (
         f"pooled CCC less that of {best.name}, on test utterances that both predicted, with 95 % "
         f"intervals from {RESAMPLES} paired bootstrap draws; an interval with 0 inside shows none"
     )
-    cccs = CCCS.values()
+    cccs = titles.values()
     columns = ["experiment", "folds", *cccs, "parameters trainable", "hours", "peak GiB"]
     differences = table_of(differences, ["less the best", "utterances", *cccs])
     return [
@@ -521,11 +601,28 @@ def as_text(sections: list[Section], markdown: bool = False) -> str:
             pairs = [name.rpartition(" ")[::2] for name in others]
             table = section.table.set_index(first).rename_axis(None)
             table.columns = pd.MultiIndex.from_tuples(pairs, names=["", first])
-            lines = [line.rstrip() for line in table.to_string(sparsify=False).splitlines()]
+            blocks = ["\n".join(as_lines(part)) for part in cut_columns(table)]
+            lines = "\n\n".join(blocks).splitlines()
         parts.append(f"## {section.title}" if markdown else section.title)
         parts.append("\n".join(lines).strip("\n"))
         parts.append("\n".join(f"- {note}" for note in section.notes))
     return "\n\n".join(part for part in parts if part)
+
+
+def as_lines(table: pd.DataFrame) -> list[str]:
+    return [line.rstrip() for line in table.to_string(sparsify=False).splitlines()]
+
+
+def cut_columns(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """The table in parts of its columns, as many in each as LINE has room for; at least one."""
+    excess = max(map(len, table.index)) - MAX_NAME  # of long names, which fit nowhere
+    parts, start = [], 0
+    for stop in range(2, table.shape[1] + 1):
+        width = max(map(len, as_lines(table.iloc[:, start:stop])))
+        if stop - start > 1 and width - max(0, excess) > LINE:
+            parts.append(table.iloc[:, start : stop - 1])
+            start = stop - 1
+    return [*parts, table.iloc[:, start:]]
 
 
 # One file with all in it: no script, nothing from a network, which its policy forbids
@@ -564,12 +661,12 @@ def as_html(sections: list[Section]) -> str:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def plot_run(directory: Path, split: str, vectors: Tensor) -> None:
+def plot_run(directory: Path, split: str, vectors: Tensor, targets: Sequence[str]) -> None:
     """Writes the pictures of a run; vectors (n, U) in the row order of predictions_<split>.csv."""
-    parts = {directory.name: read_predictions(directory / f"predictions_{split}.csv")}
+    parts = {directory.name: read_predictions(directory / f"predictions_{split}.csv", targets)}
     records = {directory.name: read_records(directory)}
     try:
-        figures = plot_all(records, parts, {directory.name: vectors.numpy()})
+        figures = plot_all(records, parts, {directory.name: vectors.numpy()}, targets)
     except UserError as error:  # a package is broken, the run is not
         log.warning(f"no pictures: {error}")
         return
@@ -587,7 +684,7 @@ def picture_section(e: Experiment) -> Section:
             vectors[name] = read_vectors(run, len(rows))
     section = Section(f"{e.name}: pictures of {', '.join(parts)}")
     try:
-        figures = plot_all(records, parts, vectors)
+        figures = plot_all(records, parts, vectors, e.targets)
     except UserError as error:  # a package is broken, the figures are not
         section.notes.append(f"not drawn: {error}")
         say(f"{e.name}: no pictures: {error}")
@@ -600,17 +697,21 @@ def picture_section(e: Experiment) -> Section:
 
 
 def plot_all(
-    records: dict[str, list[dict]], parts: dict[str, pd.DataFrame], vectors: dict[str, np.ndarray]
+    records: dict[str, list[dict]],
+    parts: dict[str, pd.DataFrame],
+    vectors: dict[str, np.ndarray],
+    targets: Sequence[str],
 ) -> dict[str, "Figure"]:
     """Name -> picture, of runs by name; vectors (n, U) may be absent for some."""
     rows = pd.concat(parts.values(), ignore_index=True)
-    figures = {"curves": plot_curves(records), "scatter": plot_scatter(rows)}
-    placed = rows.dropna(subset=["valence", "arousal"])
-    if len(placed):
-        figures["circumplex"] = plot_circumplex(placed)
+    figures = {"curves": plot_curves(records, targets), "scatter": plot_scatter(rows, targets)}
+    if {"valence", "arousal"} <= set(targets):
+        placed = rows.dropna(subset=["valence", "arousal"])
+        if len(placed):
+            figures["circumplex"] = plot_circumplex(placed)
     vectors = {name: values for name, values in vectors.items() if len(values) > 1}
     if vectors:
-        figures["embedding"] = plot_embedding(vectors, parts)
+        figures["embedding"] = plot_embedding(vectors, parts, targets)
     return figures
 
 
@@ -632,10 +733,10 @@ def plot_dots(axis: "Axes", x: np.ndarray, y: np.ndarray, colour: str) -> None:
     axis.plot(x, y, ".", ms=5, mew=0, alpha=alpha, color=colour)
 
 
-def plot_curves(runs: dict[str, list[dict]]) -> "Figure":
+def plot_curves(runs: dict[str, list[dict]], targets: Sequence[str]) -> "Figure":
     """Training loss and dev CCCs over epochs, a line per run; from read_records."""
     panels = {"loss": "training loss"}
-    panels |= {f"dev/ccc_{target}": f"dev CCC {target}" for target in TARGETS}
+    panels |= {f"dev/ccc_{target}": f"dev CCC {target}" for target in targets}
     figure, axes = new_figure(len(panels))
     for i, (name, records) in enumerate(runs.items()):
         colour, style = COLOURS[i % len(COLOURS)], ("o-", "^--", "s:")[i // len(COLOURS) % 3]
@@ -652,11 +753,11 @@ def plot_curves(runs: dict[str, list[dict]]) -> "Figure":
     return figure
 
 
-def plot_scatter(rows: pd.DataFrame) -> "Figure":
+def plot_scatter(rows: pd.DataFrame, targets: Sequence[str]) -> "Figure":
     """Predicted against true in the label's scale, with the identity line."""
-    figure, axes = new_figure(len(TARGETS))
-    scores = metrics(*tensors(rows))
-    for axis, target, colour in zip(axes, TARGETS, COLOURS):
+    figure, axes = new_figure(len(targets))
+    scores = metrics(*tensors(rows, targets), targets)
+    for axis, target, colour in zip(axes, targets, COLOURS):
         labelled = rows.dropna(subset=target)
         true, pred = labelled[target], labelled[f"pred_{target}"]
         limits = [min(true.min(), pred.min()), max(true.max(), pred.max())]
@@ -684,13 +785,15 @@ def plot_circumplex(rows: pd.DataFrame) -> "Figure":
     return figure
 
 
-def plot_embedding(vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame]) -> "Figure":
+def plot_embedding(
+    vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame], targets: Sequence[str]
+) -> "Figure":
     """First two principal components, a row per run, coloured by each target and by speaker.
 
     Runs do not share an embedding space; of each at most MAX_VECTORS rows are shown.
     """
     decomposition = optional_module("sklearn.decomposition", "scikit-learn", "a picture")
-    panels = (*TARGETS, "speaker")
+    panels = (*targets, "speaker")
     figure, axes = new_figure(len(panels), len(vectors))
     for i, (name, values) in enumerate(vectors.items()):
         keep = evenly_spaced(len(values))
@@ -703,7 +806,7 @@ def plot_embedding(vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame
             axis.set(
                 xlabel=f"PC 1 ({one:.0%})", ylabel=f"PC 2 ({two:.0%})", title=f"{name}: {what}"
             )
-        for axis, target in zip(row, TARGETS):
+        for axis, target in zip(row, targets):
             figure.colorbar(axis.scatter(x, y, c=rows[target], s=10, cmap="cividis"), ax=axis)
         speakers = rows["speaker"].replace("", "unknown").str.slice(0, 24)
         frequent = speakers.value_counts().index[: len(COLOURS) - 1]
@@ -739,14 +842,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+def mean_ccc(e: Experiment) -> float:
+    """Mean over folds and targets; below every other one if a fold is missing."""
+    return e.mean["test/ccc_mean"] if e.mean else -2.0
+
+
 def main(args: argparse.Namespace) -> int:
     """Writes the report's files and prints it; 0, or 1 where a fold is missing."""
     experiments = [read_experiment(run, args.folds, args.failed) for run in args.runs]
-    experiments.sort(key=lambda e: -e.mean["test/ccc_mean"] if e.mean else 2)  # missing ones last
-    for e in experiments[1:]:
-        e.less_the_best = paired_difference(e, experiments[0])
     several = len(experiments) > 1
-    sections = comparison_sections(experiments) if several else fold_sections(experiments[0])
+    shared = [t for t in experiments[0].targets if all(t in e.targets for e in experiments)]
+    if not shared:
+        raise UserError(f"{' and '.join(e.name for e in experiments)}: no target in common")
+    compared = {id(e): e for e in experiments}
+    for e, run in zip(experiments, args.runs):
+        if set(e.targets) != set(shared):  # the comparison is on what all have
+            compared[id(e)] = read_experiment(run, args.folds, args.failed, shared)
+            left_out = in_words([target for target in e.targets if target not in shared])
+            compared[id(e)].notes.append(f"{left_out} is left out: another run has none")
+    experiments.sort(key=lambda e: mean_ccc(compared[id(e)]), reverse=True)  # missing ones last
+    rivals = [compared[id(e)] for e in experiments]
+    for e, rival in zip(experiments[1:], rivals[1:]):
+        e.less_the_best = rival.less_the_best = paired_difference(rival, rivals[0])
+    sections = comparison_sections(rivals) if several else fold_sections(experiments[0])
     sections += separation_sections(experiments)
     out = args.out or (Path() if several else None)
     if out:

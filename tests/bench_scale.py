@@ -12,6 +12,7 @@ loader process holds beyond what it shares with the others. Run by hand.
 import argparse
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -64,11 +65,12 @@ def first_step(manifest: Path, clips: Path, folder: Path) -> dict[str, float]:
         time.sleep(0.02)
     seconds, cpu = time.perf_counter() - start, cpu_seconds(run.pid)
     private = [private_mib(pid) for pid in children(run.pid)]
-    parent = private_mib(run.pid)
+    status = Path(f"/proc/{run.pid}/status").read_text()
+    parent = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
     run.send_signal(signal.SIGTERM)
     run.wait()
     found = {"s to first step": seconds, "CPU s": cpu}
-    return found | {"worker MiB": max(private), "parent MiB": parent}
+    return found | {"worker MiB": max(private), "parent RSS MiB": parent}
 
 
 def cpu_seconds(pid: int) -> float:

@@ -129,6 +129,10 @@ def test_a_run_draws_by_the_labels_of_its_train_split_alone(flags, corpus, tmp_p
     fold.dataset.labels[fold.splits["dev"]] = 0.99  # of others, nothing counts
     fold.dataset.labels[fold.splits["test"]] = np.nan
     assert np.array_equal(fold.plan_batches(args, 0, 1).draws, drawn)
+    args = parse_args([*flags, "--balance", "1", "--dry_run", "--valence_weight", "1"])
+    fifths = np.floor(fold.dataset.labels[rows, 0] * 5)  # of valence, which alone trains
+    totals = [fold.plan_batches(args, 0, 1).draws[rows][fifths == i].sum() for i in range(5)]
+    assert totals == pytest.approx([len(rows) / 5] * 5)
     losses = []
     for balance in ("0", "1"):
         args = parse_args([*flags, "--balance", balance, "--name", balance, "--epochs", "1"])
