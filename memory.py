@@ -403,7 +403,7 @@ def random_step(
             batches.append(batch | {"step_size": (args.global_batch_size,)})
         step.train_step(model, batches, optimizer, scaler, args, Progress())
 
-    distributed.guard_memory(update, model, step.zero_sums(device))
+    distributed.guard_memory(update, model, step.zero_sums(device, args))
 
 
 def probe(model: EmotionModel, args: argparse.Namespace, shape: data.InputShape) -> bool:
