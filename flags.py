@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from corpora import LABELS, is_table
+from data import BALANCE_BINS
 from model import ENCODERS, ModelConfig
 from step import parse_unfreeze, reads_cache, stages
 from util.distributed import read_ranks, uses_cuda
@@ -43,7 +44,7 @@ PRESETS = {
 FREE_ON_RESUME = {
     "resume", "overwrite", "num_workers", "log_every", "cache_dir", "out", "data_dir", "dry_run",
     "gpu_gib", "memory_fraction", "preset", "device", "plot_every", "separation_every",
-    "save_every", "timeout",
+    "save_every", "timeout", "keep_last",
 }  # fmt: skip
 
 # A run with --init_from takes the model flags of its start, except for these.
@@ -113,6 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="run the frozen part of WavLM (unfreeze none or top:K) once per utterance and keep "
         "what the rest reads in --cache_dir, in half precision, or in that of the run (exact); "
         "utterances above --max_seconds: their beginning; auto: on unless --augment")
+    add("--balance", type=share, default=0.0,
+        help="draw rare labels more often: an utterance in proportion to (number of train "
+        f"utterances in its cell of a grid of {BALANCE_BINS} bins per target of weight above 0) ** "
+        "-BALANCE; 0 = off, 1 = all cells alike")
     add("--augment", action="store_true", help="gain, noise, speed and time masks in training")
 
     add = p.add_argument_group("model").add_argument
@@ -218,6 +223,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="epochs between separation figures of the embeddings; 0 = off")
     add("--save_every", type=at_least(0), default=0,
         help="steps between checkpoints; 0 = at epoch ends")
+    add("--keep_last", action="store_true",
+        help="keep last.pt and previous.pt of a finished run; best.pt is always kept")
     add("--out", default="runs", help="directory of all runs")
     add("--name", help="name of the experiment, in OUT/NAME/foldK; default CORPUS-ENCODER")
 

@@ -138,7 +138,8 @@ start() { # FOLD SLOT
     attempts[$fold]=$((${attempts[$fold]:-0} + 1))
     # --overwrite stays until this launch has written a checkpoint, or an older run would be resumed
     if ((attempts[$fold] > 1)) && { [[ " ${flags[*]} " != *" --overwrite "* ]] ||
-        since "$launched" "$experiment/fold$fold/last.pt"; }; then
+        since "$launched" "$experiment/fold$fold/last.pt" ||
+        since "$launched" "$experiment/fold$fold/result.json"; }; then
         again=("${flags[@]/#--overwrite/--resume}" --resume)
     fi
     command+=("$here/train.py" "${again[@]}" --fold "$fold")

@@ -224,12 +224,51 @@ def attention_error(heads: int, width: int, dtype: torch.dtype, device: torch.de
     return float(torch.stack(errors).float().max())
 
 
+def check_compile(
+    model: EmotionModel, dataset: data.Batches, args: argparse.Namespace, device: torch.device
+) -> None:
+    """Compiles the layers, or leaves them as they are, with a line in the log, if that does not
+    work on the device of some rank (all ranks participate).
+
+    They are tried on two clips, in the run's precision and in every stage. The same runs without
+    torch.compile first, so that an error of the model itself keeps its traceback.
+    """
+    median = np.argsort(dataset.lengths)[len(dataset.lengths) // 2 :][:2].tolist()
+    batch = to_device(dataset.collate(data.BatchSpec(tuple((row,) for row in median))), device)
+
+    def trial() -> Tensor:
+        with autocast(device, args.amp):
+            for stage in stages(args.unfreeze):
+                set_trainable(model, stage, args.train_only)
+                vectors = model.encode(batch)
+                if vectors.requires_grad:
+                    vectors.square().sum().backward()
+            model.zero_grad()
+            with inference(model):
+                return model.encode(batch).cpu()  # waits for the device
+
+    expected, reason = trial(), ""
+    compile_layers(model)
+    try:
+        error = float((trial() - expected).abs().max() / expected.abs().max())
+        if not error <= ATTENTION_TOLERANCE[AUTOCAST[args.amp]]:
+            reason = f"it differs from the plain layers by {error:.0e} of the largest value"
+    except Exception as fault:  # of dynamo, inductor, triton, a C compiler: no common base class
+        reason = f"{type(fault).__name__}: {' '.join(str(fault).split())[:160]}"
+    if distributed.any_rank(bool(reason)):
+        model.zero_grad()
+        torch.compiler.set_stance("force_eager")
+        reason = reason or "another rank cannot"
+        log.info(f"--compile does not work on {device}, the layers run as they are: {reason}")
+
+
 def compile_layers(model: EmotionModel) -> None:
     """Compiles the encoder's layers in place, for any length; state_dict keeps its names.
 
     All layers share one code object, whose variants (frozen or not, evaluation, a first layer fed
     by the frozen part) may be more than the 8 after which torch gives up and runs it uncompiled.
     """
+    torch.compiler.set_stance("default")
     torch._dynamo.config.recompile_limit = 64
     # backward rebuilds attention's bias; without this, torch keeps forward's copy for it
     torch._functorch.config.ban_recompute_materialized_backward = False

@@ -142,6 +142,19 @@ def load_last(directory: Path, writes: bool) -> dict | None:
     raise UserError(f"--resume: {'; '.join(faults)}: start anew with --overwrite")
 
 
+def end_of_run(files: "RunFiles", flags: dict) -> dict:
+    """What check_resumable reads of last.pt, for a complete run without one; best.pt, which it
+    reads, too, has the flags of that run."""
+    result, data = read_json(files.directory / "result.json"), files.directory / "data.csv"
+    text = data.read_text("utf-8", errors="replace") if data.is_file() else files.data
+    return {
+        "args": flags,
+        "data": digest(text),
+        "world_size": distributed.world_size(),
+        "progress": {"best_epoch": result["best_epoch"]},
+    }
+
+
 def check_resumable(flags: dict, last: dict, files: "RunFiles", frozen: bool) -> None:
     """UserError if a file of the interrupted run is damaged, missing, older than `last` or of
     another run, if its data was other data, or if one of `flags`, those that decide the result, had
@@ -445,11 +458,10 @@ class RunFiles:
         except BROKEN as error:
             self.board = warn_of_board(error)
 
-    def median_speed(self) -> float | None:
-        """Median of the log lines' audio seconds per second; None if no line has it."""
-        name = "audio_seconds_per_second"
-        speeds = [record[name] for record in self.history if name in record]
-        return statistics.median(speeds) if speeds else None
+    def median(self, name: str) -> float | None:
+        """The median of a figure over the log lines of steps; None if no line has it."""
+        values = [record[name] for record in self.history if name in record]
+        return statistics.median(values) if values else None
 
     def save(self, contents: dict[str, dict], step: int) -> None:
         """Checkpoints by name, and then status.json, while the run goes on; see Writer."""
@@ -465,6 +477,14 @@ class RunFiles:
     def wait(self) -> None:
         """Returns when all checkpoints are on the disk; OSError if one could not be written."""
         self.writer.wait()
+
+    def is_complete(self) -> bool:
+        return (self.directory / "result.json").exists()
+
+    def remove_last(self) -> None:
+        """Removes what only --resume reads; best.pt and frozen.pt stay."""
+        for name in ("last.pt", "previous.pt") if self.writes else ():
+            (self.directory / name).unlink(missing_ok=True)
 
     def write_json(self, name: str, content: dict) -> None:
         """The content, with null for NaN."""
