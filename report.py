@@ -4,13 +4,16 @@
     python report.py runs/demo --out runs/demo         # the same with pictures in report.html
     python report.py runs/demo runs/baseline           # comparison, best first; also written to .
     python report.py runs/demo --folds 1-3 --json      # figures of these folds alone
+    python report.py runs/a runs/b --ensemble          # and those of the mean of their predictions
 
 A fold without readable files is shown as missing, with the reason; then nothing that spans folds
 is given and the exit code is 1. The mean of the folds' CCCs and the pooled CCC (one CCC over all
 test utterances) are two figures: pooling also sees shifts between folds. Intervals are percentile
 bootstraps of pooled CCCs that draw all utterances of a speaker together, since these are not
-independent; dialogues are drawn if fewer than five speakers are known. Differences of experiments
-are paired: on the utterances that both predicted, with the same draws.
+independent; dialogues are drawn if fewer than five speakers are known. Of an experiment with seeds
+(launch.sh --seeds) all figures are means over seeds, and intervals draw seeds, too. Differences of
+experiments are paired: on the seeds and utterances that both predicted, with the same draws. Where
+the corpus has several raters, what one of them reaches stands beside.
 Exit code: 0 complete; 1 a fold is missing; 2 wrong flags or files (one line, no traceback).
 train.py uses plot_run, separation and against_frozen. Not here: training, predictions.
 """
@@ -24,9 +27,10 @@ import logging
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,9 +39,17 @@ from torch import Tensor
 
 from corpora import known_speaker
 from flags import FREE_ON_RESUME
-from model import TARGETS, concordance, metrics, moment_sums
+from model import TARGETS, metrics
 from util.files import UserError, optional_module, replace_text, run_script, say, without_nan
-from util.runs import read_json, read_predictions, read_records, read_vectors, tensors
+from util.intervals import RESAMPLES, cluster_ids, human_ceiling, intervals, resampled_cccs
+from util.runs import (
+    read_json,
+    read_predictions,
+    read_ratings,
+    read_records,
+    read_vectors,
+    tensors,
+)
 
 if TYPE_CHECKING:  # matplotlib and scikit-learn are imported where they are used: they take seconds
     from matplotlib.axes import Axes
@@ -45,9 +57,6 @@ if TYPE_CHECKING:  # matplotlib and scikit-learn are imported where they are use
 
 log = logging.getLogger("vatune")
 
-RESAMPLES = 2000
-SEED = 0
-MIN_CLUSTERS = 5  # fewer speakers than this say little about the next one [guess]
 MIN_UTTERANCES = 10  # a CCC of fewer is not shown [guess]
 MAX_GROUPS = 20  # rows of a breakdown; a corpus may have a thousand speakers
 MAX_VECTORS = 1000  # embeddings that are measured or drawn
@@ -75,23 +84,54 @@ FREE_IN_BASELINE = FREE_ON_RESUME | {
 }  # fmt: skip
 
 
+class Cell(NamedTuple):
+    """Place of a run in its experiment."""
+
+    seed: int  # -1: launched without --seeds
+    fold: int
+
+    @property
+    def path(self) -> str:
+        """Its directory below that of the experiment."""
+        return f"fold{self.fold}" if self.seed < 0 else f"seed{self.seed}/fold{self.fold}"
+
+    @property
+    def name(self) -> str:
+        return str(self.fold) if self.seed < 0 else self.path
+
+    @property
+    def title(self) -> str:
+        return f"fold {self.fold}" if self.seed < 0 else self.path
+
+
 @dataclass
 class Experiment:
-    """Figures of one experiment directory; what spans folds is None where a fold is missing."""
+    """Figures of one experiment directory; what spans runs is None where one is missing."""
 
     name: str
     num_folds: int  # of the corpus, as far as the directory shows
-    folds: dict[int, dict[str, float] | None]  # fold -> its FIGURES; None = missing
-    problems: dict[int, str]  # missing fold -> why
-    parts: dict[int, pd.DataFrame] = field(repr=False)  # fold -> its test rows
+    folds: dict[Cell, dict[str, float] | None]  # its FIGURES; None = missing
+    problems: dict[Cell, str]  # missing run -> why
+    parts: dict[Cell, pd.DataFrame] = field(repr=False)  # its test rows
     notes: list[str]
     mean: dict[str, float] | None = None
-    std: dict[str, float] | None = None  # sample standard deviation; None for a single fold
+    std: dict[str, float] | None = None  # over folds, in root mean square over seeds; None: one
+    std_of_seeds: dict[str, float] | None = None  # of the seeds' means; None for a single seed
     pooled: dict[str, float] | None = None  # as model.metrics, RMSE in the label's scale
     interval: dict[str, tuple[float, float]] | None = None  # 95 % of each pooled CCC
     clusters: str = ""  # what the bootstrap draws: "10 speakers"
-    separation: dict[str, float] | None = None  # mean over folds
+    separation: dict[str, float] | None = None  # mean over runs
+    ceiling: dict[str, dict] | None = None  # target -> human_ceiling, and the model's CCC on it
     less_the_best: dict | str | None = None  # paired_difference to the best of several
+
+    @property
+    def seeds(self) -> list[int]:
+        """Its seeds, in order; [-1] without --seeds."""
+        return sorted({cell.seed for cell in self.folds})
+
+    @property
+    def num_runs(self) -> int:
+        return self.num_folds * len(self.seeds)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -99,62 +139,108 @@ class Experiment:
 
 
 def read_experiment(
-    directory: Path, asked: list[int] | None = None, failed: list[int] | None = None
+    directory: Path,
+    folds: list[int] | None = None,
+    seeds: list[int] | None = None,
+    failed: Sequence[Cell] = (),
 ) -> Experiment:
-    """The experiment with all its folds, or those of `asked`; UserError where it has none.
+    """The experiment with all its runs, or those of `folds` and `seeds`; UserError without one.
 
-    K folds are expected: num_folds of any result.json or, without one, the highest fold that left
-    a directory or a log. A fold in `failed` is missing: what is on disk is older.
+    K folds are expected of each seed: num_folds of any result.json or, without one, the highest
+    fold that left a directory or a log. A run in `failed` is missing: what is on disk is older.
     """
     figures, parts, problems = {}, {}, {}
-    found = found_folds(directory)
-    for fold in found:
+    found, notes = found_runs(directory, seeds)
+    for cell in found:
         try:
-            figures[fold], parts[fold] = read_fold(directory / f"fold{fold}")
+            figures[cell], parts[cell] = read_run(directory / cell.path)
         except UserError as error:
-            problems[fold] = str(error)
-    num_folds = max([result["num_folds"] for result in figures.values()] or found)
-    problems |= dict.fromkeys(failed or (), "this run of it failed")
-    wanted = asked or range(1, num_folds + 1)
+            problems[cell] = str(error)
+    num_folds = max([result["num_folds"] for result in figures.values()] or [c.fold for c in found])
+    problems |= dict.fromkeys(failed, "this run of it failed")
+    wanted = [
+        Cell(seed, fold)
+        for seed in seeds or sorted({cell.seed for cell in found})
+        for fold in folds or range(1, num_folds + 1)
+    ]
     missing = {k: problems.get(k, "not run") for k in wanted if k not in figures or k in problems}
     left_out = f"is left out: the corpus has {num_folds} folds"
+    notes += [f"fold {cell.name} {left_out}" for cell in found if cell.fold > num_folds]
     experiment = Experiment(
         name=str(directory),
         num_folds=num_folds,
-        folds={fold: None if fold in missing else figures[fold] for fold in wanted},
+        folds={cell: None if cell in missing else figures[cell] for cell in wanted},
         problems=missing,
-        parts={fold: parts[fold] for fold in wanted if fold not in missing},
-        notes=[f"{directory}: fold {fold} {left_out}" for fold in found if fold > num_folds],
+        parts={cell: parts[cell] for cell in wanted if cell not in missing},
+        notes=[f"{directory}: {note}" for note in notes],
     )
     if not missing:
-        table = pd.DataFrame(list(experiment.folds.values()))
-        experiment.mean = table.mean(skipna=False).to_dict()
-        if len(table) > 1:
-            experiment.std = table.std(skipna=False).to_dict()
-        rows = pd.concat(experiment.parts.values(), ignore_index=True)
-        preds, labels = tensors(rows)
-        ids, experiment.clusters = cluster_ids(rows)
-        experiment.pooled = metrics(preds, labels)
-        experiment.interval = intervals(resampled_cccs(preds, labels, ids))
+        summarise(experiment)
         experiment.separation = mean_separation(experiment)
+        experiment.ceiling = ceiling(experiment)
     return experiment
 
 
-def found_folds(directory: Path) -> list[int]:
-    """Folds that left a directory or a log; UserError where there is none."""
+def summarise(e: Experiment) -> None:
+    """Fills in what spans the runs of an experiment that has them all."""
+    table = pd.DataFrame(list(e.folds.values()))
+    of_seed = [part for _, part in table.groupby([cell.seed for cell in e.folds])]
+    e.mean = table.mean(skipna=False).to_dict()
+    if len(of_seed[0]) > 1:
+        variance = pd.DataFrame([part.var(skipna=False) for part in of_seed]).mean(skipna=False)
+        e.std = variance.pow(0.5).to_dict()
+    if len(of_seed) > 1:
+        means = pd.DataFrame([part.mean(skipna=False) for part in of_seed])
+        e.std_of_seeds = means.std(skipna=False).to_dict()
+    rows = all_rows(e)
+    preds, labels = tensors(rows)
+    ids, e.clusters = cluster_ids(rows)
+    seeds = pd.factorize(rows["seed"])[0]
+    e.pooled = mean_metrics(rows)
+    e.interval = intervals(resampled_cccs(preds, labels, ids, seeds), list(CCCS))
+
+
+def all_rows(e: Experiment) -> pd.DataFrame:
+    """Test rows of all runs, with their seed."""
+    parts = [rows.assign(seed=cell.seed) for cell, rows in e.parts.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def mean_metrics(rows: pd.DataFrame) -> dict[str, float]:
+    """Mean over seeds of model.metrics of each."""
+    scores = [metrics(*tensors(part)) for _, part in rows.groupby("seed")]
+    return pd.DataFrame(scores).mean(skipna=False).to_dict()
+
+
+def found_runs(directory: Path, seeds: list[int] | None) -> tuple[list[Cell], list[str]]:
+    """Runs that left a directory or a log, those of `seeds` alone, and what else there is.
+
+    UserError where there is none.
+    """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
-    names = [re.fullmatch(r"fold([1-9]\d*)(\.log)?", path.name) for path in directory.iterdir()]
-    found = sorted({int(match[1]) for match in names if match})
+    paths = [*directory.glob("fold*"), *directory.glob("seed*/fold*")]
+    pattern = re.compile(r"(?:seed(0|[1-9]\d*)/)?fold([1-9]\d*)(?:\.log)?")
+    matches = [pattern.fullmatch(path.relative_to(directory).as_posix()) for path in paths]
+    found = sorted({Cell(int(match[1] or -1), int(match[2])) for match in matches if match})
     if not found and (directory / "args.json").exists():
         raise UserError(f"{directory} is one fold: give the directory above it")
     if not found:
         raise UserError(f"{directory}: no folds (fold1, fold2, ...) in it")
-    return found
+    of_seeds = [cell for cell in found if cell.seed >= 0]
+    if seeds:
+        of_seeds = [cell for cell in of_seeds if cell.seed in seeds]
+        if not of_seeds:
+            raise UserError(f"{directory}: no run of --seeds in it (seed{seeds[0]}/fold1, ...)")
+    if not of_seeds:
+        return found, []
+    alone = [f"fold {cell.fold}" for cell in found if cell.seed < 0]
+    notes = [f"{', '.join(alone)}, beside the seeds, left out"] if alone else []
+    return of_seeds, notes
 
 
-def read_fold(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
-    """(FIGURES, test rows) of a fold that is done."""
+def read_run(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
+    """(FIGURES, test rows) of a run that is done."""
     path = directory / "result.json"
     if not path.exists():
         raise UserError(f"{path}: not there, the run is not done")
@@ -180,77 +266,47 @@ def read_fold(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
 # Intervals and differences
 
 
-def cluster_ids(rows: pd.DataFrame) -> tuple[np.ndarray, str]:
-    """Cluster of each row (N,) from 0, and what the clusters are: "10 speakers".
-
-    Dialogues where fewer than MIN_CLUSTERS speakers are known, or else single utterances. An
-    utterance of unknown speaker (dialogue) is a cluster by itself.
-    """
-    names = {"speaker": "speakers", "dialog": "dialogues", "utt_id": "utterances"}
-    for column in names:
-        known = rows[column].map(known_speaker)
-        count = rows[column][known].nunique()
-        if count >= MIN_CLUSTERS:
-            break
-    keys = rows[column].where(known, "utterance " + rows["utt_id"])
-    return pd.factorize(keys, sort=True)[0], f"{count} {names[column]}"
-
-
-def resampled_cccs(preds: Tensor, labels: Tensor, ids: np.ndarray) -> np.ndarray:
-    """CCC of each column of preds, labels (N, C) in each resample of clusters, (RESAMPLES, C).
-
-    A CCC needs six sums only, so a resample adds up those of its clusters; ids (N,) as from
-    cluster_ids. The same draws on every call.
-    """
-    rows = moment_sums(preds[None], labels[None])  # (6, N, C), one utterance each
-    size = int(ids.max()) + 1
-    sums = torch.zeros(6, size, rows.shape[2], dtype=torch.float64)
-    sums.index_add_(1, torch.from_numpy(ids), rows)
-    rng = np.random.default_rng(SEED)
-    cccs, without = [], torch.where(labels.isnan().all(0), torch.nan, 0.0)  # columns without label
-    for _ in range(0, RESAMPLES, 100):  # 100 at a time: bounded memory for 100 000 clusters
-        times = rng.multinomial(size, np.full(size, 1 / size), size=100)  # (100, clusters)
-        drawn = torch.einsum("rc,fct->frt", torch.from_numpy(times).double(), sums)
-        cccs.append(concordance(drawn) + without)  # (100, C)
-    return torch.cat(cccs).numpy()
-
-
-def intervals(cccs: np.ndarray) -> dict[str, tuple[float, float]]:
-    """95 % percentile interval per target and of their mean, from (RESAMPLES, 2)."""
-    cccs = np.column_stack((cccs, np.nanmean(cccs, 1)))
-    low, high = np.quantile(cccs, (0.025, 0.975), axis=0).tolist()
-    return dict(zip(CCCS, zip(low, high)))
-
-
 def test_rows(e: Experiment) -> pd.DataFrame:
-    """Test rows of all folds by utt_id, in its order."""
-    rows = pd.concat(e.parts.values()).drop_duplicates("utt_id")
-    return rows.set_index("utt_id", drop=False).rename_axis(None).sort_index()
+    """Test rows of all runs by seed and utt_id, in their order."""
+    rows = all_rows(e).drop_duplicates(["seed", "utt_id"])
+    return rows.set_index(["seed", "utt_id"], drop=False).rename_axis([None, None]).sort_index()
 
 
 def paired_difference(one: Experiment, two: Experiment) -> dict | str:
-    """Pooled CCCs of `one` minus those of `two` on the test utterances of both, or why not.
+    """Pooled CCCs of `one` minus those of `two` on the seeds and test utterances of both, or why
+    not.
 
     {"to": name of `two`, "n", "clusters", "ccc_valence": (difference, low, high), ...}
     """
     if not (one.parts and two.parts):
         return "no fold of one of them is there"
+    if not set(one.seeds) & set(two.seeds):
+        return "no seed in common"
     rows_one, rows_two = test_rows(one), test_rows(two)
     shared = rows_one.index.intersection(rows_two.index)
     if not len(shared):
         return "no test utterance in common"
-    preds_one, labels = tensors(rows_one.loc[shared])
-    preds_two, others = tensors(rows_two.loc[shared])
+    rows_one, rows_two = rows_one.loc[shared], rows_two.loc[shared]
+    preds_one, labels = tensors(rows_one)
+    preds_two, others = tensors(rows_two)
     if not torch.allclose(labels, others, equal_nan=True):
         return "their labels of the same utterances differ"
-    ids, clusters = cluster_ids(rows_one.loc[shared])
-    score_one, score_two = metrics(preds_one, labels), metrics(preds_two, labels)
-    # the same draws for both
-    ends = intervals(
-        resampled_cccs(preds_one, labels, ids) - resampled_cccs(preds_two, labels, ids)
-    )
+    ids, clusters = cluster_ids(rows_one)
+    seeds = pd.factorize(rows_one["seed"])[0]
+    score_one, score_two = mean_metrics(rows_one), mean_metrics(rows_two)
+    cccs_one = resampled_cccs(preds_one, labels, ids, seeds)
+    ends = intervals(cccs_one - resampled_cccs(preds_two, labels, ids, seeds), list(CCCS))
     differences = {key: (score_one[key] - score_two[key], *ends[key]) for key in ends}
-    return {"to": two.name, "n": len(shared), "clusters": clusters, **differences}
+    if seeds.max():
+        clusters += f" x {seeds.max() + 1} seeds"
+    return {"to": two.name, "n": rows_one["utt_id"].nunique(), "clusters": clusters, **differences}
+
+
+def run_alone(name: str, folds: dict[int, tuple[dict[str, float], pd.DataFrame]]) -> Experiment:
+    """An experiment of one seed, of its (figures, test rows) by fold."""
+    figures = {Cell(-1, fold): figures for fold, (figures, _) in folds.items()}
+    parts = {Cell(-1, fold): rows for fold, (_, rows) in folds.items()}
+    return Experiment(name, len(folds), folds=figures, problems={}, parts=parts, notes=[])
 
 
 def against_frozen(run: Path) -> str:
@@ -260,8 +316,10 @@ def against_frozen(run: Path) -> str:
     WavLM frozen that agree in all flags that both know, but for FREE_IN_BASELINE.
     """
     flags = read_json(run / "args.json")
+    out = run.parents[1 + str(flags.get("name")).count("/")]
+    results = [*out.glob(f"*/{run.name}/result.json"), *out.glob(f"*/seed*/{run.name}/result.json")]
     baselines, refused = [], []
-    for path in sorted(run.parent.parent.glob(f"*/{run.name}/result.json")):
+    for path in sorted(results):
         others = read_json(path.with_name("args.json"))
         if path.parent == run or others.get("unfreeze") != "none":
             continue
@@ -275,16 +333,15 @@ def against_frozen(run: Path) -> str:
             refused.append((len(differ), f" ({path.parent} differs in {', '.join(differ)})"))
             continue
         with contextlib.suppress(UserError):  # damaged
-            baselines.append((read_fold(path.parent)[0]["dev/ccc_mean"], path.parent))
+            baselines.append((read_run(path.parent)[0]["dev/ccc_mean"], path.parent))
     if not baselines:
         nearest = min(refused)[1] if refused else ""
         return (
-            f"no frozen baseline of this fold in {run.parent.parent}{nearest}: the same command "
+            f"no frozen baseline of this fold in {out}{nearest}: the same command "
             "with --unfreeze none --name frozen makes one, then report.py compares the two"
         )
     baseline = max(baselines)[1]
-    fold = int(run.name.removeprefix("fold"))
-    one, two = (read_experiment(path.parent, [fold]) for path in (run, baseline))
+    one, two = (run_alone(str(path), {1: read_run(path)}) for path in (run, baseline))
     paired = paired_difference(one, two)
     if isinstance(paired, str):
         return f"no comparison with {baseline}: {paired}"
@@ -300,6 +357,119 @@ def signed(difference: tuple[float, float, float]) -> str:
     if math.isnan(difference[0]):
         return "-"
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ensembles
+
+
+def ensemble_of(experiments: list[Experiment]) -> "Ensemble":
+    """The mean of the test predictions of all runs of a fold, against the best single run.
+
+    Each seed of an experiment is a member. The best one is chosen on dev, over the same folds: the
+    best on test would be too good by chance. A fold that a member lacks is left out; UserError if
+    none is left, or if two members were not tested on the same utterances.
+    """
+    members: dict[str, dict[int, tuple[dict[str, float], pd.DataFrame]]] = {}
+    for e in experiments:
+        for cell, figures in e.folds.items():
+            name = e.name if cell.seed < 0 else f"{e.name}/seed{cell.seed}"
+            folds = members.setdefault(name, {})
+            if figures:
+                folds[cell.fold] = (figures, e.parts[cell])
+    if len(members) < 2:
+        raise UserError("--ensemble: give several RUNs, or one with several seeds")
+    lacking = {
+        fold: [name for name in members if fold not in members[name]]
+        for fold in sorted({cell.fold for e in experiments for cell in e.folds})
+    }
+    shared = [fold for fold, names in lacking.items() if not names]
+    if not shared:
+        raise UserError(f"--ensemble: no fold is there in all of {', '.join(members)}")
+    means = {fold: mean_run({name: members[name][fold] for name in members}) for fold in shared}
+    mean = run_alone(f"mean of {len(members)} runs", means)
+    mean.notes = [
+        f"fold {fold} is left out: not there in {', '.join(names)}"
+        for fold, names in lacking.items()
+        if names
+    ]
+    summarise(mean)
+
+    def dev_ccc(name: str) -> float:
+        return float(np.nan_to_num(np.mean([members[name][k][0]["dev/ccc_mean"] for k in shared])))
+
+    best = max(members, key=dev_ccc)
+    single = run_alone(best, {fold: members[best][fold] for fold in shared})
+    summarise(single)
+    differences = {}
+    for fold in shared:
+        pair = (run_alone(e.name, {fold: (None, e.parts[Cell(-1, fold)])}) for e in (mean, single))
+        differences[fold] = paired_difference(*pair)
+    mean.less_the_best = paired_difference(mean, single)
+    return Ensemble(list(members), mean, single, dev_ccc(best), differences)
+
+
+@dataclass
+class Ensemble:
+    """Several runs as one."""
+
+    members: list[str]
+    mean: Experiment  # of their predictions; its less_the_best is that to the best single one
+    best: Experiment  # the one with the highest mean dev CCC
+    best_dev_ccc: float
+    less_the_best: dict[int, dict]  # of each fold
+
+
+def mean_run(
+    runs: dict[str, tuple[dict[str, float], pd.DataFrame]],
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """(test figures, test rows) of the mean of the predictions of runs by name, on one fold.
+
+    UserError if they were not tested on the same utterances with the same labels.
+    """
+    tables = {name: rows.set_index("utt_id", drop=False) for name, (_, rows) in runs.items()}
+    first = next(iter(tables))
+    rows = tables[first].rename_axis(None).copy()
+    for name, table in tables.items():
+        if not table.index.is_unique:
+            twice = table.index[table.index.duplicated()][0]
+            raise UserError(f"--ensemble: {name} has test utterance {twice} twice")
+        alone = table.index.symmetric_difference(rows.index)
+        if len(alone):
+            pair = f"{first} and {name}"
+            raise UserError(f"--ensemble: {alone[0]} is a test utterance of one of {pair} alone")
+        labels = [tensors(t.loc[rows.index])[1] for t in (rows, table)]
+        if not torch.allclose(*labels, equal_nan=True):
+            raise UserError(f"--ensemble: labels of the same utterances differ in {first}, {name}")
+    predicted = [f"pred_{target}" for target in TARGETS]
+    rows[predicted] = np.mean([t.loc[rows.index, predicted] for t in tables.values()], axis=0)
+    scores = metrics(*tensors(rows))
+    figures = dict.fromkeys(FIGURES, math.nan)
+    return figures | {f"test/{name}": value for name, value in scores.items()}, rows
+
+
+# ---------------------------------------------------------------------------------------------
+# Human raters
+
+
+def ceiling(e: Experiment) -> dict[str, dict] | None:
+    """Target -> human_ceiling on the test utterances, with "model": the CCC of the predictions on
+    these. None where the runs have no ratings; a note if these are damaged."""
+    rows = all_rows(e)
+    try:
+        parts = [read_ratings(Path(e.name) / cell.path) for cell in e.parts]
+    except UserError as error:
+        e.notes.append(f"human raters: not given, {error}")
+        return None
+    ratings = pd.concat(parts).drop_duplicates(["utt_id", "rater"])  # each seed has the same ones
+    found = {}
+    for target in [target for target in TARGETS if target in ratings]:
+        human = human_ceiling(ratings, rows, target)
+        if human:
+            rated = rows[rows["utt_id"].isin(human["utterances"])]
+            human["model"] = mean_metrics(rated)[f"ccc_{target}"]
+            found[target] = human | {"utterances": len(human["utterances"])}
+    return found or None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -360,11 +530,11 @@ def probe(vectors: np.ndarray, classes: np.ndarray, method: str) -> np.ndarray:
 
 
 def mean_separation(experiment: Experiment) -> dict[str, float] | None:
-    """Mean over folds of what all folds have; None, and a note, where embeddings are missing."""
+    """Mean over runs of what all runs have; None, and a note, where embeddings are missing."""
     figures = []
-    for fold, rows in experiment.parts.items():
+    for cell, rows in experiment.parts.items():
         try:
-            vectors = read_vectors(Path(experiment.name) / f"fold{fold}", len(rows))
+            vectors = read_vectors(Path(experiment.name) / cell.path, len(rows))
             figures.append(separation(vectors, tensors(rows)[1], rows["speaker"].tolist()))
         except UserError as error:  # also of a package that is broken
             experiment.notes.append(f"separation: not given, {error}")
@@ -387,33 +557,107 @@ class Section:
 
 
 def fold_sections(e: Experiment) -> list[Section]:
-    """One experiment: its folds, then the figures over all of them, or why there are none."""
+    """One experiment: its runs, then the figures over all of them, or why there are none."""
+    what, spread = "fold", {"std": e.std}
+    title = f"{e.name}: {len(e.parts)} of {e.num_runs} folds, each on its own test set"
+    if e.seeds != [-1]:
+        what, spread = "run", {"std of folds": e.std, "std of seeds": e.std_of_seeds}
+        runs = f"{len(e.parts)} of {e.num_runs} runs, {len(e.seeds)} seeds x {e.num_folds} folds"
+        title = f"{e.name}: {runs}"
     rows = []
-    for name, figures in {**e.folds, "mean": e.mean, "std": e.std}.items():
+    for cell, figures in e.folds.items():
+        shown = {f"CCC {TARGETS[0]}": "missing"}
         if figures:
-            rows.append({"fold": name} | {title: figures[key] for key, title in COLUMNS.items()})
-        elif name in e.problems:
-            rows.append({"fold": name, f"CCC {TARGETS[0]}": "missing"})
-    title = f"{e.name}: {len(e.parts)} of {e.num_folds} folds, each on its own test set"
-    folds = Section(title, table_of(rows, ["fold", *COLUMNS.values()]), not_given(e) + e.notes)
+            shown = {title: figures[key] for key, title in COLUMNS.items()}
+        rows.append({what: cell.name} | shown)
+    for name, figures in {"mean": e.mean, **spread}.items():
+        if figures:
+            rows.append({what: name} | {title: figures[key] for key, title in COLUMNS.items()})
+    folds = Section(title, table_of(rows, [what, *COLUMNS.values()]), not_given(e) + e.notes)
     if e.problems:
         return [folds]
+    everything = all_rows(e)
+    explained = (
+        f"pooled: one CCC over all {len(everything) // len(e.seeds)} test utterances (not the mean "
+        f"over folds); interval from {RESAMPLES} bootstrap draws of {e.clusters}"
+    )
+    notes = [explained]
+    if e.seeds != [-1]:
+        notes = [
+            f"{explained} and, independently, of the seeds (mean of the seeds' CCCs; few seeds "
+            "say little about others)",
+        ]
+        folds.notes.append(
+            "std of folds: within a seed (root mean square over seeds); std of seeds: of the "
+            "seeds' means over folds"
+        )
+    pooled = Section("All folds pooled", pooled_table(e), notes)
+    breakdowns = [*breakdown(everything, "speaker"), *breakdown(everything, "emotion")]
+    return [folds, pooled, *ceiling_sections(e), *breakdowns]
+
+
+def pooled_table(e: Experiment) -> pd.DataFrame:
     rows = []
     for key, name in zip(CCCS, (*TARGETS, "mean")):
-        low, high = e.interval[key]
-        row = {"pooled": name, "CCC": e.pooled[key], "95 % interval": f"[{low:.3f}, {high:.3f}]"}
-        if math.isnan(low):
-            row["95 % interval"] = None
+        row = {"pooled": name, "CCC": e.pooled[key], "95 % interval": brackets(e.interval[key])}
         for metric in ("pcc", "rmse"):
             row[metric.upper()] = e.pooled.get(f"{metric}_{name}")
         rows.append(row)
-    everything = pd.concat(e.parts.values(), ignore_index=True)
-    explained = (
-        f"pooled: one CCC over all {len(everything)} test utterances (not the mean over folds); "
-        f"interval from {RESAMPLES} bootstrap draws of {e.clusters}"
+    return table_of(rows)
+
+
+def brackets(interval: tuple[float, float]) -> str | None:
+    """[0.123, 0.456], or None of NaN."""
+    return None if math.isnan(interval[0]) else "[{:.3f}, {:.3f}]".format(*interval)
+
+
+def ceiling_sections(e: Experiment) -> list[Section]:
+    """What one human rater reaches, beside the model on the same utterances."""
+    if not e.ceiling:
+        return []
+    rows = []
+    for target, human in e.ceiling.items():
+        row = {"human raters": target, "utterances": human["utterances"]}
+        row |= {"raters each": f"{human['raters']:.1f}", "one rater": human["ccc"]}
+        row |= {"95 % interval": brackets(human["interval"]), "model": human["model"]}
+        rows.append(row | {"reliability": human["reliability"]})
+    human = next(iter(e.ceiling.values()))
+    notes = [
+        "one rater: CCC of a rating with the mean of the other raters of the utterance, which "
+        "counts once however many they are (leave one rater out); interval from "
+        f"{RESAMPLES} bootstrap draws of {human['clusters']}",
+        "model: pooled CCC on the same utterances; it may be above one rater, being compared with "
+        "the mean of all",
+        "reliability of that mean: split half, Spearman-Brown corrected; no model's PCC is above "
+        "its square root, but for chance",
+    ]
+    return [Section("What human raters reach on the test utterances", table_of(rows), notes)]
+
+
+def ensemble_sections(ensemble: Ensemble) -> list[Section]:
+    """The mean of the predictions: its folds, then all of them pooled."""
+    mean, best = ensemble.mean, ensemble.best
+    rows = []
+    for (_, fold), figures in mean.folds.items():
+        row = {"fold": fold} | {title: figures[f"test/{key}"] for key, title in CCCS.items()}
+        row["mean less the best"] = signed(ensemble.less_the_best[fold]["ccc_mean"])
+        rows.append(row)
+    row = {"fold": "mean"} | {title: mean.mean[f"test/{key}"] for key, title in CCCS.items()}
+    title = f"Ensemble: mean of the test predictions of {len(ensemble.members)} runs"
+    notes = [f"of {', '.join(ensemble.members)}", *mean.notes]
+    notes.append(
+        f"best: {best.name}, the single run with the highest mean dev CCC "
+        f"({ensemble.best_dev_ccc:.3f}); one chosen on test would look better than it is"
     )
-    pooled = Section("All folds pooled", table_of(rows), [explained])
-    return [folds, pooled, *breakdown(everything, "speaker"), *breakdown(everything, "emotion")]
+    folds = Section(title, table_of([*rows, row]), notes)
+    pooled = pooled_table(mean)[["pooled", "CCC", "95 % interval"]]
+    pooled["best"] = [cell(best.pooled[key]) for key in CCCS]
+    pooled["less the best"] = [signed(mean.less_the_best[key]) for key in CCCS]
+    explained = (
+        f"{mean.less_the_best['n']} test utterances; 95 % intervals from {RESAMPLES} bootstrap "
+        f"draws of {mean.clusters}, paired for the difference: with 0 inside it shows none"
+    )
+    return [folds, Section("Ensemble, all folds pooled", pooled, [explained])]
 
 
 def breakdown(rows: pd.DataFrame, column: str) -> list[Section]:
@@ -423,11 +667,12 @@ def breakdown(rows: pd.DataFrame, column: str) -> list[Section]:
         return []
     shown = []
     for name in sorted(groups.size().nlargest(MAX_GROUPS).index):
-        preds, labels = tensors(groups.get_group(name))
-        scores, bias = metrics(preds, labels), (preds - labels).nanmean(0).tolist()
-        row = {column: name, "n": len(labels)}
+        group = groups.get_group(name)
+        preds, labels = tensors(group)
+        scores, bias = mean_metrics(group), (preds - labels).nanmean(0).tolist()
+        row = {column: name, "n": len(labels) // group["seed"].nunique()}
         for i, target in enumerate(TARGETS):  # a CCC against two label values says little
-            known = labels[:, i][~labels[:, i].isnan()]
+            known = labels[: row["n"], i][~labels[: row["n"], i].isnan()]  # of one seed
             enough = len(known) >= MIN_UTTERANCES and len(known.unique()) > 2
             row[f"CCC {target}"] = scores[f"ccc_{target}"] if enough else None
             row[f"RMSE {target}"] = scores[f"rmse_{target}"]
@@ -440,12 +685,14 @@ def breakdown(rows: pd.DataFrame, column: str) -> list[Section]:
 
 
 def not_given(e: Experiment) -> list[str]:
-    """Why there is no mean, and what is wrong with each missing fold."""
+    """Why there is no mean, and what is wrong with each missing run."""
     if not e.problems:
         return []
     folds = "fold {} is" if len(e.problems) == 1 else "folds {} are"
-    why = f"mean: not given, {folds.format(', '.join(map(str, e.problems)))} missing"
-    return [why, *(f"fold {fold}: {problem}" for fold, problem in e.problems.items())]
+    if e.seeds != [-1]:
+        folds = folds.replace("fold", "run")
+    why = f"mean: not given, {folds.format(', '.join(cell.name for cell in e.problems))} missing"
+    return [why, *(f"{cell.title}: {problem}" for cell, problem in e.problems.items())]
 
 
 def comparison_sections(experiments: list[Experiment]) -> list[Section]:
@@ -453,20 +700,23 @@ def comparison_sections(experiments: list[Experiment]) -> list[Section]:
     best = experiments[0]
     rows, differences = [], []
     notes = ["CCC: mean over folds ± standard deviation, on test; hours: all folds together"]
+    if any(e.std_of_seeds for e in experiments):
+        notes.append("of several seeds: mean over seeds and folds ± that of the seeds' means")
     for e in experiments:
-        row = {"experiment": e.name, "folds": f"{len(e.parts)}/{e.num_folds}"}
+        row = {"experiment": e.name, "folds": f"{len(e.parts)}/{e.num_runs}"}
         rows.append(row)
         notes += [f"{e.name}: {note}" for note in not_given(e) + e.notes]
         if e.problems:
             row[f"CCC {TARGETS[0]}"] = "missing"
             continue
         row |= {title: e.mean[f"test/{key}"] for key, title in CCCS.items()}
-        if e.std:
-            row["CCC mean"] = f"{row['CCC mean']:.3f} ± {e.std['test/ccc_mean']:.3f}"
+        spread = e.std_of_seeds or e.std
+        if spread:
+            row["CCC mean"] = f"{row['CCC mean']:.3f} ± {spread['test/ccc_mean']:.3f}"
         row["parameters trainable"] = f"{e.mean['parameters_trainable'] / 1e6:.2f} M"
         row["hours"] = sum(figures["hours"] for figures in e.folds.values())
         row["peak GiB"] = max(figures["peak_gib"] for figures in e.folds.values())
-        if set(test_rows(e).index) != set(test_rows(best).index):
+        if set(test_rows(e)["utt_id"]) != set(test_rows(best)["utt_id"]):
             notes.append(f"{e.name}: tested on other utterances than {best.name}")
     for e in experiments[1:]:
         row, paired = {"less the best": e.name, "utterances": e.less_the_best}, e.less_the_best
@@ -578,10 +828,10 @@ def plot_run(directory: Path, split: str, vectors: Tensor) -> None:
 
 
 def picture_section(e: Experiment) -> Section:
-    """The pictures of one experiment, of the folds that are there."""
+    """The pictures of one experiment, of the folds that are there, and of the first seed."""
     records, parts, vectors = {}, {}, {}
-    for fold, rows in e.parts.items():
-        name, run = f"fold {fold}", Path(e.name) / f"fold{fold}"
+    for cell in [cell for cell in e.parts if cell.seed == min(e.parts).seed]:
+        name, run, rows = cell.title, Path(e.name) / cell.path, e.parts[cell]
         records[name], parts[name] = read_records(run), rows
         with contextlib.suppress(UserError):  # named in the notes
             vectors[name] = read_vectors(run, len(rows))
@@ -717,36 +967,69 @@ def plot_embedding(vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame
 # ---------------------------------------------------------------------------------------------
 
 
-def fold_list(text: str) -> list[int]:
-    """Folds of "1-3,5", sorted."""
-    if not re.fullmatch(r"[1-9]\d{0,3}(-[1-9]\d{0,3})?(,[1-9]\d{0,3}(-[1-9]\d{0,3})?)*", text):
+def number_list(text: str) -> list[int]:
+    """Numbers of "1-3,5", sorted."""
+    if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
         raise argparse.ArgumentTypeError(f"{text!r}: give 1-5, or 1,3,5, or a mix")
     ends = [item.split("-") for item in text.split(",")]
-    return sorted({fold for e in ends for fold in range(int(e[0]), int(e[-1]) + 1)})
+    return sorted({number for e in ends for number in range(int(e[0]), int(e[-1]) + 1)})
+
+
+def fold_list(text: str) -> list[int]:
+    """As number_list, from 1 on."""
+    folds = number_list(text)
+    if not folds or folds[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give 1-5, or 1,3,5, or a mix")
+    return folds
+
+
+def cell_list(text: str) -> list[Cell]:
+    """Runs of "1,3" (folds) or "seed0/fold1,seed0/fold3"."""
+    matches = [re.fullmatch(r"(?:seed(\d+)/fold)?(\d+)", item) for item in text.split(",")]
+    if not all(matches):
+        raise argparse.ArgumentTypeError(f"{text!r}: give 1,3 or seed0/fold1,seed0/fold3")
+    return [Cell(int(match[1] or -1), int(match[2])) for match in matches]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory holding fold1, ...")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+        help="directory holding fold1, ..., or seed0/fold1, ...")  # fmt: skip
     p.add_argument("--folds", type=fold_list, help="1-5, or 1,3,5, or a mix; default: all")
-    p.add_argument("--failed", type=fold_list, help="folds to show as missing in any case")
+    p.add_argument("--seeds", type=number_list, help="0-4, or 0,2,4, or a mix; default: all")
+    p.add_argument("--failed", type=cell_list, default=[],
+        help="folds, or seed0/fold1, ..., to show as missing in any case")  # fmt: skip
+    p.add_argument(
+        "--ensemble",
+        action="store_true",
+        help="also score the mean of the test predictions of all RUNs and seeds, by fold",
+    )
     p.add_argument("--out", type=Path, metavar="DIR",
         help="write report.html, of several RUNs experiment_comparison.md too; default: . for "
         "several RUNs, nowhere for one")  # fmt: skip
     p.add_argument("--json", action="store_true",
         help="print all figures as JSON instead: a list, best first; of several RUNs, "
-        "less_the_best holds the paired differences: [difference, low, high]")  # fmt: skip
+        "less_the_best holds the paired differences: [difference, low, high]; with --ensemble, "
+        "that is the last")  # fmt: skip
     return p.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> int:
     """Writes the report's files and prints it; 0, or 1 where a fold is missing."""
-    experiments = [read_experiment(run, args.folds, args.failed) for run in args.runs]
+    experiments = [read_experiment(run, args.folds, args.seeds, args.failed) for run in args.runs]
     experiments.sort(key=lambda e: -e.mean["test/ccc_mean"] if e.mean else 2)  # missing ones last
     for e in experiments[1:]:
         e.less_the_best = paired_difference(e, experiments[0])
     several = len(experiments) > 1
     sections = comparison_sections(experiments) if several else fold_sections(experiments[0])
+    figures = [as_figures(e) for e in experiments]
+    if args.ensemble:
+        ensemble = ensemble_of(experiments)
+        sections += ensemble_sections(ensemble)
+        figures.append(as_figures(ensemble.mean) | {
+            "members": ensemble.members, "best": ensemble.best.name,
+            "best_dev_ccc": ensemble.best_dev_ccc, "folds_less_the_best": ensemble.less_the_best,
+        })  # fmt: skip
     sections += separation_sections(experiments)
     out = args.out or (Path() if several else None)
     if out:
@@ -759,11 +1042,18 @@ def main(args: argparse.Namespace) -> int:
         replace_text(out / "report.html", as_html(page))
         say(f"written: {out / 'report.html'}")
     if args.json:
-        figures = [{k: v for k, v in vars(e).items() if k != "parts"} for e in experiments]
         print(json.dumps(without_nan(figures)))
     else:
         print(as_text(sections))
     return int(any(e.problems for e in experiments))
+
+
+def as_figures(e: Experiment) -> dict:
+    """All of it but its test rows, for JSON."""
+    figures = {key: value for key, value in vars(e).items() if key != "parts"}
+    for key in ("folds", "problems"):
+        figures[key] = {cell.name: value for cell, value in figures[key].items()}
+    return figures
 
 
 if __name__ == "__main__":

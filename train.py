@@ -232,6 +232,7 @@ def finish(run: Run) -> None:
     if not files.writes:
         return
     files.write_vectors(evaluation.vectors)
+    files.write_ratings(fold)
     record = {f"test/{name}": value for name, value in scores["test"].items()}
     files.record("test", progress.step, {"epoch": progress.best_epoch} | record)
     trained = [p for group in run.optimizer.param_groups for p in group["params"]]

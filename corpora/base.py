@@ -9,16 +9,18 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from util.files import UserError
 
 LABELS = ("valence", "arousal")  # fields of Utterance that hold ratings, columns of a manifest
+RATED = ("valence", "arousal", "dominance")  # columns of Corpus.ratings
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING = {  # what tables write where they do not know, without punctuation: n/a, <unk>, -, ?
     "", "nan", "na", "none", "null", "nil", "missing", "undefined", "unk", "unknown",
@@ -44,7 +46,6 @@ class Utterance:
     split: str = ""
     onset: float = 0.0  # position of the turn in its dialogue; only used to sort
     row: int = 0  # line of the manifest, the first one of several raters; 0 = no manifest
-    ratings: tuple[tuple, ...] = ()  # (rater, *LABELS) of each rater, where raters are known
 
     def place(self) -> str:
         """How messages name it."""
@@ -59,6 +60,13 @@ class Skipped(NamedTuple):
     reason: str
 
 
+def table_of_ratings(rows: Iterable[tuple] = ()) -> pd.DataFrame:
+    """A line per rating of an utterance by one rater; each rater's first one counts."""
+    table = pd.DataFrame(list(rows), columns=["utt_id", "rater", *RATED])
+    table[list(RATED)] = table[list(RATED)].astype(np.float64)
+    return table.drop_duplicates(["utt_id", "rater"])
+
+
 @dataclass
 class Corpus:
     """All utterances, sorted by turn_order: the rows of a dialogue are its turns."""
@@ -69,6 +77,7 @@ class Corpus:
     utterances: list[Utterance]
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was changed or ignored, with counts
+    ratings: pd.DataFrame = field(default_factory=table_of_ratings)  # where raters are known
     seconds: np.ndarray | None = None  # (N,) durations, known after load_audio
     audio: list[str] = field(default_factory=list)  # digests of the samples, known after it, too
 

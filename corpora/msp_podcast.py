@@ -1,19 +1,33 @@
-"""MSP-Podcast (Lotfian & Busso 2019) with its own splits.
+"""MSP-Podcast (Lotfian & Busso 2019) with its own splits and, from labels_detailed, its raters.
 
 Test2 is read but is in no split; Test3 has no labels.
 """
 
+import json
 import os
 import re
 from pathlib import Path
 
-from corpora.base import Corpus, Utterance, is_damaged, keep_usable, read_table, require, to_float
+import pandas as pd
+
+from corpora.base import (
+    Corpus,
+    Utterance,
+    is_damaged,
+    keep_usable,
+    read_table,
+    require,
+    table_of_ratings,
+    to_float,
+)
 from util.files import UserError
 
 SPLITS = {
     "train": "train", "development": "dev", "validation": "dev", "test1": "test",
     "test2": "test2", "test3": "test3",
 }  # fmt: skip
+# "WORKER00000012; Neutral; Concerned; A:4.0; V:3.0; D:4.0;", in a cell of labels_detailed.csv
+DETAIL = r"([^;]*);.*?\bA:([^;]*);\s*V:([^;]*);(?:\s*D:([^;]*))?"
 
 
 def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
@@ -55,6 +69,7 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
             reason = "label is not a number"
         candidates.append((u, reason))
     keep_usable(corpus, candidates)
+    corpus.ratings = read_detailed(table.parent, corpus.notes)
     test2 = sum(u.split == "test2" for u in corpus.utterances)
     for count, note in (
         (test2, f"Test2: {test2} utterances are read but are in no split"),
@@ -64,3 +79,39 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
         if count:
             corpus.notes.append(note)
     return corpus
+
+
+def read_detailed(folder: Path, notes: list[str]) -> pd.DataFrame:
+    """What each worker rated, as Corpus.ratings; without rows where a release lacks it.
+
+    labels_detailed.csv has a line per file and worker, with the ratings in columns or together in
+    one cell (DETAIL); labels_detailed.json is {file: {worker: {"EmoAct": ...}}}. One that is
+    neither is named in `notes`, and the labels are those of labels_consensus.csv in any case.
+    """
+    paths = [folder / f"labels_detailed.{suffix}" for suffix in ("csv", "json")]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        return table_of_ratings()
+    columns = ["EmoVal", "EmoAct", "EmoDom"]
+    try:
+        if paths[0].suffix == ".json":
+            content = json.loads(paths[0].read_text("utf-8"))
+            table = pd.DataFrame(
+                {"FileName": name, "worker": worker} | rating
+                for name, workers in content.items()
+                for worker, rating in workers.items()
+            )
+        else:
+            table = pd.read_csv(paths[0], dtype=str, keep_default_na=False)
+            if not {"EmoVal", "EmoAct"} <= {*table}:
+                cells = table.iloc[:, 1].str.extract(DETAIL)
+                table[["worker", "EmoAct", "EmoVal", "EmoDom"]] = cells
+        workers = [name for name in table if re.search("worker|rater|annotator", name.lower())]
+        table = table.reindex(columns=["FileName", workers[0], *columns])
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        fault = str(error).splitlines()[0]
+        notes.append(f"{paths[0].name} is not understood, its raters are not used: {fault}")
+        return table_of_ratings()
+    table[columns] = table[columns].apply(pd.to_numeric, errors="coerce")
+    table["FileName"] = table["FileName"].str.rsplit(".", n=1).str[0]  # utt_id
+    return table_of_ratings(table.to_numpy())

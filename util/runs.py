@@ -491,6 +491,15 @@ class RunFiles:
         table[list(PREDICTED)] = fold.in_label_scale(preds).double().numpy().round(6)
         replace_text(self.directory / f"predictions_{split}.csv", table.to_csv(index=False))
 
+    def write_ratings(self, fold: Fold) -> None:
+        """ratings_test.csv of the test split, a line per rater, where the corpus has several."""
+        ids = [fold.corpus.utterances[row].utt_id for row in fold.splits["test"]]
+        ratings = fold.corpus.ratings
+        ratings = ratings[ratings["utt_id"].isin(ids)]
+        if self.writes and len(ratings):
+            text = ratings[["utt_id", "rater", *TARGETS]].to_csv(index=False)
+            replace_text(self.directory / "ratings_test.csv", text)
+
     def write_vectors(self, vectors: Tensor) -> None:
         """embedding_test.npy (n, U) float16, rows as predictions_test.csv."""
         if self.writes:
@@ -577,6 +586,25 @@ def read_predictions(path: Path) -> pd.DataFrame:
         fault = f"{NUMBERS[column]} {rows[NUMBERS[column]][row]!r} is not a finite number"
         raise UserError(f"{path} row {row + 2}: {fault}")  # row 1 is the header
     return rows.assign(**{name: numbers[name] for name in NUMBERS})
+
+
+def read_ratings(directory: Path) -> pd.DataFrame:
+    """Ratings of the test split: utt_id and rater as strings, TARGETS as float64, NaN where a cell
+    is empty. No rows where the corpus has no several raters. UserError if they are damaged."""
+    path = directory / "ratings_test.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=["utt_id", "rater"])
+    try:
+        ratings = pd.read_csv(path, dtype={"utt_id": str, "rater": str}, keep_default_na=False,
+            na_values=[""], index_col=False)  # fmt: skip
+        targets = [target for target in TARGETS if target in ratings]
+        ratings[targets] = ratings[targets].astype(np.float64)
+        ratings = ratings[["utt_id", "rater", *targets]]
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if np.isinf(ratings[targets].to_numpy()).any():
+        raise UserError(f"{path}: a rating is infinite")
+    return ratings
 
 
 def read_vectors(directory: Path, count: int) -> np.ndarray:
