@@ -976,8 +976,8 @@ def print_labels(corpus: Corpus) -> None:
 
 def print_raters(corpus: Corpus) -> None:
     """What one rater reaches against the mean of the others, where the corpus has several."""
-    rows = pd.DataFrame([vars(u) for u in corpus.utterances])
-    found = {target: human_ceiling(corpus.ratings, rows, target) for target in LABELS}
+    rows, ratings = pd.DataFrame([vars(u) for u in corpus.utterances]), corpus.ratings()
+    found = {target: human_ceiling(ratings, rows, target) for target in LABELS}
     if not any(found.values()):
         return
     print("\nhuman raters: CCC of one with the mean of the others, reliability of the mean of all")

@@ -9,7 +9,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import pandas as pd
 from util.files import UserError
 
 LABELS = ("valence", "arousal")  # fields of Utterance that hold ratings, columns of a manifest
-RATED = ("valence", "arousal", "dominance")  # columns of Corpus.ratings
+RATED = ("valence", "arousal", "dominance")  # columns of table_of_ratings
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING = {  # what tables write where they do not know, without punctuation: n/a, <unk>, -, ?
     "", "nan", "na", "none", "null", "nil", "missing", "undefined", "unk", "unknown",
@@ -60,9 +60,12 @@ class Skipped(NamedTuple):
     reason: str
 
 
-def table_of_ratings(rows: Iterable[tuple] = ()) -> pd.DataFrame:
-    """A line per rating of an utterance by one rater; each rater's first one counts."""
-    table = pd.DataFrame(list(rows), columns=["utt_id", "rater", *RATED])
+def table_of_ratings(rows: Sequence[tuple] | np.ndarray = ()) -> pd.DataFrame:
+    """A line per rating of an utterance by one rater; each rater's first one counts.
+
+    rows: (utt_id, rater, *RATED), NaN where a rating is missing.
+    """
+    table = pd.DataFrame(rows, columns=["utt_id", "rater", *RATED])
     table[list(RATED)] = table[list(RATED)].astype(np.float64)
     return table.drop_duplicates(["utt_id", "rater"])
 
@@ -77,7 +80,8 @@ class Corpus:
     utterances: list[Utterance]
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was changed or ignored, with counts
-    ratings: pd.DataFrame = field(default_factory=table_of_ratings)  # where raters are known
+    # who rated what, where raters are known; read when asked for, as some have a million rows
+    ratings: Callable[[], pd.DataFrame] = table_of_ratings
     seconds: np.ndarray | None = None  # (N,) durations, known after load_audio
     audio: list[str] = field(default_factory=list)  # digests of the samples, known after it, too
 

@@ -1,5 +1,6 @@
 """IEMOCAP as released (Busso et al. 2008): Session*/dialog/EmoEvaluation and Session*/sentences."""
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -64,7 +65,7 @@ def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemo
             )  # fmt: skip
             candidates.append((u, reason))
     keep_usable(corpus, candidates)
-    corpus.ratings = table_of_ratings(ratings)
+    corpus.ratings = functools.partial(table_of_ratings, ratings)
     annotated = {u.utt_id for u, _ in candidates}
     for wav in without_forks(root, "Session*/sentences/wav/*/*.wav"):
         if wav.stem not in annotated:

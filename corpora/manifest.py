@@ -6,6 +6,7 @@ its row. Only rows without any label are skipped.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections import defaultdict
@@ -108,11 +109,12 @@ def read_csv(
     corpus.utterances = with_onsets([mean_rating([*rows.values()]) for rows in ratings.values()])
     several = sum(len(rows) > 1 for rows in ratings.values())
     if several:
-        corpus.ratings = table_of_ratings(
+        rated = [
             (utt_id, rater, *(getattr(u, label, math.nan) for label in RATED))
             for utt_id, rows in ratings.items()
             for rater, u in rows.items()
-        )
+        ]
+        corpus.ratings = functools.partial(table_of_ratings, rated)
         corpus.notes.append(f"several raters: {several} utterances, the mean of them is taken")
     return corpus
 

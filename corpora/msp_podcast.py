@@ -3,7 +3,9 @@
 Test2 is read but is in no split; Test3 has no labels.
 """
 
+import functools
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -21,6 +23,8 @@ from corpora.base import (
     to_float,
 )
 from util.files import UserError
+
+log = logging.getLogger("vatune")
 
 SPLITS = {
     "train": "train", "development": "dev", "validation": "dev", "test1": "test",
@@ -69,7 +73,7 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
             reason = "label is not a number"
         candidates.append((u, reason))
     keep_usable(corpus, candidates)
-    corpus.ratings = read_detailed(table.parent, corpus.notes)
+    corpus.ratings = functools.partial(read_detailed, table.parent)
     test2 = sum(u.split == "test2" for u in corpus.utterances)
     for count, note in (
         (test2, f"Test2: {test2} utterances are read but are in no split"),
@@ -81,12 +85,12 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
     return corpus
 
 
-def read_detailed(folder: Path, notes: list[str]) -> pd.DataFrame:
-    """What each worker rated, as Corpus.ratings; without rows where a release lacks it.
+def read_detailed(folder: Path) -> pd.DataFrame:
+    """What each worker rated, as table_of_ratings; without rows where a release lacks it.
 
     labels_detailed.csv has a line per file and worker, with the ratings in columns or together in
     one cell (DETAIL); labels_detailed.json is {file: {worker: {"EmoAct": ...}}}. One that is
-    neither is named in `notes`, and the labels are those of labels_consensus.csv in any case.
+    neither is named in the log; the labels are those of labels_consensus.csv in any case.
     """
     paths = [folder / f"labels_detailed.{suffix}" for suffix in ("csv", "json")]
     paths = [path for path in paths if path.is_file()]
@@ -110,7 +114,7 @@ def read_detailed(folder: Path, notes: list[str]) -> pd.DataFrame:
         table = table.reindex(columns=["FileName", workers[0], *columns])
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         fault = str(error).splitlines()[0]
-        notes.append(f"{paths[0].name} is not understood, its raters are not used: {fault}")
+        log.warning(f"{paths[0].name} is not understood, its raters are not used: {fault}")
         return table_of_ratings()
     table[columns] = table[columns].apply(pd.to_numeric, errors="coerce")
     table["FileName"] = table["FileName"].str.rsplit(".", n=1).str[0]  # utt_id

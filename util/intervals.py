@@ -19,7 +19,7 @@ from model import concordance, moment_sums
 RESAMPLES = 2000
 SEED = 0
 MIN_CLUSTERS = 5  # fewer speakers than this say little about the next one [guess]
-SPLITS_IN_HALF = 20  # random halves of the raters, whose reliabilities are averaged [guess]
+SPLITS_IN_HALF = 10  # random halves of the raters, whose reliabilities are averaged [guess]
 
 
 def cluster_ids(rows: pd.DataFrame) -> tuple[np.ndarray, str]:

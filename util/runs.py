@@ -493,10 +493,12 @@ class RunFiles:
 
     def write_ratings(self, fold: Fold) -> None:
         """ratings_test.csv of the test split, a line per rater, where the corpus has several."""
+        if not self.writes:
+            return
         ids = [fold.corpus.utterances[row].utt_id for row in fold.splits["test"]]
-        ratings = fold.corpus.ratings
+        ratings = fold.corpus.ratings()
         ratings = ratings[ratings["utt_id"].isin(ids)]
-        if self.writes and len(ratings):
+        if len(ratings):
             text = ratings[["utt_id", "rater", *TARGETS]].to_csv(index=False)
             replace_text(self.directory / "ratings_test.csv", text)
 
