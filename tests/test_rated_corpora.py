@@ -9,9 +9,8 @@ import corpora
 
 
 def rated(corpus, columns=("valence", "arousal")):
-    return [
-        (r.utt_id, r.rater, *(getattr(r, c) for c in columns)) for r in corpus.ratings.itertuples()
-    ]
+    table = corpus.ratings()[["utt_id", "rater", *columns]]
+    return [*table.itertuples(index=False, name=None)]
 
 
 def test_iemocap_gives_its_evaluators_and_not_the_actors_on_themselves(tmp_path):
