@@ -49,7 +49,6 @@ from corpora import (
     skipped_by_kind,
     write_skipped,
 )
-from model import TARGETS
 from util.audio import (
     MIN_SAMPLES,
     NO_DECODER,
@@ -584,7 +583,7 @@ class Batches(torch.utils.data.Dataset):
     def collate(self, spec: BatchSpec) -> dict:
         """All torch CPU tensors but the last four; turns of chunks are ordered by length:
         chunk_index (C, K) positions in the batch (-1 = padding),
-        labels (B, 2), input_values (B, L) and attention_mask (B, L) True = sample,
+        labels (B, E), input_values (B, L) and attention_mask (B, L) True = sample,
         frames (B, T, D) and frame_mask (B, T), stream and hidden as from EmotionModel.encode_frozen
         in the dtype of the cache,
         prosody (B, 88) raw with NaN, speaker (B, S),
@@ -717,7 +716,7 @@ class TrainPlan:
     rank: int
     world_size: int
     seed: int
-    labelled: np.ndarray  # (N, 2) True = this label is known
+    labelled: np.ndarray  # (N, E) True = this label is known
 
     def __post_init__(self) -> None:
         if self.batch_size % self.context:
@@ -827,15 +826,15 @@ class Fold:
     """One fold of a corpus, ready to be batched."""
 
     corpus: Corpus
-    splits: dict[str, np.ndarray]  # train, dev, test: rows of the corpus
+    splits: dict[str, np.ndarray]  # rows of the corpus, see make_splits
     dataset: Batches
     dialogs: list[str]  # of every row
-    labels: torch.Tensor  # (N, 2) in [0, 1]
+    labels: torch.Tensor  # (N, E) in [0, 1]
     shape: InputShape
     digests: dict[str, list[str]]  # of the content of every row: audio, features, speaker vector
 
     def in_label_scale(self, preds: torch.Tensor) -> torch.Tensor:
-        """Predictions (n, 2) in [0, 1] in the units of the labels."""
+        """Predictions (n, E) in [0, 1] in the units of the labels."""
         low, high = self.corpus.label_range
         return low + (high - low) * preds
 
@@ -854,6 +853,9 @@ class Fold:
             labelled=~np.isnan(self.dataset.labels),
         )
 
+    def is_labelled(self, split: str) -> bool:
+        return not bool(self.labels[self.splits[split]].isnan().all())
+
     def speakers(self, split: str) -> list[str]:
         return [self.corpus.utterances[row].speaker for row in self.splits[split]]
 
@@ -864,7 +866,8 @@ def load_fold(args: argparse.Namespace) -> Fold:
     Nothing is normalised here: the model's normaliser sees the train split alone.
     """
     label_range = tuple(args.label_range) if args.label_range else None
-    corpus = read_corpus(args.data, args.data_dir, label_range, Path(args.cache_dir))
+    cache_dir = Path(args.cache_dir)
+    corpus = read_corpus(args.data, args.data_dir, label_range, cache_dir, args.targets)
     corpus, pack = load_audio(corpus, args.cache_dir)
     digests = {"audio": corpus.audio}
     features = prosody = speaker = None
@@ -880,7 +883,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
             paths = npy_files(corpus, args.speaker, "--speaker")
             digests["speaker vector"] = [array_digest(open_npy(path, 1, None)) for path in paths]
     dataset = Batches(
-        labels=corpus.labels(TARGETS),
+        labels=corpus.labels(corpus.targets),
         pack=None if features else pack,
         features=features,
         prosody=prosody,
@@ -915,8 +918,8 @@ def load_fold(args: argparse.Namespace) -> Fold:
 
 def inspect(args: argparse.Namespace) -> None:
     """Print what one should know before training. UserError: do not train on it."""
-    corpus = read_corpus(args.data, args.data_dir, args.label_range, args.cache_dir)
-    corpus, pack = load_audio(corpus, args.cache_dir, max_skipped=1.0)
+    flags = (args.data, args.data_dir, args.label_range, args.cache_dir, args.targets)
+    corpus, pack = load_audio(read_corpus(*flags), args.cache_dir, max_skipped=1.0)
     if args.skipped:
         write_skipped(Path(args.skipped), corpus)
     for note in corpus.notes:
@@ -955,7 +958,8 @@ def inspect(args: argparse.Namespace) -> None:
 def print_labels(corpus: Corpus) -> None:
     """A histogram of each label and their correlations. UserError if one is constant."""
     lo, hi = corpus.label_range
-    labels = pd.DataFrame({name: [getattr(u, name) for u in corpus.utterances] for name in LABELS})
+    values = {name: [getattr(u, name) for u in corpus.utterances] for name in corpus.targets}
+    labels = pd.DataFrame(values)
     half_bin = (hi - lo) / 16
     for name, values in labels.items():
         print(
@@ -970,14 +974,14 @@ def print_labels(corpus: Corpus) -> None:
             bar = "#" * round(30 * count / counts.max())
             print(f"{centre:6.2f} {count:6d} {bar}".rstrip())
     correlations = labels.corr()
-    for one, two in itertools.combinations(LABELS, 2):
+    for one, two in itertools.combinations(corpus.targets, 2):
         print(f"correlation of {one} and {two} {correlations.loc[one, two]:+.2f}")
 
 
 def print_raters(corpus: Corpus) -> None:
     """What one rater reaches against the mean of the others, where the corpus has several."""
     rows, ratings = pd.DataFrame([vars(u) for u in corpus.utterances]), corpus.ratings()
-    found = {target: human_ceiling(ratings, rows, target) for target in LABELS}
+    found = {target: human_ceiling(ratings, rows, target) for target in corpus.targets}
     if not any(found.values()):
         return
     print("\nhuman raters: CCC of one with the mean of the others, reliability of the mean of all")
@@ -997,6 +1001,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", required=True, help="demo, iemocap, msp_podcast, or a .csv or .tsv")
     add("--data_dir", help="root of the corpus, or of the relative paths in a CSV")
     add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
+    add("--targets", choices=LABELS, nargs="+", help="labels to look at (default: all there are)")
     add("--cache_dir", default="cache", help="directory of caches")
     add("--fold", type=int, help="print only this fold (default: all)")
     add("--features_dir", help="directory of frame features to check, too")

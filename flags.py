@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from corpora import is_table
-from model import ENCODERS
+from corpora import LABELS, is_table
+from model import ENCODERS, ModelConfig
 from step import parse_unfreeze, reads_cache, stages
 from util.distributed import read_ranks, uses_cuda
 from util.files import UserError
@@ -90,7 +90,7 @@ def share_or_learned(text: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        description="Train one fold: valence and arousal by WavLM, a CNN or a feature Transformer.",
+        description="Train one fold: valence, arousal, ... by WavLM, a CNN or a Transformer.",
         usage="python train.py [flags]; --help explains all of them",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -116,6 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--augment", action="store_true", help="gain, noise, speed and time masks in training")
 
     add = p.add_argument_group("model").add_argument
+    add("--targets", choices=LABELS, nargs="+", default=list(ModelConfig.targets),
+        help="labels to learn, in the order of all columns; a row needs one of them")
     add("--encoder", choices=ENCODERS, default="wavlm", help="module that turns input into frames")
     add("--wavlm", default="microsoft/wavlm-large",
         help=f"hub name, local directory, checkpoint file, or random weights: {', '.join(SIZES)}")
@@ -174,8 +176,10 @@ def build_parser() -> argparse.ArgumentParser:
         "EPOCH:WHAT,... e.g. 1:none,6:top:4,9:all")
     add("--loss", choices=("ccc", "mse"), default="ccc", help="ccc: 1 - CCC + mse_weight x MSE")
     add("--mse_weight", type=rate, default=0.1, help="weight of MSE in --loss ccc")
-    add("--valence_weight", type=share, default=0.5,
-        help="weight of valence in [0, 1]; other targets share the rest")
+    add("--target_weights", type=rate, nargs="+", metavar="W",
+        help="weight of each of --targets in the loss, divided by their sum; default: equal")
+    add("--valence_weight", type=share,
+        help="weight of valence in [0, 1], while other targets share the rest; default: equal")
     add("--exact_ccc", choices=("on", "off"), default="on",
         help="CCC of the global batch; with accumulation this costs one more forward, a third more "
         "time. off: mean of the micro-batches' CCCs, 0.13 too low at 4 utterances [measured]")
@@ -273,10 +277,39 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
         if given.unfreeze != "none":
             raise UserError(f"--train_only freezes WavLM: remove --unfreeze {given.unfreeze}")
         args.unfreeze = "none"  # a preset may have set it
+    set_weights(args)
     args.amp = args.amp or ("fp16" if uses_cuda(args.device) else "off")
     corpus = Path(args.data).stem if is_table(args.data) else args.data
     args.name = args.name or f"{corpus}-{args.encoder}"
     return args
+
+
+def set_weights(args: argparse.Namespace) -> None:
+    """Fills in target_weights, of sum 1, and valence_weight; UserError if they contradict."""
+    targets, weights, share_of_valence = args.targets, args.target_weights, args.valence_weight
+    others = len(targets) - 1
+    given = f"--valence_weight {share_of_valence}"
+    if len(set(targets)) < len(targets):
+        raise UserError(f"--targets {' '.join(targets)}: give each target once")
+    if share_of_valence is not None:
+        if weights:
+            raise UserError(f"{given} and --target_weights exclude each other")
+        if "valence" not in targets:
+            raise UserError(f"{given}: valence is not among --targets {' '.join(targets)}")
+        if not others and share_of_valence != 1:
+            raise UserError(f"{given}: valence is the only target: remove it")
+        rest = (1 - share_of_valence) / max(1, others)
+        weights = [share_of_valence if target == "valence" else rest for target in targets]
+    elif weights:
+        shown = " ".join(f"{weight:g}" for weight in weights)
+        if len(weights) != len(targets):
+            need = f"--targets {' '.join(targets)} needs {len(targets)}"
+            raise UserError(f"--target_weights {shown}: {need}, one for each")
+        if not 0 < sum(weights) < math.inf:
+            raise UserError(f"--target_weights {shown}: one must be above 0, and the sum finite")
+        weights = [weight / sum(weights) for weight in weights]
+    args.target_weights = weights or [1 / len(targets)] * len(targets)
+    args.valence_weight = dict(zip(targets, args.target_weights)).get("valence")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ import data
 import flags
 import step
 from corpora import Corpus, make_splits, num_folds, read_corpus
-from model import AUTOCAST, TARGETS, EmotionModel
+from model import AUTOCAST, EmotionModel
 from step import Progress
 from util import distributed, runs, tracing
 from util.distributed import GIB, uses_cuda
@@ -108,7 +108,7 @@ def make_batch(
     turns = args.context if size % args.context == 0 else 1
     with next(model.parameters()).device:
         batch = {
-            "labels": torch.rand(size, len(TARGETS)),
+            "labels": torch.rand(size, len(args.targets)),
             "chunk_index": torch.arange(size).reshape(-1, turns),
         }
         if cached:
@@ -559,7 +559,7 @@ class Clips:
 def decoded_corpus(args: argparse.Namespace) -> Corpus:
     """That of --data, with seconds."""
     label_range = tuple(args.label_range) if args.label_range else None
-    corpus = read_corpus(args.data, args.data_dir, label_range, args.cache_dir)
+    corpus = read_corpus(args.data, args.data_dir, label_range, args.cache_dir, args.targets)
     return data.load_audio(corpus, args.cache_dir)[0]
 
 

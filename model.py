@@ -6,7 +6,7 @@ the dialogue (Mamba updater, EMA state) and read by one gated head per target. T
 metrics are also here. Not here: files, flags, distributed launch.
 
 Shapes: B utterances, L samples, T frames (about L / 320), D encoder width, N layers, H heads,
-C dialogue chunks, K turns in a chunk, U = D + d_prosody.
+C dialogue chunks, K turns in a chunk, U = D + d_prosody, E targets.
 Masks: True = real, False = padding, everywhere in this file.
 
 References: WavLM arXiv:2110.13900; FiLM arXiv:1709.07871; Mamba arXiv:2312.00752;
@@ -34,7 +34,6 @@ from wavlm import WavLM, WavLMConfig, autocast_off
 
 log = logging.getLogger("vatune")
 
-TARGETS = ("valence", "arousal")  # column order of preds and labels, everywhere
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 ENCODERS = ("wavlm", "convnext", "baseline", "transformer", "lightweight_transformer")
 
@@ -43,6 +42,7 @@ ENCODERS = ("wavlm", "convnext", "baseline", "transformer", "lightweight_transfo
 class ModelConfig:
     """Everything that decides the shape of an EmotionModel, in plain values that JSON can hold."""
 
+    targets: tuple[str, ...] = ("valence", "arousal")  # column order of preds and labels
     encoder: str = "wavlm"  # one of ENCODERS
     wavlm: dict | None = None  # a Hugging Face WavLM config.json, for encoder "wavlm"
     layers: tuple[int, ...] = ()  # hidden states to mix; () = the quarter points
@@ -611,7 +611,7 @@ class Head(nn.Module):
 
 
 class EmotionModel(nn.Module):
-    """(B, 2) predictions in [0, 1], in the order of TARGETS, from a batch of data.py."""
+    """(B, E) predictions in [0, 1], in the order of config.targets, from a batch of data.py."""
 
     def __init__(self, config: ModelConfig, wavlm: WavLM | None = None) -> None:
         super().__init__()
@@ -632,12 +632,12 @@ class EmotionModel(nn.Module):
             width += config.d_prosody
         self.width = width  # U
         if config.d_state:
-            inputs = width + len(TARGETS) if config.feedback else width
+            inputs = width + len(config.targets) if config.feedback else width
             self.updater = Updater(inputs, config.d_hidden, config.d_state, config.mamba_layers)
             if config.ema_alpha < 0:
                 self.alpha_logit = nn.Parameter(torch.tensor(math.log(0.8 / 0.2)))
         self.heads = nn.ModuleDict()
-        for target in TARGETS:
+        for target in config.targets:
             gated = slice(0, self.encoder.width)  # speech
             if target == "valence" and config.prosody_dim:
                 gated = slice(self.encoder.width, width)  # prosody
@@ -724,16 +724,17 @@ class EmotionModel(nn.Module):
         labels: Tensor | None = None,
         teacher_forcing: float = 0.0,
     ) -> tuple[Tensor, dict]:
-        """preds (C, K, 2) of turns (C, K, U) in time order, and the state after the last one.
+        """preds (C, K, E) of turns (C, K, U) in time order, and the state after the last one.
 
         `state` is what an earlier call returned (None = a dialogue begins). With feedback, the
-        label of the previous turn (labels are (C, K, 2)) replaces its prediction with probability
+        label of the previous turn (labels are (C, K, E)) replaces its prediction with probability
         `teacher_forcing` (scheduled sampling, arXiv:1506.03099). Padding must follow the turns.
         """
         if not self.config.feedback:
             return self._track(turns, state or {})
         preds = []
-        state = state or {"preds": turns.new_full((len(turns), len(TARGETS)), 0.5)}
+        width = len(self.config.targets)
+        state = state or {"preds": turns.new_full((len(turns), width), 0.5)}
         for t in range(turns.shape[1]):
             previous = state["preds"]
             if labels is not None and t > 0 and teacher_forcing > 0:
@@ -761,18 +762,18 @@ class EmotionModel(nn.Module):
                 track.append(ema)
             after["ema"] = ema
             context = torch.cat((context, torch.stack(track, dim=1)), dim=2)
-        preds = torch.cat([self.heads[target](context) for target in TARGETS], dim=2)
+        preds = torch.cat([head(context) for head in self.heads.values()], dim=2)
         return preds, after
 
     def forward(self, batch: dict, teacher_forcing: float = 0.0) -> Tensor:
-        """preds (B, 2); `chunk_index` (C, K) places the utterances in dialogues, -1 = padding."""
+        """preds (B, E); `chunk_index` (C, K) places the utterances in dialogues, -1 = padding."""
         utterances = self.encode(batch)  #                       (B, U)
         chunks = batch["chunk_index"]
         places = chunks.clamp(min=0)
         turns = utterances[places]  #                            (C, K, U)
         labels = batch["labels"][places] if self.config.feedback else None
         preds, _ = self.track(turns, None, labels, teacher_forcing)
-        flat = preds.new_zeros(len(utterances) + 1, len(TARGETS))  # the last row takes padding (-1)
+        flat = preds.new_zeros(len(utterances) + 1, preds.shape[2])  # the last row: padding (-1)
         flat = flat.index_put((chunks.flatten(),), preds.flatten(0, 1))
         return flat[:-1]
 
@@ -802,7 +803,7 @@ def cat_padded(parts: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def track_dialogues(model: EmotionModel, turns: Tensor, dialogs: Sequence[Hashable]) -> Tensor:
-    """preds (n, 2), float32 on CPU, of turns (n, U); those of one dialog, in order, share a state.
+    """preds (n, E), float32 on CPU, of turns (n, U); those of one dialog, in order, share a state.
 
     Dialogues are tracked 64 at a time, in the order of their first turn.
     """
@@ -810,7 +811,7 @@ def track_dialogues(model: EmotionModel, turns: Tensor, dialogs: Sequence[Hashab
     for i, dialog in enumerate(dialogs):
         rows.setdefault(dialog, []).append(i)
     dialogues = [torch.tensor(row) for row in rows.values()]
-    preds = torch.zeros(len(turns), len(TARGETS))
+    preds = torch.zeros(len(turns), len(model.config.targets))
     for start in range(0, len(dialogues), 64):
         chunk = dialogues[start : start + 64]
         index = nn.utils.rnn.pad_sequence(chunk, batch_first=True)  # (C, K), padded with 0
@@ -827,14 +828,14 @@ def track_dialogues(model: EmotionModel, turns: Tensor, dialogs: Sequence[Hashab
 
 
 def moment_sums(preds: Tensor, labels: Tensor) -> Tensor:
-    """(6, 2) in float64, per target over its labels: n, sum p, sum y, sum p^2, sum y^2, sum p y."""
+    """(6, E) in float64, per target over its labels: n, sum p, sum y, sum p^2, sum y^2, sum p y."""
     known = ~labels.isnan()
     p, y = torch.where(known, preds.double(), 0), torch.where(known, labels.double(), 0)
     return torch.stack((known.double(), p, y, p * p, y * y, p * y)).sum(1)
 
 
 def moments(sums: Tensor) -> tuple[Tensor, ...]:
-    """Means, 1/n variances and covariance (mp, my, vp, vy, cov), each (2,), of moment_sums."""
+    """Means, 1/n variances and covariance (mp, my, vp, vy, cov), each (E,), of moment_sums."""
     n, p, y, pp, yy, py = sums
     n = n.clamp(min=1)
     mp, my = p / n, y / n
@@ -842,25 +843,18 @@ def moments(sums: Tensor) -> tuple[Tensor, ...]:
 
 
 def concordance(sums: Tensor) -> Tensor:
-    """CCC per target (2,); 0 if predictions or labels are constant or none (Lin 1989)."""
+    """CCC per target (E,); 0 if predictions or labels are constant or none (Lin 1989)."""
     mp, my, vp, vy, cov = moments(sums)
     return 2 * cov / (vp + vy + (mp - my) ** 2 + 1e-8)
 
 
-def target_weights(valence_weight: float) -> dict[str, float]:
-    """Weight of each target in the loss: the targets other than valence share the rest."""
-    rest = (1 - valence_weight) / (len(TARGETS) - 1)
-    return {target: valence_weight if target == "valence" else rest for target in TARGETS}
-
-
-def loss_from_sums(sums: Tensor, loss: str, valence_weight: float, mse_weight: float) -> Tensor:
-    """Loss of a batch from its moment sums.
+def loss_from_sums(sums: Tensor, loss: str, weights: Sequence[float], mse_weight: float) -> Tensor:
+    """Loss of a batch from its moment sums, with a weight of each target.
 
     ccc: 1 - weighted mean CCC + mse_weight * weighted MSE; mse: weighted MSE. Finite even for one
     utterance, constant predictions or a target without a label.
     """
     n, _, _, pp, yy, py = sums
-    weights = target_weights(valence_weight).values()
     mse = sum(w * value for w, value in zip(weights, (pp - 2 * py + yy) / n.clamp(min=1)))
     if loss == "mse":
         return mse
@@ -868,8 +862,10 @@ def loss_from_sums(sums: Tensor, loss: str, valence_weight: float, mse_weight: f
     return 1 - ccc + mse_weight * mse
 
 
-def metrics(preds: Tensor, labels: Tensor, scale: float = 1.0) -> dict[str, float]:
-    """CCC, PCC and RMSE per target and the mean CCC of preds and labels (n, 2), in float64.
+def metrics(
+    preds: Tensor, labels: Tensor, targets: Sequence[str], scale: float = 1.0
+) -> dict[str, float]:
+    """CCC, PCC and RMSE per target and the mean CCC of preds and labels (n, E), in float64.
 
     RMSE is multiplied by `scale` (the width of the label range gives the units of the labels).
     PCC of a constant is reported as 0. A target without a label has NaN, and no part in the mean.
@@ -886,5 +882,5 @@ def metrics(preds: Tensor, labels: Tensor, scale: float = 1.0) -> dict[str, floa
     rmse = scale * ((pp - 2 * py + yy) / n).clamp(min=0).sqrt()
     result = {}
     for name, values in (("ccc", ccc), ("pcc", pcc), ("rmse", rmse)):
-        result |= {f"{name}_{target}": float(v) for target, v in zip(TARGETS, values)}
+        result |= {f"{name}_{target}": float(v) for target, v in zip(targets, values)}
     return result | {"ccc_mean": float(ccc.nanmean())}

@@ -1,4 +1,4 @@
-"""Valence and arousal of recordings, in the label's scale, from trained checkpoints.
+"""Valence, arousal, ... of recordings, in the label's scale, from trained checkpoints.
 
     python predict.py --checkpoint runs/demo/fold1 a.wav b.flac recordings/ --out out.csv
     python predict.py --checkpoint runs/x/fold1 --checkpoint runs/x/fold2 --data m.csv --out out.csv
@@ -8,8 +8,8 @@
 
 Input: files; folders, in which all is tried that is not something else by its name; @FILE or - for
 a list of them in a file or on stdin, a path a line; or a CSV manifest (utt_id, path, and start,
-end, dialog, speaker if it has them; labels are not needed). ffmpeg or torchcodec, if installed,
-decodes what libsndfile does not know (m4a, mp4, webm, amr, ...).
+end, dialog, speaker if it has them; labels are not needed); or a corpus, as in train.py. ffmpeg or
+torchcodec, if installed, decodes what libsndfile does not know (m4a, mp4, webm, amr, ...).
 Output: a row per utterance; several checkpoints give the mean and the standard deviation over them.
 The utt_id of a file is its name without suffix or, if two files share it, the shortest end of its
 path that no other file has.
@@ -40,6 +40,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +52,34 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from corpora import Corpus, Utterance, listed, read_csv, read_files, turn_order
-from model import AUTOCAST, TARGETS, EmotionModel, track_dialogues
+from corpora import (
+    BLIND,
+    TESTS,
+    Corpus,
+    Utterance,
+    is_table,
+    listed,
+    read_corpus,
+    read_csv,
+    read_files,
+    turn_order,
+)
+from model import AUTOCAST, EmotionModel, track_dialogues
 from report import COLOURS, new_figure
 from util import distributed
 from util.audio import NO_DECODER, seconds_of
 from util.checkpoints import read_checkpoint, save_checkpoint
-from util.files import UserError, digest, replace_text, replacing, run_script, say, weights_digest
-from util.runs import MODEL_FLAGS, load_model, read_json
+from util.files import (
+    UserError,
+    digest,
+    in_words,
+    replace_text,
+    replacing,
+    run_script,
+    say,
+    weights_digest,
+)
+from util.runs import MODEL_FLAGS, challenge_table, load_model, predicted, read_json
 from wavlm import save_wavlm
 
 
@@ -75,8 +96,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="audio files, folders, - for a list on stdin, or @FILE for one in a file")
     p.add_argument("--checkpoint", action="append", required=True,
                    help="run directory, best.pt or exported directory; may be given several times")
-    p.add_argument("--data", help="CSV manifest instead of files")
-    p.add_argument("--data_dir", help="root of the manifest's paths; default: its folder")
+    p.add_argument("--data", help="CSV manifest or corpus (as in train.py) instead of files")
+    p.add_argument("--data_dir", help="root of the corpus, or of the manifest's paths; default: "
+                   "its folder")
+    p.add_argument("--split", choices=("train", "dev", *TESTS),
+                   help=f"only this split of --data; {BLIND}: in the form of MSP-Podcast's "
+                   "challenge (FileName, EmoAct, EmoVal, EmoDom)")
     p.add_argument("--out", help="CSV to write")
     p.add_argument("--cache_dir",
         help="keeps decoded audio and features for the next call; default: nothing is kept")
@@ -117,6 +142,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.window and args.max_seconds, "--window and --max_seconds exclude each other"),
         (args.window and args.features_dir, "--window cuts audio, not --features_dir"),
         (args.data_dir and not args.data, "--data_dir is the root of a manifest: give --data"),
+        (args.split and not args.data, f"--split {args.split}: of what? give --data"),
+        (args.split == BLIND and args.window, f"--split {BLIND} writes no windows"),
         (seconds is not None and not 0.1 <= seconds < math.inf, "--max_seconds: 0.1 or more"),
         (hop_alone, "--hop is between windows: give --window"),
         (args.window < 0 or 0 < args.window < 0.1, f"{hops}: a window is 0.1 s or more"),
@@ -214,7 +241,7 @@ def build_inputs(
         device = str(next(model.parameters()).device)
         speaker = data.speaker_embeddings(named, pack, kind, cache_dir, device)
     return data.Batches(
-        labels=np.zeros((len(corpus.utterances), len(TARGETS)), dtype=np.float32),
+        labels=np.zeros((len(corpus.utterances), len(model.config.targets)), dtype=np.float32),
         pack=None if features else pack,
         features=features,
         prosody=prosody,
@@ -254,19 +281,33 @@ def encode(model: EmotionModel, dataset: data.Batches, device: torch.device) -> 
 # Files, windows and manifests
 
 
+def read_inputs(args: argparse.Namespace) -> Corpus:
+    """The files, or the utterances of --data and --split, which need no labels."""
+    if not args.data:
+        return read_files(listed(args.audio))
+    if is_table(args.data) or Path(args.data).is_file():
+        root = Path(args.data_dir) if args.data_dir else None
+        corpus = read_csv(Path(args.data), root, None, targets=())
+    else:
+        corpus = read_corpus(args.data, args.data_dir, None, targets=())
+    if args.split:
+        chosen = [u for u in corpus.utterances if u.split == args.split]
+        if not chosen:
+            there = in_words(sorted({u.split for u in corpus.utterances} - {""}))
+            raise UserError(f"--split {args.split}: {args.data} has {there or 'no splits'}")
+        corpus.utterances = chosen
+    return corpus
+
+
 def predict(args: argparse.Namespace, device: torch.device) -> int:
     """Writes args.out, and the pictures; the exit code."""
-    if args.data:
-        root = Path(args.data_dir) if args.data_dir else None
-        corpus = read_csv(Path(args.data), root, None, labelled=False)
-    else:
-        corpus = read_files(listed(args.audio))
+    corpus = read_inputs(args)
     inputs = [args.data or "", *(u.path for u in corpus.utterances)]
     if os.path.realpath(args.out) in map(os.path.realpath, inputs) or Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is an input, or a folder: give another name")
     if args.window:
         corpus = cut_windows(corpus, args.window, args.hop)
-    preds, ranges = [], []  # per checkpoint: (N, 2), in the label's scale; its scale
+    preds, ranges, targets = [], [], []  # per checkpoint: (N, E), in the label's scale; its scale
     with tempfile.TemporaryDirectory(prefix="vatune-") as temporary:
         cache_dir = args.cache_dir or temporary
         corpus, pack = decode(corpus, cache_dir)
@@ -282,6 +323,10 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
             low, high = ranges[0]
             if ranges[-1] != (low, high):
                 raise UserError(f"--checkpoint: the runs differ in label range: {ranges}")
+            targets = targets or list(model.config.targets)
+            if set(model.config.targets) != set(targets):
+                both = f"{in_words(targets)} and {in_words(model.config.targets)}"
+                raise UserError(f"--checkpoint {path}: the runs differ in targets: {both}")
             flags = checkpoint["args"]
             dataset = build_inputs(corpus, pack, cache_dir, args, model, flags)
             if dataset.num_cut:
@@ -296,20 +341,25 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
             with torch.no_grad(), evaluated_as(flags, device):
                 turns = encode(model, dataset, device)
                 tracked = track_dialogues(model, turns[order], [dialogs[row] for row in order])
+            tracked = tracked[:, [model.config.targets.index(target) for target in targets]]
             preds.append(torch.empty_like(tracked))
             preds[-1][order] = low + (high - low) * tracked
-    table = table_of(corpus, torch.stack(preds), bool(args.window))
+    if args.split == BLIND:
+        means = torch.stack(preds).double().mean(0).numpy()
+        table = challenge_table(corpus.utterances, means, targets)
+    else:
+        table = table_of(corpus, torch.stack(preds), targets, bool(args.window))
     replace_text(Path(args.out), table.to_csv(index=False, float_format="%.6f"))
     if args.plot:
-        plot_windows(Path(args.plot), table, (low, high))
+        plot_windows(Path(args.plot), table, targets, (low, high))
     count = f"{len(table)} {'windows' if args.window else 'utterances'}"
-    scale = f"{' and '.join(TARGETS)} in {low:g}..{high:g}"
+    scale = f"{in_words(targets)} in {low:g}..{high:g}"
     print(f"{count}, {len(corpus.skipped)} skipped, {scale}: {args.out}")
     return 0
 
 
-def table_of(corpus: Corpus, preds: Tensor, windows: bool) -> pd.DataFrame:
-    """A row per utterance or window: mean and standard deviation over preds (M, N, 2)."""
+def table_of(corpus: Corpus, preds: Tensor, targets: list[str], windows: bool) -> pd.DataFrame:
+    """A row per utterance or window: mean and standard deviation over preds (M, N, E)."""
     utterances = corpus.utterances
     texts = {"utt_id": [u.utt_id for u in utterances]}
     texts["path"] = [path_of(u, corpus) for u in utterances]
@@ -321,9 +371,9 @@ def table_of(corpus: Corpus, preds: Tensor, windows: bool) -> pd.DataFrame:
         table["end"] = table["start"] + corpus.seconds
     else:
         table["seconds"] = corpus.seconds
-    table[[f"pred_{target}" for target in TARGETS]] = preds.mean(0).numpy()
+    table[predicted(targets)] = preds.mean(0).numpy()
     if len(preds) > 1:
-        table[[f"std_{target}" for target in TARGETS]] = preds.std(0).numpy()
+        table[[f"std_{target}" for target in targets]] = preds.std(0).numpy()
     return table
 
 
@@ -332,14 +382,19 @@ def path_of(u: Utterance, corpus: Corpus) -> str:
     return str(u.path.relative_to(corpus.root) if u.path.is_relative_to(corpus.root) else u.path)
 
 
-def plot_windows(directory: Path, table: pd.DataFrame, label_range: tuple[float, float]) -> None:
+def plot_windows(
+    directory: Path,
+    table: pd.DataFrame,
+    targets: list[str],
+    label_range: tuple[float, float],
+) -> None:
     """<utt_id>.png, with _ for /: predictions at the middles of the windows, in a band of one
     standard deviation."""
     directory.mkdir(parents=True, exist_ok=True)
     for utt_id, windows in table.groupby("utt_id"):
         figure, [axis] = new_figure(1, width=9)
         x = (windows["start"] + windows["end"]) / 2
-        for target, colour in zip(TARGETS, COLOURS):
+        for target, colour in zip(targets, COLOURS):
             mean = windows[f"pred_{target}"]
             axis.plot(x, mean, ".-", lw=1.2, color=colour, label=target)
             if f"std_{target}" in windows:
@@ -347,7 +402,7 @@ def plot_windows(directory: Path, table: pd.DataFrame, label_range: tuple[float,
                 axis.fill_between(x, mean - std, mean + std, alpha=0.25, lw=0, color=colour)
         axis.set(xlabel="middle of the window, s", ylim=label_range, title=utt_id)
         axis.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=2)
+        figure.legend(loc="outside lower center", ncols=len(targets))
         with replacing(directory / f"{utt_id.replace('/', '_')}.png") as file:
             figure.savefig(file, format="png")
 
@@ -363,6 +418,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
     """
     model, checkpoint = load_model(args.checkpoint[0], "--checkpoint")
     flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
+    targets = model.config.targets
     carries, state = flags["context"] > 1, None
     if not carries:
         fault = "the run was trained on single utterances (--context 1): nothing is carried"
@@ -374,7 +430,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
         state = read_state(Path(args.state), key, device)
     model.to(device)
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["utt_id", "path", "seconds", *(f"pred_{t}" for t in TARGETS)])
+    writer.writerow(["utt_id", "path", "seconds", *predicted(targets)])
     sys.stdout.flush()
     microseconds, skipped = [], 0
     for path in listed(args.audio or ["-"]):
@@ -407,7 +463,7 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
         sys.stdout.flush()
     cost = f"{statistics.median(microseconds):.0f}" if microseconds else "-"
     say(
-        f"{len(microseconds)} given, {skipped} skipped, {' and '.join(TARGETS)} in {low:g}.."
+        f"{len(microseconds)} given, {skipped} skipped, {in_words(targets)} in {low:g}.."
         f"{high:g} | beyond the encoder {cost} us per utterance (median)"
     )
     return 1 if skipped and not microseconds else 0
@@ -462,14 +518,15 @@ def write_export(aside: Path, path: str, model: EmotionModel, checkpoint: dict) 
     """Fills the directory."""
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-    content = {"targets": TARGETS, "config": dataclasses.asdict(model.config)}
+    content = {"targets": model.config.targets, "config": dataclasses.asdict(model.config)}
     flags = {k: v for k, v in checkpoint["args"].items() if k in MODEL_FLAGS | {"amp", "tf32"}}
     content |= {"label_range": checkpoint["label_range"], "args": flags}
     (aside / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if model.config.encoder == "wavlm":
         save_wavlm(model.encoder.wavlm, aside / "wavlm")
     run = Path(path) if Path(path).is_dir() else Path(path).parent
-    (aside / "README.md").write_text(model_card(run, checkpoint), encoding="utf-8")
+    card = model_card(run, checkpoint, model.config.targets)
+    (aside / "README.md").write_text(card, encoding="utf-8")
 
 
 CARD = """\
@@ -490,22 +547,22 @@ eGeMAPS, if used, comes from opensmile, which is free for research only.
 """
 
 
-def model_card(run: Path, checkpoint: dict) -> str:
+def model_card(run: Path, checkpoint: dict, targets: Sequence[str]) -> str:
     """README.md of an export: figures from the run's result.json, or that there is none."""
     flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
     result = read_json(run / "result.json")
     scores = "There is no result.json: the run was not evaluated on test."
     if result:
         scores = f"Scores of fold {result['fold']} of {result['num_folds']}:\n"
-        for split in ("dev", "test"):  # dev chose the epoch
-            found = {target: result[split][f"ccc_{target}"] for target in TARGETS}
+        for split in ("dev", *(name for name in TESTS if name in result)):  # dev chose the epoch
+            found = {target: result[split][f"ccc_{target}"] for target in targets}
             cccs = [f"CCC {t} {ccc:.3f}" for t, ccc in found.items() if ccc is not None]
             scores += f"\n- {split}, {result['splits'][split]} utterances: {', '.join(cccs)}"
     origin = f", starting from {Path(flags['init_from']).name}" if flags["init_from"] else ""
     if flags["train_only"]:
         origin += "; only FiLM was trained: if on one speaker, for that speaker alone"
     values = {"low": low, "high": high, "scores": scores, "origin": origin}
-    values |= {"commit": result.get("git_commit", "unknown"), "targets": " and ".join(TARGETS)}
+    values |= {"commit": result.get("git_commit", "unknown"), "targets": in_words(targets)}
     return CARD.format(**(flags | values | {"data": Path(flags["data"]).name}))
 
 

@@ -26,6 +26,7 @@ import json
 import logging
 import math
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,12 +38,21 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from corpora import known_speaker
+from corpora import TESTS, known_speaker
 from flags import FREE_ON_RESUME
-from model import TARGETS, metrics
-from util.files import UserError, optional_module, replace_text, run_script, say, without_nan
+from model import ModelConfig, metrics
+from util.files import (
+    UserError,
+    in_words,
+    optional_module,
+    replace_text,
+    run_script,
+    say,
+    without_nan,
+)
 from util.intervals import RESAMPLES, cluster_ids, human_ceiling, intervals, resampled_cccs
 from util.runs import (
+    predicted,
     read_json,
     read_predictions,
     read_ratings,
@@ -61,19 +71,8 @@ MIN_UTTERANCES = 10  # a CCC of fewer is not shown [guess]
 MAX_GROUPS = 20  # rows of a breakdown; a corpus may have a thousand speakers
 MAX_VECTORS = 1000  # embeddings that are measured or drawn
 
-# A fold's figure -> its heading; FIGURES are all that are read
-COLUMNS = {
-    **{f"test/ccc_{target}": f"CCC {target}" for target in TARGETS},
-    "test/ccc_mean": "CCC mean",
-    **{f"test/pcc_{target}": f"PCC {target}" for target in TARGETS},
-    **{f"test/rmse_{target}": f"RMSE {target}" for target in TARGETS},
-    "dev/ccc_mean": "dev CCC",
-    "best_epoch": "best epoch",
-    "hours": "hours",
-    "peak_gib": "peak GiB",
-}
-FIGURES = (*COLUMNS, "parameters_trainable", "num_folds")
-CCCS = {f"ccc_{name}": f"CCC {name}" for name in (*TARGETS, "mean")}
+LINE = 80  # characters in a line of a table
+MAX_NAME = 20  # characters of a name that count for it
 
 # A fine-tuned run may differ from its frozen baseline in these flags and in no other
 FREE_IN_BASELINE = FREE_ON_RESUME | {
@@ -82,6 +81,25 @@ FREE_IN_BASELINE = FREE_ON_RESUME | {
     # how a step is computed, not what it computes
     "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "attention",
 }  # fmt: skip
+
+
+def columns_of(targets: Sequence[str]) -> dict[str, str]:
+    """A fold's figure -> its heading."""
+    return {
+        **{f"test/ccc_{target}": f"CCC {target}" for target in targets},
+        "test/ccc_mean": "CCC mean",
+        **{f"test/pcc_{target}": f"PCC {target}" for target in targets},
+        **{f"test/rmse_{target}": f"RMSE {target}" for target in targets},
+        "dev/ccc_mean": "dev CCC",
+        "best_epoch": "best epoch",
+        "hours": "hours",
+        "peak_gib": "peak GiB",
+    }
+
+
+def cccs_of(targets: Sequence[str]) -> dict[str, str]:
+    """The CCCs among model.metrics -> their headings."""
+    return {f"ccc_{name}": f"CCC {name}" for name in (*targets, "mean")}
 
 
 class Cell(NamedTuple):
@@ -110,9 +128,11 @@ class Experiment:
 
     name: str
     num_folds: int  # of the corpus, as far as the directory shows
-    folds: dict[Cell, dict[str, float] | None]  # its FIGURES; None = missing
+    targets: list[str]
+    folds: dict[Cell, dict[str, float] | None]  # its figures; None = missing
     problems: dict[Cell, str]  # missing run -> why
     parts: dict[Cell, pd.DataFrame] = field(repr=False)  # its test rows
+    others: dict[str, pd.DataFrame] = field(repr=False)  # rows of further test splits, all runs
     notes: list[str]
     mean: dict[str, float] | None = None
     std: dict[str, float] | None = None  # over folds, in root mean square over seeds; None: one
@@ -143,19 +163,23 @@ def read_experiment(
     folds: list[int] | None = None,
     seeds: list[int] | None = None,
     failed: Sequence[Cell] = (),
+    targets: Sequence[str] | None = None,
 ) -> Experiment:
     """The experiment with all its runs, or those of `folds` and `seeds`; UserError without one.
 
     K folds are expected of each seed: num_folds of any result.json or, without one, the highest
     fold that left a directory or a log. A run in `failed` is missing: what is on disk is older.
+    `targets`: read the figures of these alone; None: those of the first run.
     """
     figures, parts, problems = {}, {}, {}
     found, notes = found_runs(directory, seeds)
     for cell in found:
         try:
-            figures[cell], parts[cell] = read_run(directory / cell.path)
+            targets = targets or targets_of(directory / cell.path)
+            figures[cell], parts[cell] = read_run(directory / cell.path, targets)
         except UserError as error:
             problems[cell] = str(error)
+    targets = list(targets or ModelConfig.targets)
     num_folds = max([result["num_folds"] for result in figures.values()] or [c.fold for c in found])
     problems |= dict.fromkeys(failed, "this run of it failed")
     wanted = [
@@ -169,9 +193,11 @@ def read_experiment(
     experiment = Experiment(
         name=str(directory),
         num_folds=num_folds,
+        targets=targets,
         folds={cell: None if cell in missing else figures[cell] for cell in wanted},
         problems=missing,
         parts={cell: parts[cell] for cell in wanted if cell not in missing},
+        others=read_other_tests(directory, [k for k in wanted if k not in missing], targets),
         notes=[f"{directory}: {note}" for note in notes],
     )
     if not missing:
@@ -192,12 +218,7 @@ def summarise(e: Experiment) -> None:
     if len(of_seed) > 1:
         means = pd.DataFrame([part.mean(skipna=False) for part in of_seed])
         e.std_of_seeds = means.std(skipna=False).to_dict()
-    rows = all_rows(e)
-    preds, labels = tensors(rows)
-    ids, e.clusters = cluster_ids(rows)
-    seeds = pd.factorize(rows["seed"])[0]
-    e.pooled = mean_metrics(rows)
-    e.interval = intervals(resampled_cccs(preds, labels, ids, seeds), list(CCCS))
+    e.pooled, e.interval, e.clusters = pooled_scores(all_rows(e), e.targets)
 
 
 def all_rows(e: Experiment) -> pd.DataFrame:
@@ -206,10 +227,19 @@ def all_rows(e: Experiment) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def mean_metrics(rows: pd.DataFrame) -> dict[str, float]:
+def mean_metrics(rows: pd.DataFrame, targets: Sequence[str]) -> dict[str, float]:
     """Mean over seeds of model.metrics of each."""
-    scores = [metrics(*tensors(part)) for _, part in rows.groupby("seed")]
+    scores = [metrics(*tensors(part, targets), targets) for _, part in rows.groupby("seed")]
     return pd.DataFrame(scores).mean(skipna=False).to_dict()
+
+
+def pooled_scores(
+    rows: pd.DataFrame, targets: Sequence[str]
+) -> tuple[dict[str, float], dict[str, tuple[float, float]], str]:
+    """mean_metrics, the 95 % interval of each CCC, and what the bootstrap draws beside seeds."""
+    ids, clusters = cluster_ids(rows)
+    cccs = resampled_cccs(*tensors(rows, targets), ids, pd.factorize(rows["seed"])[0])
+    return mean_metrics(rows, targets), intervals(cccs, list(cccs_of(targets))), clusters
 
 
 def found_runs(directory: Path, seeds: list[int] | None) -> tuple[list[Cell], list[str]]:
@@ -239,18 +269,47 @@ def found_runs(directory: Path, seeds: list[int] | None) -> tuple[list[Cell], li
     return of_seeds, notes
 
 
-def read_run(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
-    """(FIGURES, test rows) of a run that is done."""
+def targets_of(run: Path) -> list[str]:
+    """The targets of a run; older code knew two and did not write them down."""
+    return read_json(run / "result.json").get("targets") or list(ModelConfig.targets)
+
+
+def read_other_tests(
+    directory: Path, cells: list[Cell], targets: Sequence[str]
+) -> dict[str, pd.DataFrame]:
+    """Rows of the test splits beside `test` that have labels, by split, over the runs."""
+    others = {}
+    for split in TESTS[1:]:
+        paths = {cell: directory / cell.path / f"predictions_{split}.csv" for cell in cells}
+        tables = [
+            read_predictions(path, targets).assign(seed=cell.seed)
+            for cell, path in paths.items()
+            if path.exists()
+        ]
+        rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        if len(rows) and rows[list(targets)].notna().any(axis=None):
+            others[split] = rows
+    return others
+
+
+def read_run(directory: Path, targets: Sequence[str]) -> tuple[dict[str, float], pd.DataFrame]:
+    """(figures, test rows) of a run that is done, for some or all of its targets."""
+    keys = (*columns_of(targets), "parameters_trainable", "num_folds")
     path = directory / "result.json"
     if not path.exists():
         raise UserError(f"{path}: not there, the run is not done")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+        if set(targets) != set(targets_of(directory)):
+            for scores in (result["dev"], result["test"]):
+                cccs = [scores[f"ccc_{target}"] for target in targets]
+                cccs = [ccc for ccc in cccs if ccc is not None]
+                scores["ccc_mean"] = statistics.fmean(cccs) if cccs else None
         result |= {f"{s}/{key}": result[s][key] for s in ("dev", "test") for key in result[s]}
         result |= {"hours": result["seconds"] / 3600, "peak_gib": result["peak_gib_measured"]}
-        figures = {key: result[key] for key in FIGURES}
-        unlabelled = [key for key in FIGURES if "/" in key and figures[key] is None]
-        numbers = [key for key in FIGURES if key not in unlabelled]
+        figures = {key: result[key] for key in keys}
+        unlabelled = [key for key in keys if "/" in key and figures[key] is None]
+        numbers = [key for key in keys if key not in unlabelled]
         wrong = [key for key in numbers if not math.isfinite(figures[key])]
         figures |= dict.fromkeys(unlabelled, math.nan)
     except KeyError as error:
@@ -259,7 +318,7 @@ def read_run(directory: Path) -> tuple[dict[str, float], pd.DataFrame]:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if wrong:
         raise UserError(f"{path}: {wrong[0]} {figures[wrong[0]]} is not a finite number")
-    return figures, read_predictions(directory / "predictions_test.csv")
+    return figures, read_predictions(directory / "predictions_test.csv", targets)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -273,7 +332,7 @@ def test_rows(e: Experiment) -> pd.DataFrame:
 
 
 def paired_difference(one: Experiment, two: Experiment) -> dict | str:
-    """Pooled CCCs of `one` minus those of `two` on the seeds and test utterances of both, or why
+    """Pooled CCCs of `one` minus those of `two` on the seeds, test utterances and targets of both,
     not.
 
     {"to": name of `two`, "n", "clusters", "ccc_valence": (difference, low, high), ...}
@@ -286,27 +345,35 @@ def paired_difference(one: Experiment, two: Experiment) -> dict | str:
     shared = rows_one.index.intersection(rows_two.index)
     if not len(shared):
         return "no test utterance in common"
+    targets = [target for target in one.targets if target in two.targets]
+    if not targets:
+        return "no target in common"
     rows_one, rows_two = rows_one.loc[shared], rows_two.loc[shared]
-    preds_one, labels = tensors(rows_one)
-    preds_two, others = tensors(rows_two)
+    preds_one, labels = tensors(rows_one, targets)
+    preds_two, others = tensors(rows_two, targets)
     if not torch.allclose(labels, others, equal_nan=True):
         return "their labels of the same utterances differ"
     ids, clusters = cluster_ids(rows_one)
     seeds = pd.factorize(rows_one["seed"])[0]
-    score_one, score_two = mean_metrics(rows_one), mean_metrics(rows_two)
-    cccs_one = resampled_cccs(preds_one, labels, ids, seeds)
-    ends = intervals(cccs_one - resampled_cccs(preds_two, labels, ids, seeds), list(CCCS))
+    score_one, score_two = (mean_metrics(rows, targets) for rows in (rows_one, rows_two))
+    draws_one, draws_two = (
+        resampled_cccs(preds, labels, ids, seeds) for preds in (preds_one, preds_two)
+    )
+    ends = intervals(draws_one - draws_two, list(cccs_of(targets)))
     differences = {key: (score_one[key] - score_two[key], *ends[key]) for key in ends}
     if seeds.max():
         clusters += f" x {seeds.max() + 1} seeds"
     return {"to": two.name, "n": rows_one["utt_id"].nunique(), "clusters": clusters, **differences}
 
 
-def run_alone(name: str, folds: dict[int, tuple[dict[str, float], pd.DataFrame]]) -> Experiment:
+def run_alone(
+    name: str, folds: dict[int, tuple[dict[str, float], pd.DataFrame]], targets: list[str]
+) -> Experiment:
     """An experiment of one seed, of its (figures, test rows) by fold."""
-    figures = {Cell(-1, fold): figures for fold, (figures, _) in folds.items()}
-    parts = {Cell(-1, fold): rows for fold, (_, rows) in folds.items()}
-    return Experiment(name, len(folds), folds=figures, problems={}, parts=parts, notes=[])
+    cells = {Cell(-1, fold): run for fold, run in folds.items()}
+    figures = {cell: figures for cell, (figures, _) in cells.items()}
+    parts = {cell: rows for cell, (_, rows) in cells.items()}
+    return Experiment(name, len(folds), targets, figures, {}, parts, others={}, notes=[])
 
 
 def against_frozen(run: Path) -> str:
@@ -333,7 +400,8 @@ def against_frozen(run: Path) -> str:
             refused.append((len(differ), f" ({path.parent} differs in {', '.join(differ)})"))
             continue
         with contextlib.suppress(UserError):  # damaged
-            baselines.append((read_run(path.parent)[0]["dev/ccc_mean"], path.parent))
+            figures, _ = read_run(path.parent, targets_of(run))
+            baselines.append((figures["dev/ccc_mean"], path.parent))
     if not baselines:
         nearest = min(refused)[1] if refused else ""
         return (
@@ -341,11 +409,15 @@ def against_frozen(run: Path) -> str:
             "with --unfreeze none --name frozen makes one, then report.py compares the two"
         )
     baseline = max(baselines)[1]
-    one, two = (run_alone(str(path), {1: read_run(path)}) for path in (run, baseline))
+    targets = targets_of(run)
+    one, two = (
+        run_alone(str(path), {1: read_run(path, targets)}, targets) for path in (run, baseline)
+    )
     paired = paired_difference(one, two)
     if isinstance(paired, str):
         return f"no comparison with {baseline}: {paired}"
-    cccs = ", ".join(f"{key.removeprefix('ccc_')} {signed(paired[key])}" for key in CCCS)
+    names = [*one.targets, "mean"]
+    cccs = ", ".join(f"{name} {signed(paired[f'ccc_{name}'])}" for name in names)
     return (
         f"test CCC less that of the frozen {baseline}: {cccs} (95 % intervals over "
         f"{paired['clusters']}, {paired['n']} utterances; an interval with 0 inside shows no gain)"
@@ -386,27 +458,32 @@ def ensemble_of(experiments: list[Experiment]) -> "Ensemble":
     shared = [fold for fold, names in lacking.items() if not names]
     if not shared:
         raise UserError(f"--ensemble: no fold is there in all of {', '.join(members)}")
-    means = {fold: mean_run({name: members[name][fold] for name in members}) for fold in shared}
-    mean = run_alone(f"mean of {len(members)} runs", means)
+    targets = experiments[0].targets  # the same in all
+    means = {
+        fold: mean_run({name: members[name][fold][1] for name in members}, targets)
+        for fold in shared
+    }
+    mean = run_alone(f"mean of {len(members)} runs", means, targets)
     mean.notes = [
         f"fold {fold} is left out: not there in {', '.join(names)}"
         for fold, names in lacking.items()
         if names
     ]
+    dev = {
+        name: float(np.mean([folds[fold][0]["dev/ccc_mean"] for fold in shared]))
+        for name, folds in members.items()
+    }
+    best = max(dev, key=lambda name: np.nan_to_num(dev[name], nan=-1))
+    single = run_alone(best, {fold: members[best][fold] for fold in shared}, targets)
     summarise(mean)
-
-    def dev_ccc(name: str) -> float:
-        return float(np.nan_to_num(np.mean([members[name][k][0]["dev/ccc_mean"] for k in shared])))
-
-    best = max(members, key=dev_ccc)
-    single = run_alone(best, {fold: members[best][fold] for fold in shared})
     summarise(single)
+    mean.less_the_best = paired_difference(mean, single)
     differences = {}
     for fold in shared:
-        pair = (run_alone(e.name, {fold: (None, e.parts[Cell(-1, fold)])}) for e in (mean, single))
-        differences[fold] = paired_difference(*pair)
-    mean.less_the_best = paired_difference(mean, single)
-    return Ensemble(list(members), mean, single, dev_ccc(best), differences)
+        one = run_alone(mean.name, {fold: means[fold]}, targets)
+        two = run_alone(best, {fold: members[best][fold]}, targets)
+        differences[fold] = paired_difference(one, two)
+    return Ensemble(list(members), mean, single, dev[best], differences)
 
 
 @dataclass
@@ -421,13 +498,13 @@ class Ensemble:
 
 
 def mean_run(
-    runs: dict[str, tuple[dict[str, float], pd.DataFrame]],
+    runs: dict[str, pd.DataFrame], targets: Sequence[str]
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """(test figures, test rows) of the mean of the predictions of runs by name, on one fold.
+    """(test figures, test rows) of the mean of the predictions of one fold, from rows by run.
 
     UserError if they were not tested on the same utterances with the same labels.
     """
-    tables = {name: rows.set_index("utt_id", drop=False) for name, (_, rows) in runs.items()}
+    tables = {name: rows.set_index("utt_id", drop=False) for name, rows in runs.items()}
     first = next(iter(tables))
     rows = tables[first].rename_axis(None).copy()
     for name, table in tables.items():
@@ -438,13 +515,13 @@ def mean_run(
         if len(alone):
             pair = f"{first} and {name}"
             raise UserError(f"--ensemble: {alone[0]} is a test utterance of one of {pair} alone")
-        labels = [tensors(t.loc[rows.index])[1] for t in (rows, table)]
+        labels = [tensors(t.loc[rows.index], targets)[1] for t in (rows, table)]
         if not torch.allclose(*labels, equal_nan=True):
             raise UserError(f"--ensemble: labels of the same utterances differ in {first}, {name}")
-    predicted = [f"pred_{target}" for target in TARGETS]
-    rows[predicted] = np.mean([t.loc[rows.index, predicted] for t in tables.values()], axis=0)
-    scores = metrics(*tensors(rows))
-    figures = dict.fromkeys(FIGURES, math.nan)
+    values = [table.loc[rows.index, predicted(targets)] for table in tables.values()]
+    rows[predicted(targets)] = np.mean(values, axis=0)
+    scores = metrics(*tensors(rows, targets), targets)
+    figures = dict.fromkeys(columns_of(targets), math.nan)
     return figures | {f"test/{name}": value for name, value in scores.items()}, rows
 
 
@@ -457,17 +534,17 @@ def ceiling(e: Experiment) -> dict[str, dict] | None:
     these. None where the runs have no ratings; a note if these are damaged."""
     rows = all_rows(e)
     try:
-        parts = [read_ratings(Path(e.name) / cell.path) for cell in e.parts]
+        parts = [read_ratings(Path(e.name) / cell.path, e.targets) for cell in e.parts]
     except UserError as error:
         e.notes.append(f"human raters: not given, {error}")
         return None
     ratings = pd.concat(parts).drop_duplicates(["utt_id", "rater"])  # each seed has the same ones
     found = {}
-    for target in [target for target in TARGETS if target in ratings]:
+    for target in e.targets:
         human = human_ceiling(ratings, rows, target)
         if human:
             rated = rows[rows["utt_id"].isin(human["utterances"])]
-            human["model"] = mean_metrics(rated)[f"ccc_{target}"]
+            human["model"] = mean_metrics(rated, [target])[f"ccc_{target}"]
             found[target] = human | {"utterances": len(human["utterances"])}
     return found or None
 
@@ -477,11 +554,14 @@ def ceiling(e: Experiment) -> dict[str, dict] | None:
 
 
 def separation(
-    vectors: np.ndarray | Tensor, labels: np.ndarray | Tensor, speakers: list[str] | np.ndarray
+    vectors: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor,
+    speakers: list[str] | np.ndarray,
+    targets: Sequence[str],
 ) -> dict[str, float]:
-    """How far high and low valence and arousal (split at the median) lie apart, and the speakers.
+    """How far high and low labels (split at the median) lie apart, and the speakers.
 
-    vectors (n, U), labels (n, 2), speakers (n); at most MAX_VECTORS evenly spaced rows are used.
+    vectors (n, U), labels (n, E), speakers (n); at most MAX_VECTORS evenly spaced rows are used.
     silhouette_<target>: of the two halves, -1..1. ks_<target>: the Kolmogorov-Smirnov distance,
     0..1, of the halves' positions along the direction of a linear probe that did not see them.
     speaker_accuracy: mean over speakers of the share of utterances that a probe attributes to them;
@@ -493,7 +573,7 @@ def separation(
     vectors = np.asarray(vectors)[keep].astype(np.float64)
     labels, speakers = np.asarray(labels)[keep], pd.Series(speakers, dtype=object)[keep]
     result = {}
-    for i, target in enumerate(TARGETS):
+    for i, target in enumerate(targets):
         known = ~np.isnan(labels[:, i])
         high = labels[known, i] > pd.Series(labels[:, i]).median()
         if min(high.sum(), (~high).sum()) < 5:
@@ -535,7 +615,8 @@ def mean_separation(experiment: Experiment) -> dict[str, float] | None:
     for cell, rows in experiment.parts.items():
         try:
             vectors = read_vectors(Path(experiment.name) / cell.path, len(rows))
-            figures.append(separation(vectors, tensors(rows)[1], rows["speaker"].tolist()))
+            targets, speakers = experiment.targets, rows["speaker"].tolist()
+            figures.append(separation(vectors, tensors(rows, targets)[1], speakers, targets))
         except UserError as error:  # also of a package that is broken
             experiment.notes.append(f"separation: not given, {error}")
             return None
@@ -564,16 +645,16 @@ def fold_sections(e: Experiment) -> list[Section]:
         what, spread = "run", {"std of folds": e.std, "std of seeds": e.std_of_seeds}
         runs = f"{len(e.parts)} of {e.num_runs} runs, {len(e.seeds)} seeds x {e.num_folds} folds"
         title = f"{e.name}: {runs}"
-    rows = []
+    rows, columns = [], columns_of(e.targets)
     for cell, figures in e.folds.items():
-        shown = {f"CCC {TARGETS[0]}": "missing"}
+        shown = {f"CCC {e.targets[0]}": "missing"}
         if figures:
-            shown = {title: figures[key] for key, title in COLUMNS.items()}
+            shown = {title: figures[key] for key, title in columns.items()}
         rows.append({what: cell.name} | shown)
     for name, figures in {"mean": e.mean, **spread}.items():
         if figures:
-            rows.append({what: name} | {title: figures[key] for key, title in COLUMNS.items()})
-    folds = Section(title, table_of(rows, [what, *COLUMNS.values()]), not_given(e) + e.notes)
+            rows.append({what: name} | {title: figures[key] for key, title in columns.items()})
+    folds = Section(title, table_of(rows, [what, *columns.values()]), not_given(e) + e.notes)
     if e.problems:
         return [folds]
     everything = all_rows(e)
@@ -591,19 +672,17 @@ def fold_sections(e: Experiment) -> list[Section]:
             "std of folds: within a seed (root mean square over seeds); std of seeds: of the "
             "seeds' means over folds"
         )
-    pooled = Section("All folds pooled", pooled_table(e), notes)
-    breakdowns = [*breakdown(everything, "speaker"), *breakdown(everything, "emotion")]
-    return [folds, pooled, *ceiling_sections(e), *breakdowns]
-
-
-def pooled_table(e: Experiment) -> pd.DataFrame:
-    rows = []
-    for key, name in zip(CCCS, (*TARGETS, "mean")):
-        row = {"pooled": name, "CCC": e.pooled[key], "95 % interval": brackets(e.interval[key])}
-        for metric in ("pcc", "rmse"):
-            row[metric.upper()] = e.pooled.get(f"{metric}_{name}")
-        rows.append(row)
-    return table_of(rows)
+    pooled = Section("All folds pooled", pooled_table(e.targets, e.pooled, e.interval), notes)
+    sections = [folds, pooled, *ceiling_sections(e)]
+    for split, rows in e.others.items():
+        scores, interval, clusters = pooled_scores(rows, e.targets)
+        count = len(rows) // rows["seed"].nunique()
+        note = f"{count} utterances; intervals from {RESAMPLES} bootstrap draws of {clusters}"
+        table = pooled_table(e.targets, scores, interval)
+        sections.append(Section(f"Another test split: {split}", table, [note]))
+    for column in ("speaker", "emotion"):
+        sections += breakdown(everything, column, e.targets)
+    return sections
 
 
 def brackets(interval: tuple[float, float]) -> str | None:
@@ -637,12 +716,12 @@ def ceiling_sections(e: Experiment) -> list[Section]:
 def ensemble_sections(ensemble: Ensemble) -> list[Section]:
     """The mean of the predictions: its folds, then all of them pooled."""
     mean, best = ensemble.mean, ensemble.best
-    rows = []
+    rows, titles = [], cccs_of(mean.targets)
     for (_, fold), figures in mean.folds.items():
-        row = {"fold": fold} | {title: figures[f"test/{key}"] for key, title in CCCS.items()}
+        row = {"fold": fold} | {title: figures[f"test/{key}"] for key, title in titles.items()}
         row["mean less the best"] = signed(ensemble.less_the_best[fold]["ccc_mean"])
         rows.append(row)
-    row = {"fold": "mean"} | {title: mean.mean[f"test/{key}"] for key, title in CCCS.items()}
+    row = {"fold": "mean"} | {title: mean.mean[f"test/{key}"] for key, title in titles.items()}
     title = f"Ensemble: mean of the test predictions of {len(ensemble.members)} runs"
     notes = [f"of {', '.join(ensemble.members)}", *mean.notes]
     notes.append(
@@ -650,9 +729,11 @@ def ensemble_sections(ensemble: Ensemble) -> list[Section]:
         f"({ensemble.best_dev_ccc:.3f}); one chosen on test would look better than it is"
     )
     folds = Section(title, table_of([*rows, row]), notes)
-    pooled = pooled_table(mean)[["pooled", "CCC", "95 % interval"]]
-    pooled["best"] = [cell(best.pooled[key]) for key in CCCS]
-    pooled["less the best"] = [signed(mean.less_the_best[key]) for key in CCCS]
+    pooled = pooled_table(mean.targets, mean.pooled, mean.interval)
+    pooled = pooled[["pooled", "CCC", "95 % interval"]]
+    keys = [f"ccc_{name}" for name in pooled["pooled"]]
+    pooled["best"] = [cell(best.pooled[key]) for key in keys]
+    pooled["less the best"] = [signed(mean.less_the_best[key]) for key in keys]
     explained = (
         f"{mean.less_the_best['n']} test utterances; 95 % intervals from {RESAMPLES} bootstrap "
         f"draws of {mean.clusters}, paired for the difference: with 0 inside it shows none"
@@ -660,7 +741,22 @@ def ensemble_sections(ensemble: Ensemble) -> list[Section]:
     return [folds, Section("Ensemble, all folds pooled", pooled, [explained])]
 
 
-def breakdown(rows: pd.DataFrame, column: str) -> list[Section]:
+def pooled_table(
+    targets: Sequence[str], scores: dict[str, float], interval: dict[str, tuple[float, float]]
+) -> pd.DataFrame:
+    """A row per target, and for their mean if there are several."""
+    rows = []
+    for name in (*targets, "mean")[: len(targets) + (len(targets) > 1)]:
+        low, high = interval[f"ccc_{name}"]
+        row = {"pooled": name, "CCC": scores[f"ccc_{name}"]}
+        row["95 % interval"] = None if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
+        for metric in ("pcc", "rmse"):
+            row[metric.upper()] = scores.get(f"{metric}_{name}")
+        rows.append(row)
+    return table_of(rows)
+
+
+def breakdown(rows: pd.DataFrame, column: str, targets: Sequence[str]) -> list[Section]:
     """Table per speaker or emotion if there are two, the MAX_GROUPS largest; bias: pred - true."""
     groups = rows.groupby(rows[column].replace("", "unknown"))
     if len(groups) < 2:
@@ -668,10 +764,10 @@ def breakdown(rows: pd.DataFrame, column: str) -> list[Section]:
     shown = []
     for name in sorted(groups.size().nlargest(MAX_GROUPS).index):
         group = groups.get_group(name)
-        preds, labels = tensors(group)
-        scores, bias = mean_metrics(group), (preds - labels).nanmean(0).tolist()
+        preds, labels = tensors(group, targets)
+        scores, bias = mean_metrics(group, targets), (preds - labels).nanmean(0).tolist()
         row = {column: name, "n": len(labels) // group["seed"].nunique()}
-        for i, target in enumerate(TARGETS):  # a CCC against two label values says little
+        for i, target in enumerate(targets):  # a CCC against two label values says little
             known = labels[: row["n"], i][~labels[: row["n"], i].isnan()]  # of one seed
             enough = len(known) >= MIN_UTTERANCES and len(known.unique()) > 2
             row[f"CCC {target}"] = scores[f"ccc_{target}"] if enough else None
@@ -696,8 +792,10 @@ def not_given(e: Experiment) -> list[str]:
 
 
 def comparison_sections(experiments: list[Experiment]) -> list[Section]:
-    """Table of all experiments in their order, then differences to the first."""
+    """Table of all experiments in their order, then differences to the first; their targets are the
+    same."""
     best = experiments[0]
+    titles = cccs_of(best.targets)
     rows, differences = [], []
     notes = ["CCC: mean over folds ± standard deviation, on test; hours: all folds together"]
     if any(e.std_of_seeds for e in experiments):
@@ -707,9 +805,9 @@ def comparison_sections(experiments: list[Experiment]) -> list[Section]:
         rows.append(row)
         notes += [f"{e.name}: {note}" for note in not_given(e) + e.notes]
         if e.problems:
-            row[f"CCC {TARGETS[0]}"] = "missing"
+            row[f"CCC {best.targets[0]}"] = "missing"
             continue
-        row |= {title: e.mean[f"test/{key}"] for key, title in CCCS.items()}
+        row |= {title: e.mean[f"test/{key}"] for key, title in titles.items()}
         spread = e.std_of_seeds or e.std
         if spread:
             row["CCC mean"] = f"{row['CCC mean']:.3f} ± {spread['test/ccc_mean']:.3f}"
@@ -722,13 +820,13 @@ def comparison_sections(experiments: list[Experiment]) -> list[Section]:
         row, paired = {"less the best": e.name, "utterances": e.less_the_best}, e.less_the_best
         if isinstance(paired, dict):
             row["utterances"] = f"{paired['n']} of {paired['clusters']}"
-            row |= {title: signed(paired[key]) for key, title in CCCS.items()}
+            row |= {title: signed(paired[key]) for key, title in titles.items()}
         differences.append(row)
     explained = (
         f"pooled CCC less that of {best.name}, on test utterances that both predicted, with 95 % "
         f"intervals from {RESAMPLES} paired bootstrap draws; an interval with 0 inside shows none"
     )
-    cccs = CCCS.values()
+    cccs = titles.values()
     columns = ["experiment", "folds", *cccs, "parameters trainable", "hours", "peak GiB"]
     differences = table_of(differences, ["less the best", "utterances", *cccs])
     return [
@@ -771,11 +869,28 @@ def as_text(sections: list[Section], markdown: bool = False) -> str:
             pairs = [name.rpartition(" ")[::2] for name in others]
             table = section.table.set_index(first).rename_axis(None)
             table.columns = pd.MultiIndex.from_tuples(pairs, names=["", first])
-            lines = [line.rstrip() for line in table.to_string(sparsify=False).splitlines()]
+            blocks = ["\n".join(as_lines(part)) for part in cut_columns(table)]
+            lines = "\n\n".join(blocks).splitlines()
         parts.append(f"## {section.title}" if markdown else section.title)
         parts.append("\n".join(lines).strip("\n"))
         parts.append("\n".join(f"- {note}" for note in section.notes))
     return "\n\n".join(part for part in parts if part)
+
+
+def as_lines(table: pd.DataFrame) -> list[str]:
+    return [line.rstrip() for line in table.to_string(sparsify=False).splitlines()]
+
+
+def cut_columns(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """The table in parts of its columns, as many in each as LINE has room for; at least one."""
+    excess = max(map(len, table.index)) - MAX_NAME  # of long names, which fit nowhere
+    parts, start = [], 0
+    for stop in range(2, table.shape[1] + 1):
+        width = max(map(len, as_lines(table.iloc[:, start:stop])))
+        if stop - start > 1 and width - max(0, excess) > LINE:
+            parts.append(table.iloc[:, start : stop - 1])
+            start = stop - 1
+    return [*parts, table.iloc[:, start:]]
 
 
 # One file with all in it: no script, nothing from a network, which its policy forbids
@@ -814,12 +929,12 @@ def as_html(sections: list[Section]) -> str:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def plot_run(directory: Path, split: str, vectors: Tensor) -> None:
+def plot_run(directory: Path, split: str, vectors: Tensor, targets: Sequence[str]) -> None:
     """Writes the pictures of a run; vectors (n, U) in the row order of predictions_<split>.csv."""
-    parts = {directory.name: read_predictions(directory / f"predictions_{split}.csv")}
+    parts = {directory.name: read_predictions(directory / f"predictions_{split}.csv", targets)}
     records = {directory.name: read_records(directory)}
     try:
-        figures = plot_all(records, parts, {directory.name: vectors.numpy()})
+        figures = plot_all(records, parts, {directory.name: vectors.numpy()}, targets)
     except UserError as error:  # a package is broken, the run is not
         log.warning(f"no pictures: {error}")
         return
@@ -837,7 +952,7 @@ def picture_section(e: Experiment) -> Section:
             vectors[name] = read_vectors(run, len(rows))
     section = Section(f"{e.name}: pictures of {', '.join(parts)}")
     try:
-        figures = plot_all(records, parts, vectors)
+        figures = plot_all(records, parts, vectors, e.targets)
     except UserError as error:  # a package is broken, the figures are not
         section.notes.append(f"not drawn: {error}")
         say(f"{e.name}: no pictures: {error}")
@@ -850,17 +965,21 @@ def picture_section(e: Experiment) -> Section:
 
 
 def plot_all(
-    records: dict[str, list[dict]], parts: dict[str, pd.DataFrame], vectors: dict[str, np.ndarray]
+    records: dict[str, list[dict]],
+    parts: dict[str, pd.DataFrame],
+    vectors: dict[str, np.ndarray],
+    targets: Sequence[str],
 ) -> dict[str, "Figure"]:
     """Name -> picture, of runs by name; vectors (n, U) may be absent for some."""
     rows = pd.concat(parts.values(), ignore_index=True)
-    figures = {"curves": plot_curves(records), "scatter": plot_scatter(rows)}
-    placed = rows.dropna(subset=["valence", "arousal"])
-    if len(placed):
-        figures["circumplex"] = plot_circumplex(placed)
+    figures = {"curves": plot_curves(records, targets), "scatter": plot_scatter(rows, targets)}
+    if {"valence", "arousal"} <= set(targets):
+        placed = rows.dropna(subset=["valence", "arousal"])
+        if len(placed):
+            figures["circumplex"] = plot_circumplex(placed)
     vectors = {name: values for name, values in vectors.items() if len(values) > 1}
     if vectors:
-        figures["embedding"] = plot_embedding(vectors, parts)
+        figures["embedding"] = plot_embedding(vectors, parts, targets)
     return figures
 
 
@@ -882,10 +1001,10 @@ def plot_dots(axis: "Axes", x: np.ndarray, y: np.ndarray, colour: str) -> None:
     axis.plot(x, y, ".", ms=5, mew=0, alpha=alpha, color=colour)
 
 
-def plot_curves(runs: dict[str, list[dict]]) -> "Figure":
+def plot_curves(runs: dict[str, list[dict]], targets: Sequence[str]) -> "Figure":
     """Training loss and dev CCCs over epochs, a line per run; from read_records."""
     panels = {"loss": "training loss"}
-    panels |= {f"dev/ccc_{target}": f"dev CCC {target}" for target in TARGETS}
+    panels |= {f"dev/ccc_{target}": f"dev CCC {target}" for target in targets}
     figure, axes = new_figure(len(panels))
     for i, (name, records) in enumerate(runs.items()):
         colour, style = COLOURS[i % len(COLOURS)], ("o-", "^--", "s:")[i // len(COLOURS) % 3]
@@ -902,11 +1021,11 @@ def plot_curves(runs: dict[str, list[dict]]) -> "Figure":
     return figure
 
 
-def plot_scatter(rows: pd.DataFrame) -> "Figure":
+def plot_scatter(rows: pd.DataFrame, targets: Sequence[str]) -> "Figure":
     """Predicted against true in the label's scale, with the identity line."""
-    figure, axes = new_figure(len(TARGETS))
-    scores = metrics(*tensors(rows))
-    for axis, target, colour in zip(axes, TARGETS, COLOURS):
+    figure, axes = new_figure(len(targets))
+    scores = metrics(*tensors(rows, targets), targets)
+    for axis, target, colour in zip(axes, targets, COLOURS):
         labelled = rows.dropna(subset=target)
         true, pred = labelled[target], labelled[f"pred_{target}"]
         limits = [min(true.min(), pred.min()), max(true.max(), pred.max())]
@@ -934,13 +1053,15 @@ def plot_circumplex(rows: pd.DataFrame) -> "Figure":
     return figure
 
 
-def plot_embedding(vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame]) -> "Figure":
+def plot_embedding(
+    vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame], targets: Sequence[str]
+) -> "Figure":
     """First two principal components, a row per run, coloured by each target and by speaker.
 
     Runs do not share an embedding space; of each at most MAX_VECTORS rows are shown.
     """
     decomposition = optional_module("sklearn.decomposition", "scikit-learn", "a picture")
-    panels = (*TARGETS, "speaker")
+    panels = (*targets, "speaker")
     figure, axes = new_figure(len(panels), len(vectors))
     for i, (name, values) in enumerate(vectors.items()):
         keep = evenly_spaced(len(values))
@@ -953,7 +1074,7 @@ def plot_embedding(vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame
             axis.set(
                 xlabel=f"PC 1 ({one:.0%})", ylabel=f"PC 2 ({two:.0%})", title=f"{name}: {what}"
             )
-        for axis, target in zip(row, TARGETS):
+        for axis, target in zip(row, targets):
             figure.colorbar(axis.scatter(x, y, c=rows[target], s=10, cmap="cividis"), ax=axis)
         speakers = rows["speaker"].replace("", "unknown").str.slice(0, 24)
         frequent = speakers.value_counts().index[: len(COLOURS) - 1]
@@ -1014,17 +1135,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+def mean_ccc(e: Experiment) -> float:
+    """Mean over folds and targets; below every other one if a fold is missing."""
+    return e.mean["test/ccc_mean"] if e.mean else -2.0
+
+
 def main(args: argparse.Namespace) -> int:
     """Writes the report's files and prints it; 0, or 1 where a fold is missing."""
     experiments = [read_experiment(run, args.folds, args.seeds, args.failed) for run in args.runs]
-    experiments.sort(key=lambda e: -e.mean["test/ccc_mean"] if e.mean else 2)  # missing ones last
-    for e in experiments[1:]:
-        e.less_the_best = paired_difference(e, experiments[0])
     several = len(experiments) > 1
-    sections = comparison_sections(experiments) if several else fold_sections(experiments[0])
+    shared = [t for t in experiments[0].targets if all(t in e.targets for e in experiments)]
+    if not shared:
+        raise UserError(f"{' and '.join(e.name for e in experiments)}: no target in common")
+    compared = {id(e): e for e in experiments}
+    for e, run in zip(experiments, args.runs):
+        if set(e.targets) != set(shared):  # the comparison is on what all have
+            rival = read_experiment(run, args.folds, args.seeds, args.failed, shared)
+            left_out = in_words([target for target in e.targets if target not in shared])
+            rival.notes.append(f"{left_out} is left out: another run has none")
+            compared[id(e)] = rival
+    experiments.sort(key=lambda e: mean_ccc(compared[id(e)]), reverse=True)  # missing ones last
+    rivals = [compared[id(e)] for e in experiments]
+    for e, rival in zip(experiments[1:], rivals[1:]):
+        e.less_the_best = rival.less_the_best = paired_difference(rival, rivals[0])
+    sections = comparison_sections(rivals) if several else fold_sections(experiments[0])
     figures = [as_figures(e) for e in experiments]
     if args.ensemble:
-        ensemble = ensemble_of(experiments)
+        ensemble = ensemble_of(rivals)
         sections += ensemble_sections(ensemble)
         figures.append(as_figures(ensemble.mean) | {
             "members": ensemble.members, "best": ensemble.best.name,
@@ -1050,7 +1187,7 @@ def main(args: argparse.Namespace) -> int:
 
 def as_figures(e: Experiment) -> dict:
     """All of it but its test rows, for JSON."""
-    figures = {key: value for key, value in vars(e).items() if key != "parts"}
+    figures = {key: value for key, value in vars(e).items() if key not in ("parts", "others")}
     for key in ("folds", "problems"):
         figures[key] = {cell.name: value for cell, value in figures[key].items()}
     return figures

@@ -27,16 +27,14 @@ from torch.utils.data import DataLoader
 import data
 from model import (
     AUTOCAST,
-    TARGETS,
     EmotionModel,
     ModelConfig,
     loss_from_sums,
     moment_sums,
-    target_weights,
     track_dialogues,
 )
 from util import distributed
-from util.files import UserError, digest, weights_digest
+from util.files import UserError, digest, in_words, weights_digest
 from wavlm import (
     PADDING_BIAS,
     WavLM,
@@ -145,6 +143,7 @@ def build_model(
     """The model that the flags describe; load=False builds WavLM without its weights (for meta)."""
     names = {f.name for f in fields(ModelConfig)} - {"wavlm"}
     settings = {name: value for name, value in vars(args).items() if name in names}
+    settings["targets"] = tuple(args.targets)
     settings["layers"] = tuple(args.layers or ())
     settings["prosody_dim"] = 88 if args.prosody == "egemaps" else 0
     settings["ema_alpha"] = -1.0 if args.ema_alpha == "learned" else float(args.ema_alpha)
@@ -314,18 +313,24 @@ class Progress:
         return better
 
 
-def selection_score(scores: dict[str, float], valence_weight: float) -> float:
+def trained_targets(args: argparse.Namespace) -> list[str]:
+    """The targets whose weight is above 0."""
+    return [target for target, weight in zip(args.targets, args.target_weights) if weight]
+
+
+def selection_score(scores: dict[str, float], args: argparse.Namespace) -> float:
     """The mean CCC of the targets that train, among the metrics of a split.
 
     UserError if the split has a label of none of them.
     """
-    trained = [target for target, weight in target_weights(valence_weight).items() if weight]
+    trained = trained_targets(args)
     cccs = [scores[f"ccc_{target}"] for target in trained]
     cccs = [ccc for ccc in cccs if not math.isnan(ccc)]
     if not cccs:
+        weights = " ".join(f"{weight:g}" for weight in args.target_weights)
         raise UserError(
-            f"--valence_weight {valence_weight:g}: {' and '.join(trained)} alone trains, but dev "
-            "has no label of it, so no epoch is the best: give another weight or other labels"
+            f"--target_weights {weights}: {in_words(trained)} alone trains, but dev has no label "
+            "of it, so no epoch is the best: give another weight (or --valence_weight) or labels"
         )
     return statistics.fmean(cccs)
 
@@ -334,7 +339,7 @@ def selection_score(scores: dict[str, float], valence_weight: float) -> float:
 class StepResult:
     """What one update returns; sums and norm stay on the device."""
 
-    sums: Tensor  # (6, 2) moment sums of the global batch
+    sums: Tensor  # (6, E) moment sums of the global batch
     gradient_norm: Tensor  # before clipping
     stop: bool  # some rank has received a signal
 
@@ -351,16 +356,16 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(kind, AUTOCAST[amp], enabled=amp != "off")
 
 
-def zero_sums(device: torch.device) -> Tensor:
-    return torch.zeros(6, len(TARGETS), dtype=torch.float64, device=device)
+def zero_sums(device: torch.device, args: argparse.Namespace) -> Tensor:
+    return torch.zeros(6, len(args.targets), dtype=torch.float64, device=device)
 
 
 def batch_loss(sums: Tensor, args: argparse.Namespace) -> Tensor:
-    """Loss of the utterances behind moment sums (6, 2).
+    """Loss of the utterances behind moment sums (6, E).
 
     A loss that is not a function of these sums belongs into train_step, beside this one.
     """
-    return loss_from_sums(sums, args.loss, args.valence_weight, args.mse_weight)
+    return loss_from_sums(sums, args.loss, args.target_weights, args.mse_weight)
 
 
 def train_step(
@@ -386,13 +391,13 @@ def train_step(
     def forward(micro_step: int) -> Tensor:
         seed_micro_step(args.seed, progress.step, micro_step, distributed.rank())
         with autocast(device, args.amp):
-            preds = ddp_model(batches[micro_step], teacher_forcing)  # (B, 2)
-        return moment_sums(preds, batches[micro_step]["labels"])  # (6, 2) float64
+            preds = ddp_model(batches[micro_step], teacher_forcing)  # (B, E)
+        return moment_sums(preds, batches[micro_step]["labels"])  # (6, E) float64
 
     last = len(batches) - 1
     exact = args.loss == "mse" or args.exact_ccc == "on"
     two_passes = exact and args.loss != "mse" and last > 0
-    total, first_sums = zero_sums(device), None
+    total, first_sums = zero_sums(device, args), None
     if two_passes:
         model = getattr(ddp_model, "module", ddp_model)
         with torch.no_grad():
@@ -407,7 +412,7 @@ def train_step(
     elif args.loss == "mse":
         total[0] = torch.tensor(batches[0]["step_size"])
 
-    seen = zero_sums(device)
+    seen = zero_sums(device, args)
     for micro_step in range(len(batches)):
         with distributed.synchronised(ddp_model, micro_step == last):
             sums = forward(micro_step) if first_sums is None else first_sums
@@ -504,7 +509,7 @@ def inference(model: EmotionModel) -> Iterator[None]:
 class Evaluation:
     """Results of evaluation, in the order of its rows, on the CPU."""
 
-    preds: Tensor  # (n, 2) in [0, 1]
+    preds: Tensor  # (n, E) in [0, 1]
     vectors: Tensor  # (n, U) utterance vectors
 
 

@@ -39,15 +39,15 @@ import flags
 import memory
 import report
 import step
-from corpora import num_folds
+from corpora import BLIND, TESTS, num_folds
 from flags import parse_args
-from model import EmotionModel, metrics, target_weights
+from model import EmotionModel, metrics
 from step import Progress
 from util import distributed, runs
 from util import log as logs
 from util.checkpoints import read_checkpoint
 from util.distributed import Ranks, Stopped
-from util.files import UserError, open_standard_streams, say
+from util.files import UserError, in_words, open_standard_streams, say
 from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
@@ -175,7 +175,8 @@ def train(run: Run) -> bool:
                 update = functools.partial(
                     step.train_step, ddp_model, micro_batches, optimizer, scaler, args, progress
                 )
-                result = distributed.guard_memory(update, ddp_model, step.zero_sums(device))
+                zeros = step.zero_sums(device, args)
+                result = distributed.guard_memory(update, ddp_model, zeros)
                 progress.step += 1
                 loss = step.batch_loss(result.sums, args)
                 meter.add(progress.step, loss, result.gradient_norm, micro_batches)
@@ -196,7 +197,7 @@ def train(run: Run) -> bool:
             use_smaller_batch(run, fault)
             continue
         except distributed.NoBatch:
-            distributed.leave_step(ddp_model, step.zero_sums(device))
+            distributed.leave_step(ddp_model, step.zero_sums(device, args))
             stop = True
         except Stopped:  # another rank got a signal and no batch: no rank has made this step
             stop = True
@@ -224,16 +225,23 @@ def finish(run: Run) -> None:
     runs.load_weights(run.model, best["model"], files.directory)
     if not step.same_frozen_part(args):
         fold.dataset.frozen = None  # that of the best epoch may have been another one
-    scores = {}
-    for split in ("dev", "test"):
-        scores[split], evaluation = evaluate(run, split)
-        log.info(logs.score_line(f"best epoch {progress.best_epoch} | {split}", scores[split]))
+    scores, vectors, best_epoch = {}, {}, f"best epoch {progress.best_epoch}"
+    for split in ("dev", *(name for name in TESTS if name in fold.splits)):
+        figures, evaluation = evaluate(run, split)
         files.write_predictions(split, fold, evaluation.preds)
+        vectors[split] = evaluation.vectors
+        if split == BLIND:
+            files.write_challenge(split, fold, evaluation.preds)
+            log.info(f"{best_epoch} | {split} predicted: {files.directory / split}.csv")
+        if fold.is_labelled(split):
+            scores[split] = figures
+            log.info(logs.score_line(f"{best_epoch} | {split}", figures, args.targets))
     if not files.writes:
         return
-    files.write_vectors(evaluation.vectors)
+    files.write_vectors(vectors["test"])
     files.write_ratings(fold)
-    record = {f"test/{name}": value for name, value in scores["test"].items()}
+    tests = [split for split in scores if split != "dev"]
+    record = {f"{split}/{name}": x for split in tests for name, x in scores[split].items()}
     files.record("test", progress.step, {"epoch": progress.best_epoch} | record)
     trained = [p for group in run.optimizer.param_groups for p in group["params"]]
     is_cut = run.total_steps < run.plan.steps_per_epoch * args.epochs
@@ -245,6 +253,7 @@ def finish(run: Run) -> None:
         "wavlm": args.wavlm if args.encoder == "wavlm" else None,
         "wavlm_revision": args.wavlm_revision,
         "data": args.data,
+        "targets": args.targets,
         "seed": args.seed,
         "best_epoch": progress.best_epoch,
         "epochs_run": progress.epoch,
@@ -263,7 +272,7 @@ def finish(run: Run) -> None:
         **scores,
     }
     files.write_json("result.json", result)  # from here on the run is complete
-    show_embeddings(run, "test", evaluation.vectors, separation=False, pictures=True)
+    show_embeddings(run, "test", vectors["test"], separation=False, pictures=True)
     if args.preset == "verify" and args.unfreeze != "none":
         log.info(report.against_frozen(files.directory))
     files.close()
@@ -294,12 +303,11 @@ def load_fold(args: argparse.Namespace, ranks: Ranks) -> data.Fold:
 
 def selection_notes(args: argparse.Namespace, fold: data.Fold) -> list[str]:
     """What is unusual in the choice of the best epoch; UserError if dev has no label for it."""
-    weights = target_weights(args.valence_weight)
-    trained = " and ".join(target for target, weight in weights.items() if weight)
+    trained = in_words(step.trained_targets(args))
     labels = fold.labels[fold.splits["dev"]]
-    perfect = step.selection_score(metrics(labels, labels), args.valence_weight)
+    perfect = step.selection_score(metrics(labels, labels, args.targets), args)
     notes = []
-    if not all(weights.values()):
+    if not all(args.target_weights):
         notes.append(f"the best epoch is that of the highest dev CCC of {trained}")
     if perfect < 0.01:  # of constant labels it is 0
         notes.append(f"no dev CCC of {trained} can differ from 0: epoch 1 counts as the best")
@@ -409,7 +417,8 @@ def evaluate(run: Run, split: str) -> tuple[dict[str, float], step.Evaluation]:
     evaluation = step.evaluate(
         run.model, fold.dataset, rows, fold.dialogs, run.args, run.ranks.device
     )
-    return metrics(evaluation.preds, fold.labels[rows], scale=high - low), evaluation
+    scores = metrics(evaluation.preds, fold.labels[rows], run.args.targets, scale=high - low)
+    return scores, evaluation
 
 
 def finish_epoch(run: Run, epoch: int) -> dict[str, dict]:
@@ -426,9 +435,10 @@ def finish_epoch(run: Run, epoch: int) -> dict[str, dict]:
     progress.epoch = epoch + 1
     if not due:
         return {}
-    score = step.selection_score(scores, args.valence_weight)
+    score = step.selection_score(scores, args)
     better = progress.update(score, args.patience, args.scheduler)
-    log.info(logs.score_line(f"epoch {epoch + 1:>3} | dev", scores) + (" | best" if better else ""))
+    line = logs.score_line(f"epoch {epoch + 1:>3} | dev", scores, args.targets)
+    log.info(line + (" | best" if better else ""))
     record = {"epoch": epoch + 1} | {f"dev/{name}": value for name, value in scores.items()}
     files.record("dev", progress.step, record)
     logs.give_hints(args, files)
@@ -456,11 +466,12 @@ def show_embeddings(
     try:
         if separation and files.writes:
             labels = fold.labels[fold.splits[split]]
-            figures = report.separation(vectors, labels, fold.speakers(split))
+            speakers, targets = fold.speakers(split), run.args.targets
+            figures = report.separation(vectors, labels, speakers, targets)
             record = {f"separation/{name}": value for name, value in figures.items()}
             files.record("separation", run.progress.step, record)
         if pictures and files.writes:
-            report.plot_run(files.directory, split, vectors)
+            report.plot_run(files.directory, split, vectors, run.args.targets)
     except UserError as error:
         log.warning(str(error))
 

@@ -13,12 +13,24 @@ import operator
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from corpora.base import LABELS, Corpus, Skipped, Utterance, known_speaker, to_float, turn_order
+from corpora.base import (
+    BLIND,
+    LABELS,
+    TESTS,
+    Corpus,
+    Skipped,
+    Utterance,
+    keep_usable,
+    known_speaker,
+    to_float,
+    turn_order,
+)
 from corpora.demo import read_demo
 from corpora.files import listed, read_files
 from corpora.iemocap import read_iemocap
@@ -27,7 +39,8 @@ from corpora.msp_podcast import read_msp_podcast
 from util.files import UserError, replace_text
 
 __all__ = [
-    "LABELS", "MAX_SKIPPED", "READERS", "Corpus", "Skipped", "Utterance", "check_skipped",
+    "BLIND", "LABELS", "MAX_SKIPPED", "READERS", "TESTS", "Corpus", "Skipped", "Utterance",
+    "check_skipped",
     "describe_splits", "is_table", "known_speaker", "listed", "make_splits", "natural",
     "num_folds", "read_corpus", "read_csv", "read_files", "skipped_by_kind", "turn_order",
     "write_skipped",
@@ -51,11 +64,13 @@ def read_corpus(
     data_dir: str | None,
     label_range: tuple[float, float] | None,
     cache_dir: str | Path = "cache",
+    targets: Sequence[str] | None = None,
 ) -> Corpus:
     """The corpus named by --data: demo, one of READERS, or the path of a .csv or .tsv.
 
     `data_dir` is required for READERS, and is the root of relative audio paths for a CSV
-    (default: the folder of the CSV). Raises UserError.
+    (default: the folder of the CSV). `targets`: the labels to use; None: all that the corpus has;
+    empty: none, and no row needs one. Raises UserError.
     """
     if label_range is not None and not label_range[0] < label_range[1]:
         raise UserError(f"--label_range {label_range[0]:g} {label_range[1]:g}: LO must be below HI")
@@ -74,18 +89,21 @@ def read_corpus(
             read, its_range = READERS[data]
             corpus = read(Path(data_dir), label_range or its_range)
         elif is_table(data):
-            corpus = read_csv(Path(data), Path(data_dir) if data_dir else None, label_range)
+            root = Path(data_dir) if data_dir else None
+            corpus = read_csv(Path(data), root, label_range, targets)
         else:
             raise UserError(f"--data {data}: not one of demo, {known}, or a .csv or .tsv file")
     except OSError as error:
         raise UserError(f"{error.filename or data}: cannot be read ({error.strerror})") from None
+    choose_targets(corpus, targets)
     if not corpus.utterances:
         reasons = "; ".join(f"{s.utt_id}: {s.reason}" for s in corpus.skipped[:3])
         where = data if is_table(data) else corpus.root
         raise UserError(f"{where}: no usable utterance ({reasons or 'nothing found'})")
     check_spelling(corpus)
-    for label in LABELS:
-        missing = sum(math.isnan(getattr(u, label)) for u in corpus.utterances)
+    labelled = [u for u in corpus.utterances if u.split != BLIND]
+    for label in corpus.targets:
+        missing = sum(math.isnan(getattr(u, label)) for u in labelled)
         if missing:
             corpus.notes.append(f"{label} missing: {missing} utterances, kept for other targets")
     parts = Counter((u.path, u.start, u.end) for u in corpus.utterances)
@@ -98,6 +116,24 @@ def read_corpus(
         corpus.notes.append(f"speaker unknown: {unknown} utterances, {fault}")
     corpus.utterances.sort(key=turn_order)
     return corpus
+
+
+def choose_targets(corpus: Corpus, targets: Sequence[str] | None) -> None:
+    """Sets corpus.targets, and keeps the rows that can be used for them.
+
+    UserError if the corpus has no label of one of them.
+    """
+    found = [
+        label
+        for label in LABELS
+        if any(not math.isnan(getattr(u, label)) for u in corpus.utterances)
+    ]
+    missing = [target for target in targets or () if target not in found]
+    if missing and found:
+        fault = f"--targets {' '.join(targets)}: {corpus.name} has no label of {missing[0]}"
+        raise UserError(f"{fault}: it has {', '.join(found)}")
+    corpus.targets = tuple(found if targets is None else targets)
+    keep_usable(corpus, corpus.targets)
 
 
 def check_spelling(corpus: Corpus) -> None:
@@ -137,11 +173,13 @@ def num_folds(corpus: Corpus) -> int:
 
 
 def make_splits(corpus: Corpus, fold: int) -> dict[str, np.ndarray]:
-    """{"train", "dev", "test"} -> sorted int64 rows of corpus.utterances.
+    """{"train", "dev", "test"} -> sorted int64 rows of corpus.utterances; others of TESTS if the
+    corpus has them.
 
     The corpus' own splits if it has them; else test = the fold-th session, dev = the next one
     (cyclic), train = the others. Raises UserError if that is impossible, a split is empty, or
-    a known speaker or the same audio is in two splits.
+    a known speaker or the same audio is in two splits. More test splits may share speakers with
+    any, and audio with each other.
     """
     folds, names = num_folds(corpus), sessions(corpus)
     if corpus.utterances[0].split:
@@ -154,9 +192,12 @@ def make_splits(corpus: Corpus, fold: int) -> dict[str, np.ndarray]:
         of_row = [split_of.get(u.session, "train") for u in corpus.utterances]
     if not 1 <= fold <= folds:
         raise UserError(f"--fold {fold}: {corpus.name} has folds 1..{folds}")
-    splits = {s: np.flatnonzero(np.array(of_row) == s).astype(np.int64) for s in SPLITS}
+    names = dict.fromkeys((*SPLITS, *TESTS))
+    splits = {s: np.flatnonzero(np.array(of_row) == s).astype(np.int64) for s in names}
+    splits = {s: rows for s, rows in splits.items() if s in SPLITS or len(rows)}
     found: dict[str, str] = {}  # speaker -> split
-    for split, rows in splits.items():
+    for split in SPLITS:
+        rows = splits[split]
         if not len(rows):
             raise UserError(f"{corpus.name} fold {fold}: the {split} split is empty")
         for u in (corpus.utterances[row] for row in rows):
@@ -186,7 +227,8 @@ def check_overlap(corpus: Corpus, splits: dict[str, np.ndarray], where: str) -> 
             for (other_split, speaker), (its_start, its_end, its_row) in latest.items():
                 shared, shorter = min(end, its_end) - start, min(end - start, its_end - its_start)
                 crosstalk = speaker != u.speaker and all(map(known_speaker, (speaker, u.speaker)))
-                if split != other_split and shared > (shorter / 2 if crosstalk else 0.02):
+                apart = split != other_split and not {split, other_split} <= set(TESTS)
+                if apart and shared > (shorter / 2 if crosstalk else 0.02):
                     both = f"{corpus.utterances[its_row].place()} in {other_split} and {u.place()}"
                     fix = "remove one, or keep both in one split or session"
                     fault = f"{both} in {split} are the same part of {path}: {fix}"
@@ -216,10 +258,16 @@ def describe_splits(corpus: Corpus, splits: dict[str, np.ndarray]) -> str:
 
 
 def label_notes(corpus: Corpus, splits: dict[str, np.ndarray]) -> list[str]:
-    """For each split and target, what is wrong if its labels are none, one, or all the same."""
+    """For each split and target, what is wrong if its labels are none, one, or all the same; and
+    speakers of a test2 or test3 that training sees."""
     notes = []
+    seen = {corpus.utterances[row].speaker for s in ("train", "dev") for row in splits[s]}
     for split, rows in splits.items():
-        for target in LABELS:
+        speakers = [corpus.utterances[row].speaker for row in rows]
+        heard = sum(speaker in seen and known_speaker(speaker) for speaker in speakers)
+        if heard and split not in SPLITS:
+            notes.append(f"{split}: {heard} utterances are of speakers in train or dev")
+        for target in () if split == BLIND else corpus.targets:
             labels = pd.Series([getattr(corpus.utterances[row], target) for row in rows]).dropna()
             if labels.nunique() > 1:
                 continue

@@ -19,8 +19,9 @@ import pandas as pd
 
 from util.files import UserError
 
-LABELS = ("valence", "arousal")  # fields of Utterance that hold ratings, columns of a manifest
-RATED = ("valence", "arousal", "dominance")  # columns of table_of_ratings
+LABELS = ("valence", "arousal", "dominance")  # fields of Utterance, columns of a manifest
+TESTS = ("test", "test2", "test3")  # the first one is the headline
+BLIND = "test3"  # its rows need no labels
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MISSING = {  # what tables write where they do not know, without punctuation: n/a, <unk>, -, ?
     "", "nan", "na", "none", "null", "nil", "missing", "undefined", "unk", "unknown",
@@ -34,7 +35,7 @@ class Utterance:
 
     utt_id: str
     path: Path
-    valence: float  # NaN if it is missing; one label at least is not
+    valence: float  # NaN if it is missing, like each label
     arousal: float
     start: float = 0.0  # seconds inside `path`
     end: float | None = None  # None = to the end of the file
@@ -43,6 +44,7 @@ class Utterance:
     speaker: str = ""
     gender: str = ""
     emotion: str = ""
+    dominance: float = math.nan
     split: str = ""
     onset: float = 0.0  # position of the turn in its dialogue; only used to sort
     row: int = 0  # line of the manifest, the first one of several raters; 0 = no manifest
@@ -63,10 +65,10 @@ class Skipped(NamedTuple):
 def table_of_ratings(rows: Sequence[tuple] | np.ndarray = ()) -> pd.DataFrame:
     """A line per rating of an utterance by one rater; each rater's first one counts.
 
-    rows: (utt_id, rater, *RATED), NaN where a rating is missing.
+    rows: (utt_id, rater, *LABELS), NaN where a rating is missing.
     """
-    table = pd.DataFrame(rows, columns=["utt_id", "rater", *RATED])
-    table[list(RATED)] = table[list(RATED)].astype(np.float64)
+    table = pd.DataFrame(rows, columns=["utt_id", "rater", *LABELS])
+    table[list(LABELS)] = table[list(LABELS)].astype(np.float64)
     return table.drop_duplicates(["utt_id", "rater"])
 
 
@@ -82,6 +84,7 @@ class Corpus:
     notes: list[str] = field(default_factory=list)  # what was changed or ignored, with counts
     # who rated what, where raters are known; read when asked for, as some have a million rows
     ratings: Callable[[], pd.DataFrame] = table_of_ratings
+    targets: tuple[str, ...] = ()  # the LABELS that are used, in this order; set by read_corpus
     seconds: np.ndarray | None = None  # (N,) durations, known after load_audio
     audio: list[str] = field(default_factory=list)  # digests of the samples, known after it, too
 
@@ -119,31 +122,40 @@ def is_damaged(text: str) -> bool:
     return math.isnan(to_float(text)) and not is_missing(text)
 
 
-def keep_usable(corpus: Corpus, candidates: Sequence[tuple[Utterance, str]]) -> None:
-    """Fills `corpus` with the first usable row of each utterance; the others are skipped by name.
+def to_label(text: str) -> float:
+    """The number, NaN if it is missing, inf if it is damaged (keep_usable then skips the row)."""
+    return math.inf if is_damaged(text) else to_float(text)
 
-    `candidates`: every row of a published corpus, and a reason why it is unusable, or "". A label
-    somewhat outside the nominal range is clipped, and each such value noted with its count: IEMOCAP
-    has 5.5 and 0.5. One further out than a quarter of the range is a damaged number and no rating.
+
+def keep_usable(corpus: Corpus, targets: Sequence[str]) -> None:
+    """Leaves the first usable row of each utterance; the others are skipped by name.
+
+    A row is usable if it has a label of one of the targets, or needs none. A label somewhat outside
+    the nominal range is clipped, and each such value noted with its count: IEMOCAP has 5.5 and 0.5.
+    One further out than a quarter of the range is a damaged number and no rating.
     """
     lo, hi = corpus.label_range
-    margin, outside, kept = (hi - lo) / 4, Counter[float](), set()
-    for u, reason in candidates:
-        labels = {label: getattr(u, label) for label in LABELS}
+    margin, outside, kept = (hi - lo) / 4, Counter[float](), {}
+    for u in corpus.utterances:
+        labels = {target: getattr(u, target) for target in targets}
         wrong = [x for x in labels.values() if x < lo or x > hi]
-        if any(x < lo - margin or x > hi + margin for x in wrong):
-            reason = reason or f"label far outside {lo:g}..{hi:g} ({wrong[0]:g})"
-        elif all(map(math.isnan, labels.values())):
-            reason = reason or "no label"
+        reason = ""
+        if math.inf in wrong:
+            reason = "label is not a number"
+        elif any(x < lo - margin or x > hi + margin for x in wrong):
+            reason = f"label far outside {lo:g}..{hi:g} ({wrong[0]:g})"
+        elif targets and all(map(math.isnan, labels.values())) and u.split != BLIND:
+            reason = "no label"
         elif u.utt_id in kept:
-            reason = reason or "listed twice, first one kept"
+            reason = "listed twice, first one kept"
         if reason:
             corpus.skip(u.utt_id, u.path, reason)
             continue
-        kept.add(u.utt_id)
         outside.update(wrong)
-        clipped = {label: float(np.clip(x, lo, hi)) for label, x in labels.items()}
-        corpus.utterances.append(dataclasses.replace(u, **clipped))
+        clipped = {target: float(np.clip(x, lo, hi)) for target, x in labels.items()}
+        others = dict.fromkeys(LABELS, math.nan)
+        kept[u.utt_id] = dataclasses.replace(u, **(others | clipped))
+    corpus.utterances = list(kept.values())
     for value, count in sorted(outside.items()):
         corpus.notes.append(f"label {value:g} outside {lo:g}..{hi:g} clipped: {count} utterances")
 

@@ -5,14 +5,7 @@ import math
 import re
 from pathlib import Path
 
-from corpora.base import (
-    Corpus,
-    Utterance,
-    is_damaged,
-    keep_usable,
-    table_of_ratings,
-    to_float,
-)  # fmt: skip
+from corpora.base import Corpus, Utterance, table_of_ratings, to_float, to_label
 from util.files import UserError
 
 # [onset - end] utt_id emotion [valence, arousal, dominance]
@@ -27,7 +20,7 @@ def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemo
     """The corpus below `root`. Utterances of emotion `xxx` (no majority) have valid ratings."""
     if (root / "IEMOCAP_full_release").is_dir():
         root = root / "IEMOCAP_full_release"
-    corpus, candidates, ratings = Corpus(name, root, label_range, []), [], []
+    corpus, annotated, ratings = Corpus(name, root, label_range, []), set(), []
     # *.txt of this folder only: its subfolders repeat every turn once per evaluator
     tables = without_forks(root, "Session*/dialog/EmoEvaluation/*.txt")
     if not tables:
@@ -49,24 +42,25 @@ def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemo
                 corpus.skip(f"{table.name} row {row}", table, "annotation not understood")
                 continue
             utt_id, emotion = match[3], match[4]
-            onset, end, valence, arousal = map(to_float, match.group(1, 2, 5, 6))
+            annotated.add(utt_id)
+            onset, end = map(to_float, match.group(1, 2))
+            valence, arousal, dominance = map(to_label, match.group(5, 6, 7))
             gender = genders[-1]  # not the letter of the prefix, which names the dialogue
             speaker = f"Ses{re.sub('[^0-9]', '', session).zfill(2)}{gender}"
             wav = root / session / "sentences" / "wav" / dialog / f"{utt_id}.wav"
             reason = "" if wav.is_file() else "audio file missing"
             if not math.isfinite(onset + end):
                 reason = "time is not a number"
-            elif any(map(is_damaged, match.group(5, 6))):
-                reason = "label is not a number"
             u = Utterance(
-                utt_id, wav, valence=valence, arousal=arousal,
+                utt_id, wav, valence=valence, arousal=arousal, dominance=dominance,
                 session=session, dialog=dialog, speaker=speaker,
                 gender=gender, emotion=emotion, onset=onset,
             )  # fmt: skip
-            candidates.append((u, reason))
-    keep_usable(corpus, candidates)
+            if reason:
+                corpus.skip(utt_id, wav, reason)
+            else:
+                corpus.utterances.append(u)
     corpus.ratings = functools.partial(table_of_ratings, ratings)
-    annotated = {u.utt_id for u, _ in candidates}
     for wav in without_forks(root, "Session*/sentences/wav/*/*.wav"):
         if wav.stem not in annotated:
             corpus.skip(wav.stem, wav, "no annotation")

@@ -1,4 +1,4 @@
-"""A CSV of your own: utt_id, path, valence, arousal[, start, end, session, dialog, ...].
+"""A CSV of your own: utt_id, path, valence, arousal[, dominance, start, end, session, ...].
 
 Columns are known by their usual other names, too, and cells may be separated by commas, semicolons
 or tabs. Unlike a published corpus it is the user's to repair: the first fault raises UserError with
@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from corpora.base import (
+    BLIND,
     LABELS,
-    RATED,
     Corpus,
     Table,
     Utterance,
+    found,
     is_damaged,
     is_missing,
     known_speaker,
@@ -57,7 +58,9 @@ SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("dev", "development", "val", "valid", "validation"), "dev"),
     **dict.fromkeys(("eval", "evaluation"), "dev"),  # refused beside another name of dev
-    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("test", "testing", "test1"), "test"),
+    "test2": "test2",
+    **dict.fromkeys(("test3", "blind"), BLIND),
 }
 LATEST = 1e6  # seconds; a start or end behind it is taken for a damaged number [guess]
 CLOCK = re.compile(  # 0 days 01:02:03.5, 1:02:03.5, 62:03.5
@@ -69,19 +72,20 @@ def read_csv(
     path: Path,
     root: Path | None,
     label_range: tuple[float, float] | None,
-    labelled: bool = True,
+    targets: Sequence[str] | None = None,
 ) -> Corpus:
     """The manifest, with relative audio paths below `root` (default: the folder of the CSV).
 
-    Without `labelled` (prediction) the columns of LABELS may be missing, and labels are NaN. Audio
-    must be below the root, links followed: a manifest from elsewhere cannot make us open other
-    files.
+    `targets`: the labels to read, whose columns must be there; None: all that it has. Without any
+    (prediction) labels are NaN. Audio must be below the root, links followed: a manifest from
+    elsewhere cannot make us open other files.
     """
     root = (root or path.parent).resolve()
     corpus = Corpus(path.stem, root, label_range or (0.0, 1.0), [])
-    targets = LABELS if labelled else ()
     table = read_table(path)
     columns = match_columns(path, table.columns, targets, corpus.notes)
+    if targets is None:
+        targets = [label for label in LABELS if label in columns]
     point_decimals(path, table, [columns[c] for c in (*targets, *TIMES) if c in columns], corpus)
     ratings: dict[str, dict[str, Utterance]] = {}  # utt_id -> rater -> row
     unlabelled: list[Utterance] = []
@@ -90,7 +94,8 @@ def read_csv(
         cells = {column: texts[i] for column, i in columns.items()}
         try:
             u = read_row(row, cells, root, targets)
-            if labelled and all(math.isnan(getattr(u, target)) for target in targets):
+            known = any(not math.isnan(getattr(u, target)) for target in targets)
+            if targets and not known and u.split != BLIND:
                 unlabelled.append(u)
                 continue
             if u.utt_id in ratings:
@@ -110,7 +115,7 @@ def read_csv(
     several = sum(len(rows) > 1 for rows in ratings.values())
     if several:
         rated = [
-            (utt_id, rater, *(getattr(u, label, math.nan) for label in RATED))
+            (utt_id, rater, *(getattr(u, label, math.nan) for label in LABELS))
             for utt_id, rows in ratings.items()
             for rater, u in rows.items()
         ]
@@ -124,11 +129,11 @@ def read_csv(
 
 
 def match_columns(
-    path: Path, columns: list[str], targets: Sequence[str], notes: list[str]
+    path: Path, columns: list[str], targets: Sequence[str] | None, notes: list[str]
 ) -> dict[str, int]:
     """{column: its position in the file}, with what was taken and what was left out in `notes`.
 
-    UserError if one is missing or could be either of two.
+    UserError if one is missing or could be either of two. `targets` as in read_csv.
     """
     column_of = {plain(column): column for column in COLUMNS}
     for column in COLUMNS:
@@ -141,7 +146,7 @@ def match_columns(
     for column, names in candidates.items():
         exact = [name for name in names if plain(name) == plain(column)]
         first, *others = exact or names
-        if others and (column in targets or column not in LABELS):
+        if others and (targets is None or column in targets or column not in LABELS):
             both = f"columns {first} and {others[0]} can both be {column}"
             raise UserError(f"{path.name}: {both}: rename one")
         taken[column] = first
@@ -155,7 +160,16 @@ def match_columns(
             if column not in taken and name not in taken.values() and words & set(words_of(name)):
                 fault = f"column {name} is not understood"
                 raise UserError(f"{path.name}: {fault}: rename it to {column}, in seconds")
-    require(path, ("utt_id", "path", *targets), list(taken), columns)
+    labels = [label for label in LABELS if label in taken]
+    require(path, ("utt_id", "path"), list(taken), columns)
+    for target in (labels or LABELS)[:1] if targets is None else targets:
+        if target not in taken:
+            fault = f"column {target} is missing ({found(columns)})"
+            fix = f"--targets takes what there is: {', '.join(labels) or 'no label'}"
+            raise UserError(f"{path.name}: {fault}: {fix}")
+    for label in labels:
+        if targets and label not in targets:
+            del taken[label]
     renamed = [f"{name} as {column}" for column, name in taken.items() if name != column]
     unused = [name for name in columns if name and name not in taken.values()]
     for what, names in (("taken", renamed), ("not used", sorted(unused))):
@@ -233,7 +247,8 @@ def read_row(row: int, cells: dict[str, str], root: Path, targets: Sequence[str]
         raise UserError(f"utt_id {utt_id!r} {fault}")
     split = cells.get("split", "").lower()
     if "split" in cells and split not in SPLITS:
-        raise UserError(f"split {cells['split']!r} is not one of train, dev, test")
+        fault = "is not one of train, dev, test, test2, test3"
+        raise UserError(f"split {cells['split']!r} {fault}")
     names = {column: cells.get(column, "") for column in NAMES}
     if "session" not in cells:
         names["session"] = names["speaker"]  # each speaker is a session
@@ -313,14 +328,17 @@ def with_onsets(utterances: list[Utterance]) -> list[Utterance]:
 
 
 def check_splits(path: Path, table: Table, columns: dict[str, int]) -> None:
-    """UserError if eval stands beside another name of dev: one of them is a test split."""
+    """UserError if eval stands beside another name of dev (one of them is a test split), or test1
+    beside test."""
     if "split" not in columns:
         return
     words = {cells[columns["split"]].lower() for _, cells in table.rows}
-    dev = sorted(word for word in words if SPLITS[word] == "dev")
-    if len(dev) > 1 and {"eval", "evaluation"} & set(dev):
-        both = f"splits {dev[0]} and {dev[1]}"
-        raise UserError(f"{path.name}: {both}: rename one of them to test or to the other")
+    for split, special in (("dev", {"eval", "evaluation"}), ("test", {"test1"})):
+        alike = sorted(word for word in words if SPLITS[word] == split)
+        if len(alike) > 1 and special & set(alike):
+            both = f"splits {alike[0]} and {alike[1]}"
+            fix = "test or to the other" if split == "dev" else "test2 or to the other"
+            raise UserError(f"{path.name}: {both}: rename one of them to {fix}")
 
 
 def check_range(

@@ -1,26 +1,28 @@
 """MSP-Podcast (Lotfian & Busso 2019) with its own splits and, from labels_detailed, its raters.
 
-Test2 is read but is in no split; Test3 has no labels.
+Test1 is the test split; Test2 is scored apart; Test3, which has no labels, is predicted.
 """
 
 import functools
 import json
 import logging
+import math
 import os
 import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from corpora.base import (
+    BLIND,
     Corpus,
     Utterance,
-    is_damaged,
-    keep_usable,
     read_table,
     require,
     table_of_ratings,
-    to_float,
+    to_label,
 )
 from util.files import UserError
 
@@ -28,7 +30,7 @@ log = logging.getLogger("vatune")
 
 SPLITS = {
     "train": "train", "development": "dev", "validation": "dev", "test1": "test",
-    "test2": "test2", "test3": "test3",
+    "test2": "test2", "test3": BLIND,
 }  # fmt: skip
 # "WORKER00000012; Neutral; Concerned; A:4.0; V:3.0; D:4.0;", in a cell of labels_detailed.csv
 DETAIL = r"([^;]*);.*?\bA:([^;]*);\s*V:([^;]*);(?:\s*D:([^;]*))?"
@@ -45,9 +47,9 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
     if not folders:
         raise UserError(f"{root}: no Audio or Audios folder (set --data_dir)")
     table, folder = tables[0], folders[0]
-    corpus, candidates = Corpus("msp_podcast", root, label_range, []), []
+    corpus = Corpus("msp_podcast", root, label_range, [])
     audio = {name for name in os.listdir(folder) if name[0] != "."}
-    named, without_labels = set(), 0
+    named, silent = set(), 0
     columns, _, rows = read_table(table)
     require(table, ("FileName", "EmoAct", "EmoVal", "Split_Set"), columns, columns)
     for row, texts in rows:
@@ -57,27 +59,33 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
             fault = f"Split_Set {cells['Split_Set']!r} is none of {', '.join(SPLITS)}"
             raise UserError(f"{table.name} row {row}: {fault}")
         named.add(name)
-        if split == "test3":
-            without_labels += 1
+        if split == BLIND and name not in audio:  # not everybody has it
+            silent += 1
             continue
-        arousal, valence = to_float(cells["EmoAct"]), to_float(cells["EmoVal"])
         utt_id, podcast = Path(name).stem or f"row {row}", re.match(r"MSP-PODCAST_\d+", name)
         u = Utterance(
-            utt_id, folder / name, valence=valence, arousal=arousal,
+            utt_id, folder / name, valence=to_label(cells["EmoVal"]),
+            arousal=to_label(cells["EmoAct"]), dominance=to_label(cells.get("EmoDom", "")),
             split=split, dialog=podcast[0] if podcast else utt_id,
             speaker=cells.get("SpkrID", ""), gender=cells.get("Gender", ""),
             emotion=cells.get("EmoClass", ""),
         )  # fmt: skip
-        reason = "" if name in audio else "audio file missing"
-        if is_damaged(cells["EmoAct"]) or is_damaged(cells["EmoVal"]):
-            reason = "label is not a number"
-        candidates.append((u, reason))
-    keep_usable(corpus, candidates)
+        if name in audio:
+            corpus.utterances.append(u)
+        else:
+            corpus.skip(utt_id, u.path, "audio file missing")
+    for name in sorted(audio - named):
+        if "_test3_" in name:  # some releases leave Test3 out of the table
+            blind = Utterance(Path(name).stem, folder / name, math.nan, math.nan, split=BLIND)
+            corpus.utterances.append(replace(blind, dialog=blind.utt_id))
+            named.add(name)
     corpus.ratings = functools.partial(read_detailed, table.parent)
-    test2 = sum(u.split == "test2" for u in corpus.utterances)
+    splits = Counter(u.split for u in corpus.utterances)
+    test2, test3 = splits["test2"], splits[BLIND]
     for count, note in (
-        (test2, f"Test2: {test2} utterances are read but are in no split"),
-        (without_labels, f"Test3: {without_labels} utterances have no labels"),
+        (test2, f"Test2: {test2} utterances are scored beside Test1"),
+        (test3, f"Test3: {test3} utterances have no labels and are predicted"),
+        (silent, f"Test3: {silent} utterances have no audio and are left out"),
         (len(audio - named), f"{len(audio - named)} audio files have no row in {table.name}"),
     ):
         if count:

@@ -6,10 +6,9 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import change_predictions, elsewhere, run, write_fold
+from test_report import TARGETS, change_predictions, elsewhere, run, write_fold
 from test_seeds import SCORES, ccc, drawn_plainly, figures_of, grid, noisy, rows_of
 
-from model import TARGETS
 from util import files, intervals
 
 __all__ = ["elsewhere", "grid"]  # fixtures

@@ -280,6 +280,7 @@ AUDIO = [
 
 # ---------------------------------------------------------------- manifests: text of the CSV
 
+TARGETS = ("valence", "arousal")
 HEADER = "utt_id,path,valence,arousal\n"
 SEMI, RATED = HEADER.replace(",", ";"), HEADER[:-1] + ",rater,end\n"
 UNKNOWN = ("", "nan", "N/A", "None", "unk", "<UNK>", "-", "?", "-1", "-1.0", "unknown")
@@ -329,9 +330,24 @@ CSV = [
     *((f"{c} {x}", f"{HEADER[:-1]},{c}\na,a.wav,3,3,{x}\n", REFUSED, f) for c, x, f in CELLS),
     ("decimal commas, points", SEMI + "a;a.wav;2,5;3.5\n", REFUSED, "commas (row 2) and points (r"),
     ("decimal commas", SEMI + "a;a.wav;2,5;3\n", FIXED, "decimal commas read as points: 1 cells"),
-    ("one label empty", HEADER + "a,a.wav,,3\n", FIXED, "valence missing: 1 utterances"),
-    ("one label nan", HEADER + "a,a.wav,3,NaN\n", FIXED, "arousal missing: 1 utterances"),
-    ("one label n/a", HEADER + "a,a.wav,n/a,3\n", FIXED, "valence missing: 1 utterances"),
+    (
+        "one label empty",
+        HEADER + "a,a.wav,,3\nb,a.wav,3,3\n",
+        FIXED,
+        "valence missing: 1 utterances",
+    ),
+    (
+        "one label nan",
+        HEADER + "a,a.wav,3,NaN\nb,a.wav,3,3\n",
+        FIXED,
+        "arousal missing: 1 utterances",
+    ),
+    (
+        "one label n/a",
+        HEADER + "a,a.wav,n/a,3\nb,a.wav,3,3\n",
+        FIXED,
+        "valence missing: 1 utterances",
+    ),
     ("no label", HEADER + "b,a.wav,,nan\na,a.wav,3,3\n", SKIPPED, "no label"),
     ("first row unlabelled", HEADER + "a,a.wav,,\na,a.wav,3,3\n", SKIPPED, "no label"),
     ("nobody reads", HEADER[:-1] + ",hue\na,a.wav,3,3,1\n", FIXED, "columns not used: hue"),
@@ -625,12 +641,12 @@ def load(fault, root):
             sound("a.wav")(root)
             content = fault.make if isinstance(fault.make, bytes) else fault.make.encode()
             (root / "m.csv").write_bytes(content)
-            corpus = corpora.read_corpus(str(root / "m.csv"), None, (1, 5))
+            corpus = corpora.read_corpus(str(root / "m.csv"), None, (1, 5), targets=TARGETS)
             corpus.notes = [note for note in corpus.notes if "speaker unknown" not in note]
         else:
             fault.make(root)
             kind = {"IEMOCAP": "iemocap", "MSP-Podcast": "msp_podcast"}[fault.source]
-            corpus = corpora.read_corpus(kind, str(root), None)
+            corpus = corpora.read_corpus(kind, str(root), None, targets=TARGETS)
         return data.load_audio(corpus, cache, max_skipped=0.5)
     rows = [(f"u00{i}", sound(f"{i}.wav")(root), "0.5", "0.5", "anna") for i in range(4)]
     header = ("utt_id", "path", "valence", "arousal", "speaker")
@@ -847,7 +863,7 @@ def fuzz_csv(root, seed, _):
     content = mutated(FUZZ_CSV.encode(), seed)
     (root / "m.csv").write_bytes(content)
     try:
-        corpus = corpora.read_corpus(str(root / "m.csv"), None, None)
+        corpus = corpora.read_corpus(str(root / "m.csv"), None, None, targets=TARGETS)
     except UserError as error:
         assert re.search(r"m\.csv|no usable utterance", str(error)), error
         return "refused"
@@ -886,7 +902,7 @@ def fuzz_iemocap(root, seed, _):
         text += "C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
     table.write_bytes(mutated(text.encode(), seed))
     try:
-        corpus = corpora.read_corpus("iemocap", str(root), None)
+        corpus = corpora.read_corpus("iemocap", str(root), None, targets=TARGETS)
     except UserError as error:
         assert "no usable utterance" in str(error)
         return "refused"

@@ -424,7 +424,7 @@ def test_training_reads_other_formats_too_once_there_is_what_decodes_them(
     table += "first,IN/a.m4a,,\npart,IN/a.m4a,0.1,0.25\nother,IN/b.webm,0.1,0.25\nplain,CLIP,,\n"
     table = table.replace("IN", str(tmp_path / "in")).replace("CLIP", str(clip))
     (tmp_path / "in/m.csv").write_text(table)
-    manifest = read_csv(tmp_path / "in/m.csv", Path("/"), None, labelled=False)
+    manifest = read_csv(tmp_path / "in/m.csv", Path("/"), None, targets=())
     found, _ = data.load_audio(manifest, tmp_path / "cache", 1.0)
     assert [u.utt_id for u in found.utterances] == ["plain"]
     assert {reason for _, _, reason in found.skipped} == {audio.NO_DECODER}

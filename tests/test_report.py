@@ -20,10 +20,11 @@ from matplotlib.image import imread
 
 import report
 import train
-from model import TARGETS, metrics
+from model import metrics
 from util import files, intervals, runs
 
 ROOT = Path(__file__).parent.parent
+TARGETS = ("valence", "arousal")
 
 
 def write_fold(directory, fold, cccs, num_folds=3, speakers=2, utterances=8, **changes):
@@ -89,8 +90,10 @@ def test_mean_and_sample_deviation_over_folds_are_those_computed_by_hand(experim
     # valence 0.2, 0.3, 0.7; arousal 0.6, 0.7, 0.8; mean 0.4, 0.5, 0.75
     assert line_of(text, "mean")[1:4] == ["0.400", "0.700", "0.550"]
     assert line_of(text, "std")[1:4] == ["0.265", "0.100", "0.180"]
-    row = "0.300 0.700 0.500 0.500 0.500 0.500 0.500 0.500 6 0.500 2.000"
+    row = "0.300 0.700 0.500 0.500 0.500 0.500 0.500 0.500 6 0.500"
     assert " ".join(line_of(text, "2")[1:]) == row
+    assert max(map(len, text.split("- pooled")[0].splitlines())) <= 80
+    assert line_of(text.split("GiB")[1], "2")[1:] == ["2.000"]
 
 
 def test_pooled_ccc_is_one_ccc_over_all_test_utterances_and_not_the_mean(experiment, capsys):
@@ -141,7 +144,10 @@ def test_folds_asked_for_are_averaged_alone_and_others_are_named(experiment, cap
     assert "std" not in text
 
 
-def test_experiments_are_compared_best_first_and_incomplete_ones_last(tmp_path, capsys):
+def test_experiments_are_compared_best_first_and_incomplete_ones_last(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # a table of short names is not cut
     for name, ccc in (("a|b", 0.1), ("good", 0.8), ("broken", 0.9)):
         for fold in (1, 2):
             write_fold(tmp_path / name, fold, (ccc, ccc), num_folds=2)
@@ -154,12 +160,12 @@ def test_experiments_are_compared_best_first_and_incomplete_ones_last(tmp_path, 
     assert line_of(capsys.readouterr().out, r"a|b\nc")[1] == "8"
     assert {path.name for path in tmp_path.iterdir()} == before  # of one nothing is written
     names = ["a|b", "broken", "good", "other"]
-    assert run(*(tmp_path / name for name in names)) == 1
+    assert run(*names) == 1
     text = capsys.readouterr().out
     table = text.split("\n\n")[1]
-    order = [name for line in table.splitlines() for name in names if f"/{name} " in line]
+    order = [name for line in table.splitlines() for name in names if line.startswith(f"{name} ")]
     assert order == ["good", "other", "a|b", "broken"]
-    row = " ".join(line_of(text, str(tmp_path / "good"))[1:])
+    row = " ".join(line_of(text, "good")[1:])
     assert row == "2/2 0.800 0.800 0.800 ± 0.000 2.50 M 1.000 2.000"
     assert "broken: mean: not given, fold 2 is missing" in text
     assert "other: tested on other utterances than" in text and "a|b: tested on" not in text
@@ -206,7 +212,7 @@ def test_bootstrap_interval_covers_the_true_ccc_about_95_times_in_100(monkeypatc
         y = rng.normal(size=(200, 2)) + np.sqrt(0.5) * rng.normal(size=(40, 2))[ids]
         p = 0.8 * y + 0.6 * rng.normal(size=(200, 2)) + np.sqrt(0.2) * rng.normal(size=(40, 2))[ids]
         cccs = intervals.resampled_cccs(torch.tensor(p), torch.tensor(y), ids)
-        interval = intervals.intervals(cccs, [*report.CCCS])
+        interval = intervals.intervals(cccs, [*report.cccs_of(TARGETS)])
         hits += sum(interval[f"ccc_{t}"][0] <= truth <= interval[f"ccc_{t}"][1] for t in TARGETS)
     assert 0.88 <= hits / trials <= 0.99
 
@@ -219,7 +225,7 @@ def paired_plainly(one, two, ids):
     for _ in range(intervals.RESAMPLES // 100):
         for times in draws.multinomial(size, np.full(size, 1 / size), size=100):
             rows = np.repeat(np.arange(len(ids)), times[ids])
-            scores = [metrics(p[rows], labels[rows]) for p in (preds_one, preds_two)]
+            scores = [metrics(p[rows], labels[rows], TARGETS) for p in (preds_one, preds_two)]
             differences.append(scores[0]["ccc_mean"] - scores[1]["ccc_mean"])
     return np.quantile(differences, (0.025, 0.975))
 
@@ -251,12 +257,12 @@ def test_paired_differences_are_those_of_a_plain_loop_over_the_utterances_of_bot
     tables = []
     for name in ("two", "one"):
         paths = [tmp_path / name / f"fold{fold}" / "predictions_test.csv" for fold in (1, 2)]
-        rows = pd.concat(map(runs.read_predictions, paths))
+        rows = pd.concat(runs.read_predictions(path, TARGETS) for path in paths)
         rows = rows[rows["utt_id"] != "u1-3"].sort_values("utt_id")
         tables.append(rows)
     ids, _ = intervals.cluster_ids(tables[0])
-    pairs = [runs.tensors(rows) for rows in tables]
-    scores = [metrics(*pair)["ccc_mean"] for pair in pairs]
+    pairs = [runs.tensors(rows, TARGETS) for rows in tables]
+    scores = [metrics(*pair, TARGETS)["ccc_mean"] for pair in pairs]
     expected = [scores[0] - scores[1], *paired_plainly(*pairs, ids)]
     assert paired["ccc_mean"] == pytest.approx(expected, abs=1e-9)
 
@@ -310,7 +316,7 @@ def test_a_breakdown_shows_the_twenty_speakers_with_most_utterances(tmp_path, ca
     assert counts == ["2"] * 20 and "and 3 more" in text
 
 
-HEADER = ",".join((*runs.TEXTS, *runs.NUMBERS))
+HEADER = ",".join((*runs.TEXTS, "seconds", *TARGETS, *runs.predicted(TARGETS)))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +442,7 @@ def test_a_run_draws_its_pictures_and_leaves_what_the_report_reads(
     drawn = {f"{n}.png" for n in ("curves", "scatter", "circumplex", "embedding")}
     assert names >= drawn | {"embedding_test.npy"}
     records = runs.read_records(experiment / "fold1")
-    curve = report.plot_curves({"real": records}).axes[1].lines[0]
+    curve = report.plot_curves({"real": records}, TARGETS).axes[1].lines[0]
     assert list(curve.get_xdata()) == [1, 2]  # not the scores of the best epoch again
     figures = [record for record in records if record["event"] == "separation"]
     assert len(figures) == 2 and figures[0].keys() >= {
@@ -446,27 +452,38 @@ def test_a_run_draws_its_pictures_and_leaves_what_the_report_reads(
     assert "accuracy" in capsys.readouterr().out
 
 
-def rows_of(count, speakers=2, seed=0):
+def rows_of(count, speakers=2, seed=0, targets=TARGETS):
     rng = np.random.default_rng(seed)
-    labels = rng.uniform(1, 5, (count, 2))
+    labels = rng.uniform(1, 5, (count, len(targets)))
     rows = pd.DataFrame({"seconds": rng.uniform(1, 12, count)})
     rows["speaker"] = [f"speaker {i % speakers}" for i in range(count)]
-    rows[list(TARGETS)] = labels
-    preds = labels + 0.5 * rng.standard_normal((count, 2))
-    rows[[f"pred_{target}" for target in TARGETS]] = preds
+    rows[list(targets)] = labels
+    preds = labels + 0.5 * rng.standard_normal((count, len(targets)))
+    rows[[f"pred_{target}" for target in targets]] = preds
     return rows
 
 
-@pytest.mark.parametrize(("count", "speakers", "folds"), [(1, 1, 1), (40, 2, 1), (90, 30, 8)])
-def test_no_two_texts_of_a_picture_overlap(count, speakers, folds):
+@pytest.mark.parametrize(
+    ("count", "speakers", "folds", "targets"),
+    [
+        (1, 1, 1, TARGETS),
+        (40, 2, 1, TARGETS),
+        (90, 30, 8, TARGETS),
+        (40, 2, 1, ("valence",)),
+        (40, 2, 2, ("arousal", "dominance", "valence")),
+    ],
+)
+def test_no_two_texts_of_a_picture_overlap(count, speakers, folds, targets):
     rng = np.random.default_rng(0)
     names = [f"fold {i + 1}" for i in range(folds)]
-    parts = {name: rows_of(count, speakers, seed) for seed, name in enumerate(names)}
+    parts = {name: rows_of(count, speakers, seed, targets) for seed, name in enumerate(names)}
     vectors = {name: rng.standard_normal((count, 7)) for name in names}
-    keys = {"loss": 1.0, "dev/ccc_valence": 0.5, "dev/ccc_arousal": 0.5}
+    keys = {"loss": 1.0} | {f"dev/ccc_{target}": 0.5 for target in targets}
     lines = [{"event": "train", "step": i, "epoch": i, **keys} for i in range(4)]
-    figures = report.plot_all(dict.fromkeys(names, lines), parts, vectors)
+    figures = report.plot_all(dict.fromkeys(names, lines), parts, vectors, targets)
     drawn = ["curves", "scatter", "circumplex", "embedding"]
+    if len(targets) < 2:
+        drawn.remove("circumplex")
     assert list(figures) == drawn[: 4 if count > 1 else 3]  # one point has no components
     for name, figure in figures.items():
         figure.draw_without_rendering()
@@ -486,7 +503,9 @@ def test_a_run_without_records_or_with_constant_predictions_still_has_pictures()
     rows = rows_of(30)
     for target in TARGETS:
         rows[target] = rows[f"pred_{target}"] = 1.0
-    for figure in report.plot_all({"a": []}, {"a": rows}, {"a": np.ones((30, 4))}).values():
+    for figure in report.plot_all(
+        {"a": []}, {"a": rows}, {"a": np.ones((30, 4))}, TARGETS
+    ).values():
         figure.savefig(BytesIO())
 
 
@@ -496,14 +515,14 @@ def test_separation_is_high_for_separated_halves_and_speakers_and_none_for_noise
     noise = rng.standard_normal((200, 800))  # more dimensions than rows
     apart = noise + 2 * (labels[:, :1] > np.median(labels[:, 0]))
     speakers = [f"s{i // 40}" for i in range(200)]
-    figures = report.separation(apart, labels, speakers)
+    figures = report.separation(apart, labels, speakers, TARGETS)
     assert figures["silhouette_valence"] > 0.2 and figures["ks_valence"] == 1
     assert abs(figures["silhouette_arousal"]) < 0.05 and figures["ks_arousal"] < 0.2
     assert figures["speaker_accuracy"] == pytest.approx(0.2, abs=0.1)
     assert figures["speaker_chance"] == 0.2
     hidden = 0.5 * rng.standard_normal((5, 800))[np.repeat(range(5), 40)]
     hidden += 3 * rng.standard_normal((200, 1)) * rng.standard_normal(800)  # something louder
-    assert report.separation(noise + hidden, labels, speakers)["speaker_accuracy"] > 0.9
+    assert report.separation(noise + hidden, labels, speakers, TARGETS)["speaker_accuracy"] > 0.9
 
 
 def test_separation_of_constant_labels_and_of_few_or_unknown_speakers_is_left_out():
@@ -514,7 +533,7 @@ def test_separation_of_constant_labels_and_of_few_or_unknown_speakers_is_left_ou
         (few, "AAAABBBBCC"),
         (constant, ["", "unknown"] * 5),
     ):
-        assert report.separation(vectors, labels, list(speakers)) == {}
+        assert report.separation(vectors, labels, list(speakers), TARGETS) == {}
 
 
 def test_separation_looks_at_a_bounded_number_of_rows():
@@ -522,8 +541,8 @@ def test_separation_looks_at_a_bounded_number_of_rows():
     vectors, labels = rng.standard_normal((5000, 4)), rng.uniform(size=(5000, 2))
     keep = np.linspace(0, 4999, 1000).astype(int)
     speakers = np.array([f"s{i % 7}" for i in range(5000)])
-    few = report.separation(vectors[keep], labels[keep], speakers[keep])
-    assert report.separation(vectors, labels, speakers) == few
+    few = report.separation(vectors[keep], labels[keep], speakers[keep], TARGETS)
+    assert report.separation(vectors, labels, speakers, TARGETS) == few
 
 
 # --- the end of --preset verify

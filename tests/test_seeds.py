@@ -6,10 +6,9 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import change_predictions, elsewhere, line_of, run, write_fold
+from test_report import TARGETS, change_predictions, elsewhere, line_of, run, write_fold
 
 import report
-from model import TARGETS
 from util import files, intervals
 
 __all__ = ["elsewhere"]  # a fixture of all tests here, too

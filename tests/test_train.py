@@ -33,6 +33,7 @@ from wavlm import WavLM, load_wavlm, save_wavlm
 
 NO_DROPOUT = ("--dropout", "0", "--wavlm_dropout", "0")
 CPU = torch.device("cpu")
+TARGETS = ("valence", "arousal")
 
 
 def weights_of(args, file="last.pt"):
@@ -472,7 +473,7 @@ def test_a_run_with_missing_labels_is_scored_and_reported_by_those_there_are(
     assert known.sum() == 16 and table["arousal"].notna().all()
     error = (table["valence"] - table["pred_valence"])[known]
     assert result["test"]["rmse_valence"] == pytest.approx((error**2).mean() ** 0.5, abs=1e-5)
-    read_predictions(directory / "fold1/predictions_dev.csv")
+    read_predictions(directory / "fold1/predictions_dev.csv", TARGETS)
     capsys.readouterr()
     words = [str(directory), str(directory), "--out", str(tmp_path)]
     assert report.main(report.parse_args(words)) == 0
@@ -493,7 +494,7 @@ def test_a_run_with_missing_labels_is_scored_and_reported_by_those_there_are(
 def test_a_dev_split_without_a_label_of_what_trains_is_refused(incomplete, capsys):
     assert cli([*incomplete, "--valence_weight", "0"]) == 2
     said = capsys.readouterr().err
-    assert "--valence_weight 0" in said and "dev has no label of it" in said
+    assert "--target_weights 0 1: arousal" in said and "dev has no label of it" in said
     assert len(said.splitlines()) == 1
     assert cli([*incomplete, "--valence_weight", "0", "--fold", "2", "--dry_run"]) == 0
 
@@ -502,15 +503,15 @@ def test_metrics_count_the_labels_of_each_target():
     rng = np.random.default_rng(0)
     preds, labels = torch.tensor(rng.uniform(size=(2, 20, 2)))
     known = torch.tensor(rng.uniform(size=20) < 0.6)
-    whole = metrics(preds, labels)
-    part = metrics(preds[known], labels[known])
+    whole = metrics(preds, labels, TARGETS)
+    part = metrics(preds[known], labels[known], TARGETS)
     labels[~known, 0] = torch.nan
-    found = metrics(preds, labels)
+    found = metrics(preds, labels, TARGETS)
     for name in ("ccc", "pcc", "rmse"):
         assert found[f"{name}_valence"] == pytest.approx(part[f"{name}_valence"])
         assert found[f"{name}_arousal"] == pytest.approx(whole[f"{name}_arousal"])
     labels[:, 0] = torch.nan
-    found = metrics(preds, labels)
+    found = metrics(preds, labels, TARGETS)
     assert np.isnan(found["ccc_valence"]) and found["ccc_mean"] == found["ccc_arousal"]
 
 
@@ -525,7 +526,8 @@ def test_the_best_epoch_is_that_of_the_targets_that_train(flags):
     assert result["best_epoch"] == 1 + int(np.argmax(cccs))
     scores = {"ccc_valence": 0.1, "ccc_arousal": 0.9}
     for weight, score in (("1", 0.1), ("0", 0.9), ("0.5", 0.5), ("0.01", 0.5)):
-        assert step.selection_score(scores, float(weight)) == pytest.approx(score)
+        args = parse_args([*flags, "--valence_weight", weight])
+        assert step.selection_score(scores, args) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(

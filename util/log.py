@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from corpora import Corpus, describe_splits, skipped_by_kind
 from data import Fold, TrainPlan
-from model import TARGETS
 from util import distributed
 from util.files import silence
 from util.runs import RunFiles
@@ -273,9 +272,14 @@ def step_line(record: dict[str, float], step: int, scaler: torch.amp.GradScaler)
     return line + f" | peak {record['peak_gib']:.2f} GiB"
 
 
-def score_line(what: str, scores: dict[str, float]) -> str:
-    """The CCCs in words; "-" for a target without a label."""
-    ccc = " ".join(f"{name} {scores[f'ccc_{name}']:.4f}" for name in (*TARGETS, "mean"))
+def score_line(what: str, scores: dict[str, float], targets: Sequence[str]) -> str:
+    """The CCCs in words, and their mean if there are several; "-" for a target without a label."""
+    shown = {name: f"{scores[f'ccc_{name}']:.4f}" for name in targets}
+    if len(targets) > 2:  # val, aro, dom: a line has 80 characters
+        shown = {name[:3]: value for name, value in shown.items()}
+    if len(targets) > 1:
+        shown["mean"] = f"{scores['ccc_mean']:.4f}"
+    ccc = " ".join(f"{name} {value}" for name, value in shown.items())
     return f"{what} CCC {ccc.replace(' nan', ' -')}"
 
 

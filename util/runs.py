@@ -19,6 +19,7 @@ import platform
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from corpora import Corpus, Utterance, write_skipped
 from data import Fold
-from model import TARGETS, EmotionModel, ModelConfig
+from model import EmotionModel, ModelConfig
 from util import distributed
 from util.checkpoints import Writer, read_checkpoint
 from util.files import (
@@ -58,8 +59,7 @@ WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
 
 # Columns of predictions_<split>.csv
 TEXTS = ("utt_id", "dialog", "speaker", "emotion")
-PREDICTED = tuple(f"pred_{target}" for target in TARGETS)
-NUMBERS = ("seconds", *TARGETS, *PREDICTED)
+CHALLENGE = {"arousal": "EmoAct", "valence": "EmoVal", "dominance": "EmoDom"}  # MSP-Podcast's
 
 
 # ---------------------------------------------------------------------------------------------
@@ -116,6 +116,7 @@ def read_flags(path: str | Path, flag: str) -> dict:
     found = read_json(directory / "args.json") or config.get("args")
     if not isinstance(found, dict):
         raise UserError(f"{flag} {path}: no args.json there (give a run directory, NAME/foldK)")
+    found = {"targets": list(ModelConfig.targets)} | found  # older code knew these two alone
     return found | {"label_range": found.get("label_range") or config.get("label_range")}
 
 
@@ -212,7 +213,10 @@ def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) 
     directory = Path(init_from)
     directory = directory if directory.is_dir() else directory.parent
     seen = read_json(directory / "splits.json")
-    for theirs, ours in (("train", "dev"), ("train", "test"), ("dev", "test")):
+    pairs = [(theirs, ours) for ours in splits for theirs in ("train", "dev")]
+    for theirs, ours in pairs:
+        if ours in ("train", theirs):
+            continue
         sources = seen.get(theirs, {})
         places = {tuple(source) for source in sources.values()}
         leaked = []
@@ -243,7 +247,7 @@ def data_table(fold: Fold) -> str:
     """CSV of all that the data decides about a run: a line per utterance, with digests instead of
     paths, so that moved files are the same data."""
     rows = np.concatenate(list(fold.splits.values()))
-    table = utterance_table(fold, rows)[["utt_id", "dialog", *TARGETS]]
+    table = utterance_table(fold, rows)[["utt_id", "dialog", *fold.corpus.targets]]
     table["split"] = np.repeat(list(fold.splits), list(map(len, fold.splits.values())))
     for kind, digests in fold.digests.items():
         table[kind] = [digests[row] for row in rows]
@@ -482,13 +486,13 @@ class RunFiles:
             write_skipped(self.directory / "skipped.csv", corpus)
 
     def write_predictions(self, split: str, fold: Fold, preds: Tensor) -> None:
-        """predictions_<split>.csv of preds (n, 2) in [0, 1], in the label's scale, and labels."""
+        """predictions_<split>.csv of preds (n, E) in [0, 1], in the label's scale, and labels."""
         if not self.writes:
             return
-        rows = fold.splits[split]
-        table = utterance_table(fold, rows)[[*TEXTS, *TARGETS]]
+        rows, targets = fold.splits[split], fold.corpus.targets
+        table = utterance_table(fold, rows)[[*TEXTS, *targets]]
         table.insert(len(TEXTS), "seconds", fold.corpus.seconds[rows].round(3))
-        table[list(PREDICTED)] = fold.in_label_scale(preds).double().numpy().round(6)
+        table[predicted(targets)] = fold.in_label_scale(preds).double().numpy().round(6)
         replace_text(self.directory / f"predictions_{split}.csv", table.to_csv(index=False))
 
     def write_ratings(self, fold: Fold) -> None:
@@ -499,8 +503,16 @@ class RunFiles:
         ratings = fold.corpus.ratings()
         ratings = ratings[ratings["utt_id"].isin(ids)]
         if len(ratings):
-            text = ratings[["utt_id", "rater", *TARGETS]].to_csv(index=False)
+            text = ratings[["utt_id", "rater", *fold.corpus.targets]].to_csv(index=False)
             replace_text(self.directory / "ratings_test.csv", text)
+
+    def write_challenge(self, split: str, fold: Fold, preds: Tensor) -> None:
+        """<split>.csv of preds (n, E) in [0, 1], see challenge_table."""
+        if self.writes:
+            utterances = [fold.corpus.utterances[row] for row in fold.splits[split]]
+            values = fold.in_label_scale(preds).double().numpy()
+            table = challenge_table(utterances, values, fold.corpus.targets)
+            replace_text(self.directory / f"{split}.csv", table.to_csv(index=False))
 
     def write_vectors(self, vectors: Tensor) -> None:
         """embedding_test.npy (n, U) float16, rows as predictions_test.csv."""
@@ -516,6 +528,18 @@ class RunFiles:
                 self.board.close()
         except BROKEN as error:
             warn_of_board(error)
+
+
+def challenge_table(
+    utterances: list[Utterance], preds: np.ndarray, targets: Sequence[str]
+) -> pd.DataFrame:
+    """preds (n, E), in the label's scale, in the form of MSP-Podcast's challenges: FileName, then
+    those of EmoAct, EmoVal and EmoDom that are targets."""
+    columns = {"FileName": [u.path.name for u in utterances]}
+    for target, column in CHALLENGE.items():
+        if target in targets:
+            columns[column] = preds[:, list(targets).index(target)].round(6)
+    return pd.DataFrame(columns)
 
 
 def open_board(directory: Path, step: int) -> "SummaryWriter | None":
@@ -564,47 +588,51 @@ def read_records(directory: Path) -> list[dict]:
     return records
 
 
-def read_predictions(path: Path) -> pd.DataFrame:
-    """At least one row of a predictions CSV: TEXTS as strings, NUMBERS as finite float64, or NaN
-    for a label whose cell is empty.
+def predicted(targets: Sequence[str]) -> list[str]:
+    """Columns of the predictions."""
+    return [f"pred_{target}" for target in targets]
+
+
+def read_predictions(path: Path, targets: Sequence[str]) -> pd.DataFrame:
+    """At least one row of a predictions CSV: TEXTS as strings; seconds, labels and predictions as
+    finite float64, or NaN for a label whose cell is empty.
 
     UserError names the file and, of a wrong number, its row and column.
     """
+    columns = ["seconds", *targets, *predicted(targets)]  # of numbers
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor a table
         raise UserError(f"{path}: cannot be read ({error})") from error
-    absent = [name for name in (*TEXTS, *NUMBERS) if name not in rows]
+    absent = [name for name in (*TEXTS, *columns) if name not in rows]
     if absent and len(rows):
         raise UserError(f"{path}: column {', '.join(absent)} is missing")
     if not len(rows):
         raise UserError(f"{path}: no rows")
-    rows = rows[[*TEXTS, *NUMBERS]]
-    numbers = rows[list(NUMBERS)].map(to_number)
-    missing = (rows[list(NUMBERS)] == "") & [name in TARGETS for name in NUMBERS]
+    rows = rows[[*TEXTS, *columns]]
+    numbers = rows[columns].map(to_number)
+    missing = (rows[columns] == "") & [name in targets for name in columns]
     wrong = np.argwhere(~(np.isfinite(numbers) | missing).to_numpy())
     if len(wrong):
         row, column = wrong[0]
-        fault = f"{NUMBERS[column]} {rows[NUMBERS[column]][row]!r} is not a finite number"
+        fault = f"{columns[column]} {rows[columns[column]][row]!r} is not a finite number"
         raise UserError(f"{path} row {row + 2}: {fault}")  # row 1 is the header
-    return rows.assign(**{name: numbers[name] for name in NUMBERS})
+    return rows.assign(**{name: numbers[name] for name in columns})
 
 
-def read_ratings(directory: Path) -> pd.DataFrame:
-    """Ratings of the test split: utt_id and rater as strings, TARGETS as float64, NaN where a cell
-    is empty. No rows where the corpus has no several raters. UserError if they are damaged."""
+def read_ratings(directory: Path, targets: Sequence[str]) -> pd.DataFrame:
+    """Ratings of the test split: utt_id and rater as strings, targets as float64, NaN where a cell
+    is empty. No rows where raters are not known. UserError if they are damaged."""
     path = directory / "ratings_test.csv"
     if not path.exists():
-        return pd.DataFrame(columns=["utt_id", "rater"])
+        return pd.DataFrame(columns=["utt_id", "rater", *targets])
     try:
         ratings = pd.read_csv(path, dtype={"utt_id": str, "rater": str}, keep_default_na=False,
             na_values=[""], index_col=False)  # fmt: skip
-        targets = [target for target in TARGETS if target in ratings]
-        ratings[targets] = ratings[targets].astype(np.float64)
-        ratings = ratings[["utt_id", "rater", *targets]]
+        ratings = ratings[["utt_id", "rater", *targets]].astype(dict.fromkeys(targets, np.float64))
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    if np.isinf(ratings[targets].to_numpy()).any():
+    if np.isinf(ratings[[*targets]].to_numpy()).any():
         raise UserError(f"{path}: a rating is infinite")
     return ratings
 
@@ -630,6 +658,7 @@ def to_number(text: str) -> float:
         return math.nan
 
 
-def tensors(rows: pd.DataFrame) -> tuple[Tensor, Tensor]:
-    """preds, labels (N, 2) in float64, of rows as from read_predictions."""
-    return tuple(torch.tensor(rows[list(names)].to_numpy()) for names in (PREDICTED, TARGETS))
+def tensors(rows: pd.DataFrame, targets: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """preds, labels (N, E) in float64, of rows as from read_predictions."""
+    columns = (predicted(targets), list(targets))
+    return tuple(torch.tensor(rows[names].to_numpy()) for names in columns)
