@@ -121,7 +121,7 @@ def iemocap(tmp_path):
 
 
 def test_iemocap_is_read_with_exact_counts_speakers_order_and_labels(iemocap):
-    corpus = corpora.read_corpus("iemocap", str(iemocap), None)
+    corpus = corpora.read_corpus("iemocap", str(iemocap), None, targets=TARGETS)
     first = corpus.utterances[:3]  # by start time, not as in the file
     assert [u.utt_id[-4:] for u in first] == ["F000", "M001", "M000"]
     assert [u.gender for u in first] == ["F", "M", "M"] and first[2].emotion == "xxx"
@@ -189,7 +189,8 @@ def test_msp_podcast_is_read_with_exact_counts_and_its_own_splits(tmp_path, tabl
     np.testing.assert_allclose(corpus.labels(TARGETS)[1], [5 / 6, 1 / 6], rtol=1e-6)
     assert corpora.num_folds(corpus) == 1
     splits = corpora.make_splits(corpus, 1)
-    assert {s: len(rows) for s, rows in splits.items()} == {"train": 3, "dev": 2, "test": 2}
+    counts = {"train": 3, "dev": 2, "test": 2, "test2": 1, "test3": 1}
+    assert {s: len(rows) for s, rows in splits.items()} == counts
     missing = str(tmp_path / audio / "MSP-PODCAST_0009_0001.wav")
     assert corpus.skipped == [("MSP-PODCAST_0009_0001", missing, "audio file missing")]
     notes = " | ".join(corpus.notes)

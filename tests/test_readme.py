@@ -428,15 +428,19 @@ def test_the_encoder_of_the_readme_trains_is_planned_and_ignores_padding(hacked)
 
 
 def test_the_target_of_the_readme_is_in_loss_metrics_files_and_predictions(hacked):
+    rows = []
+    for i in range(36):
+        speech(hacked.directory / f"clips/c{i}.wav", i % 3, i / 18 - 1, 1 - i / 18)
+        rows.append((f"c{i}", f"clips/c{i}.wav", f"s{i % 3}", i / 36, i % 12 / 12))
+    table = pd.DataFrame(rows, columns=["utt_id", "path", "speaker", "valence", "engagement"])
+    table.to_csv(hacked.directory / "manifest.csv", index=False)
     hacked.run(apply_example("A target", hacked))
-    result = result_of(hacked, "vad")
-    assert {"ccc_valence", "ccc_arousal", "ccc_dominance"} <= result["test"].keys()
-    hacked.run("python predict.py --checkpoint runs/vad/fold1 cache --out out.csv")
+    test = result_of(hacked, "engaged")["test"]
+    assert {"ccc_valence", "ccc_engagement"} < test.keys() and "ccc_arousal" not in test
+    hacked.run("python predict.py --checkpoint runs/engaged/fold1 clips --out out.csv")
     columns = pd.read_csv(hacked.directory / "out.csv").columns
-    assert list(columns[-3:]) == ["pred_valence", "pred_arousal", "pred_dominance"]
-    said = hacked.run("python report.py runs/vad runs/vad --folds 1 --out report")
-    assert "dominance" in said and (hacked.directory / "report/report.html").exists()
-    write_msp_podcast(hacked.directory / "msp")
-    for corpus in ("demo", "msp_podcast --data_dir msp"):
-        said = hacked.run(f"python data.py --data {corpus}")
-        assert "correlation of arousal and dominance" in said
+    assert list(columns[-2:]) == ["pred_valence", "pred_engagement"]
+    said = hacked.run("python report.py runs/engaged runs/engaged --folds 1 --out report")
+    assert "engagement" in said and (hacked.directory / "report/report.html").exists()
+    said = hacked.run("python data.py --data manifest.csv")
+    assert "correlation of valence and engagement" in said
