@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from test_report import TARGETS, change_predictions, elsewhere, run, write_fold
-from test_seeds import SCORES, ccc, drawn_plainly, figures_of, grid, noisy, rows_of
+from test_seeds import SCORES, ccc, drawn_plainly, figures_of, grid, noisy, quick, rows_of
 
-from util import files, intervals
+from util import files
 
-__all__ = ["elsewhere", "grid"]  # fixtures
+__all__ = ["elsewhere", "grid", "quick"]  # fixtures
 
 
 @pytest.fixture
@@ -30,10 +30,7 @@ def three(tmp_path):
     return [tmp_path / name for name in "abc"]
 
 
-def test_an_ensemble_is_the_mean_of_the_predictions_less_the_best_on_dev(
-    three, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(intervals, "RESAMPLES", 200)
+def test_an_ensemble_is_the_mean_of_the_predictions_less_the_best_on_dev(three, tmp_path, capsys):
     assert run(*three, "--ensemble", "--json") == 1  # a fold is missing
     *singles, ensemble = json.loads(capsys.readouterr().out)
     assert len(singles) == 3 and set(ensemble["members"]) == set(map(str, three))

@@ -19,6 +19,11 @@ SCORES = {  # seed -> fold -> test CCC of valence and arousal
 }
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, no_pictures):
+    monkeypatch.setattr(intervals, "RESAMPLES", 200)
+
+
 def noisy(directory, seed, size=0.5):
     """Other predictions than those of the same fold of another seed."""
     rows = pd.read_csv(directory / "predictions_test.csv")
@@ -92,13 +97,10 @@ def test_mean_and_both_spreads_over_seeds_and_folds_are_those_of_numpy(grid, cap
     assert "6 of 6 runs, 3 seeds x 2 folds" in text
     assert line_of(text, "seed3/fold2")[1] == "0.500"
     shown = [line.split()[3] for line in text.splitlines() if line.startswith("std of")]
-    assert shown == [f"{figures[name][key]:.3f}" for name in ("std", "std_of_seeds")]
+    assert shown[:2] == [f"{figures[name][key]:.3f}" for name in ("std", "std_of_seeds")]
 
 
-def test_pooled_ccc_is_a_mean_over_seeds_and_its_interval_draws_seeds_and_speakers(
-    grid, capsys, monkeypatch
-):
-    monkeypatch.setattr(intervals, "RESAMPLES", 200)
+def test_pooled_ccc_is_a_mean_over_seeds_and_its_interval_draws_seeds_and_speakers(grid, capsys):
     [figures] = figures_of(capsys, grid)
     preds, labels, speakers = rows_of(grid, SCORES)
     expected = np.mean([ccc(p, labels) for p in preds])
@@ -143,10 +145,7 @@ def test_seeds_of_a_corpus_with_one_fold_have_a_spread_between_them_alone(tmp_pa
     assert "pictures of seed1/fold1" in (tmp_path / "report.html").read_text()
 
 
-def test_experiments_are_paired_over_the_seeds_and_folds_that_both_have(
-    grid, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(intervals, "RESAMPLES", 200)
+def test_experiments_are_paired_over_the_seeds_and_folds_that_both_have(grid, tmp_path):
     scores = {seed: SCORES[seed] for seed in (3, 4)} | {9: SCORES[0]}
     other = write_grid(tmp_path / "runs" / "other", scores, first_noise=100)
     for path in (grid / "seed3" / "fold1", other / "seed4" / "fold1"):
