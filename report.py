@@ -710,7 +710,8 @@ def ceiling_sections(e: Experiment) -> list[Section]:
         "reliability of that mean: split half, Spearman-Brown corrected; no model's PCC is above "
         "its square root, but for chance",
     ]
-    return [Section("What human raters reach on the test utterances", table_of(rows), notes)]
+    title = f"{e.name}: what human raters reach on its test utterances"
+    return [Section(title, table_of(rows), notes)]
 
 
 def ensemble_sections(ensemble: Ensemble) -> list[Section]:
@@ -832,6 +833,7 @@ def comparison_sections(experiments: list[Experiment]) -> list[Section]:
     return [
         Section(f"{len(experiments)} experiments, best first", table_of(rows, columns), notes),
         Section("Paired differences", differences, [explained]),
+        *ceiling_sections(best),
     ]
 
 

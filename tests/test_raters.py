@@ -118,7 +118,7 @@ def test_a_run_keeps_its_ratings_and_the_report_sets_them_beside_the_model(
     assert found["model"] == pytest.approx(model, abs=1e-6)
     assert run(directory.parent, "--folds", "1", "--out", tmp_path) == 0
     text, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
-    title = "What human raters reach on the test utterances"
+    title = f"{directory.parent}: what human raters reach on its test utterances"
     assert title in text and title in page and f"{human['ccc']:.3f}" in text
     # data.py: over all utterances
     data.inspect(data.parse_args(["--data", str(path), "--cache_dir", str(tmp_path / "cache")]))
