@@ -354,14 +354,15 @@ def dense_table(position: Tensor, num_frames: int) -> Tensor:
 
     W columns, not T: the memory-efficient kernel wants row strides that are multiples of 8.
     """
-    rows_reversed = position.unfold(1, position.shape[1] - num_frames + 1, 1)
+    # size, not shape: torch 2.11 fails to compile a shape with a length it knows (the heads)
+    rows_reversed = position.unfold(1, position.size(1) - num_frames + 1, 1)
     return rows_reversed.flip(1).contiguous()  # flip alone may give columns the stride of rows
 
 
 def dense_bias(gate: Tensor, table: Tensor, key_bias: Tensor | None) -> Tensor:
     """(B, H, T, T), a view with row stride W: what is added to the scores."""
     bias = gate * table if key_bias is None else torch.addcmul(key_bias, gate, table)
-    return bias[..., : table.shape[1]]
+    return bias[..., : table.size(1)]
 
 
 def antidiagonal_sums(x: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def read_corpus(
     alike = sum(count for count in parts.values() if count > 1)
     if alike:
         corpus.notes.append(f"same audio: {alike} utterances are a part of a file that others are")
-    unknown = sum(not known_speaker(u.speaker) for u in corpus.utterances)
+    unknown = sum(not known_speaker(u.speaker) for u in labelled)
     if unknown:
         fault = "their speakers cannot be kept out of other splits"
         corpus.notes.append(f"speaker unknown: {unknown} utterances, {fault}")

@@ -69,9 +69,6 @@ def test_three_targets_are_in_every_file_in_the_order_of_the_flag(three, tmp_pat
     export = ["--checkpoint", str(directory), "--export", str(tmp_path / "model")]
     assert predict.main(predict.parse_args(export)) == 0
     assert "arousal, dominance and valence" in (tmp_path / "model/README.md").read_text()
-    flags = ["--checkpoint", str(tmp_path / "model"), *flags[2:], "--out", str(tmp_path / "2.csv")]
-    assert predict.main(predict.parse_args(flags)) == 0
-    pd.testing.assert_frame_equal(pd.read_csv(out), pd.read_csv(tmp_path / "2.csv"), atol=1e-5)
 
 
 def test_a_row_needs_a_label_of_one_target_that_was_asked_for(three, labelled, flags, capsys):
@@ -156,7 +153,7 @@ def test_targets_that_cannot_be_are_refused_in_a_line(flags, words, expected, ca
 
 
 def write_msp(root):
-    """Two clips of each Test split and more; Test3 has no labels, one of it is not in the table."""
+    """Clips of each split; Test3 has no labels, and one of it is not in the table."""
     (root / "Audios").mkdir(parents=True)
     splits = ["Train"] * 8 + ["Development"] * 4 + ["Test1"] * 3 + ["Test2"] * 3 + ["Test3"] * 2
     names = [f"MSP-PODCAST_{i:04d}_0001.wav" for i in range(len(splits))]
@@ -186,8 +183,7 @@ def test_each_test_split_of_msp_podcast_is_scored_or_predicted(flags, tmp_path, 
     expected = [column for target, column in short.items() if target in targets]
     assert list(blind.columns) == ["FileName", *expected]
     assert blind["FileName"].iloc[-1] == "MSP-PODCAST_test3_0001.wav" and len(blind) == 3
-    assert blind[expected].to_numpy().min() >= 1 and blind[expected].to_numpy().max() <= 7
-    assert blind[expected].to_numpy().max() > 1.5  # the scale of the labels
+    assert blind[expected].min().min() >= 1 and 1.5 < blind[expected].max().max() <= 7
     again = ["--checkpoint", str(directory), *msp, "--out", str(tmp_path / "o.csv")]
     assert predict.main(predict.parse_args([*again, "--split", "test3"])) == 0
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "o.csv"), blind, atol=2e-6)
