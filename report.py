@@ -662,17 +662,13 @@ def fold_sections(e: Experiment) -> list[Section]:
         f"pooled: one CCC over all {len(everything) // len(e.seeds)} test utterances (not the mean "
         f"over folds); interval from {RESAMPLES} bootstrap draws of {e.clusters}"
     )
-    notes = [explained]
-    if e.seeds != [-1]:
-        notes = [
-            f"{explained} and, independently, of the seeds (mean of the seeds' CCCs; few seeds "
-            "say little about others)",
-        ]
+    if e.std_of_seeds:
+        explained += f" and, independently, of the {len(e.seeds)} seeds, whose CCCs are averaged"
         folds.notes.append(
             "std of folds: within a seed (root mean square over seeds); std of seeds: of the "
             "seeds' means over folds"
         )
-    pooled = Section("All folds pooled", pooled_table(e.targets, e.pooled, e.interval), notes)
+    pooled = Section("All folds pooled", pooled_table(e.targets, e.pooled, e.interval), [explained])
     sections = [folds, pooled, *ceiling_sections(e)]
     for split, rows in e.others.items():
         scores, interval, clusters = pooled_scores(rows, e.targets)
@@ -748,9 +744,8 @@ def pooled_table(
     """A row per target, and for their mean if there are several."""
     rows = []
     for name in (*targets, "mean")[: len(targets) + (len(targets) > 1)]:
-        low, high = interval[f"ccc_{name}"]
         row = {"pooled": name, "CCC": scores[f"ccc_{name}"]}
-        row["95 % interval"] = None if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
+        row["95 % interval"] = brackets(interval[f"ccc_{name}"])
         for metric in ("pcc", "rmse"):
             row[metric.upper()] = scores.get(f"{metric}_{name}")
         rows.append(row)
@@ -1090,20 +1085,19 @@ def plot_embedding(
 # ---------------------------------------------------------------------------------------------
 
 
-def number_list(text: str) -> list[int]:
-    """Numbers of "1-3,5", sorted."""
+def seed_list(text: str, first: int = 0) -> list[int]:
+    """Numbers of "1-3,5", sorted; `first` is the lowest one possible."""
     if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
         raise argparse.ArgumentTypeError(f"{text!r}: give 1-5, or 1,3,5, or a mix")
     ends = [item.split("-") for item in text.split(",")]
-    return sorted({number for e in ends for number in range(int(e[0]), int(e[-1]) + 1)})
+    numbers = sorted({number for e in ends for number in range(int(e[0]), int(e[-1]) + 1)})
+    if not numbers or numbers[0] < first:
+        raise argparse.ArgumentTypeError(f"{text!r}: give {first}-5, or 1,3,5, or a mix")
+    return numbers
 
 
 def fold_list(text: str) -> list[int]:
-    """As number_list, from 1 on."""
-    folds = number_list(text)
-    if not folds or folds[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give 1-5, or 1,3,5, or a mix")
-    return folds
+    return seed_list(text, first=1)
 
 
 def cell_list(text: str) -> list[Cell]:
@@ -1119,14 +1113,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN",
         help="directory holding fold1, ..., or seed0/fold1, ...")  # fmt: skip
     p.add_argument("--folds", type=fold_list, help="1-5, or 1,3,5, or a mix; default: all")
-    p.add_argument("--seeds", type=number_list, help="0-4, or 0,2,4, or a mix; default: all")
+    p.add_argument("--seeds", type=seed_list, help="0-4, or 0,2,4, or a mix; default: all")
     p.add_argument("--failed", type=cell_list, default=[],
         help="folds, or seed0/fold1, ..., to show as missing in any case")  # fmt: skip
-    p.add_argument(
-        "--ensemble",
-        action="store_true",
-        help="also score the mean of the test predictions of all RUNs and seeds, by fold",
-    )
+    p.add_argument("--ensemble", action="store_true",
+        help="also score the mean of the test predictions of all RUNs and seeds")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="DIR",
         help="write report.html, of several RUNs experiment_comparison.md too; default: . for "
         "several RUNs, nowhere for one")  # fmt: skip

@@ -119,11 +119,13 @@ def read_detailed(folder: Path) -> pd.DataFrame:
                 cells = table.iloc[:, 1].str.extract(DETAIL)
                 table[["worker", "EmoAct", "EmoVal", "EmoDom"]] = cells
         workers = [name for name in table if re.search("worker|rater|annotator", name.lower())]
+        if "FileName" not in table or not workers:
+            raise ValueError("no column of files or of workers")
         table = table.reindex(columns=["FileName", workers[0], *columns])
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        fault = str(error).splitlines()[0]
+        fault = str(error).partition("\n")[0]
         log.warning(f"{paths[0].name} is not understood, its raters are not used: {fault}")
         return table_of_ratings()
     table[columns] = table[columns].apply(pd.to_numeric, errors="coerce")
-    table["FileName"] = table["FileName"].str.rsplit(".", n=1).str[0]  # utt_id
+    table["FileName"] = table["FileName"].astype(str).str.rsplit(".", n=1).str[0]  # utt_id
     return table_of_ratings(table.to_numpy())

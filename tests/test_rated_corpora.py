@@ -68,6 +68,7 @@ IN_JSON = json.dumps(
         ("labels_detailed.json", IN_JSON),
         ("labels_detailed.csv", ""),
         ("labels_detailed.csv", "FileName,EmoAct,EmoVal\na.wav,1,2\n"),
+        ("labels_detailed.csv", f"File,Detail\n{NAMES[0]},W2; Sad; ; A:3.0; V:5.0; D:4.0;\n"),
         ("labels_detailed.json", "[1]"),
         ("labels_detailed.json", '{"a.wav": {"W1": 4}}'),
     ],

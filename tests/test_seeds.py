@@ -132,6 +132,9 @@ def test_no_mean_is_given_if_a_run_of_the_grid_is_missing(grid, capsys):
     assert "seed1/fold1: not run" in capsys.readouterr().out
     with pytest.raises(files.UserError, match="no run of --seeds in it"):
         run(grid, "--seeds", "7-9")
+    for wrong in ("--seeds=4-0", "--seeds=a", "--failed=seed0", "--failed=a"):
+        with pytest.raises(SystemExit):
+            run(grid, wrong)
 
 
 def test_seeds_of_a_corpus_with_one_fold_have_a_spread_between_them_alone(tmp_path, capsys):
