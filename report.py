@@ -664,6 +664,7 @@ def fold_sections(e: Experiment) -> list[Section]:
     )
     if e.std_of_seeds:
         explained += f" and, independently, of the {len(e.seeds)} seeds, whose CCCs are averaged"
+    if e.std and e.std_of_seeds:
         folds.notes.append(
             "std of folds: within a seed (root mean square over seeds); std of seeds: of the "
             "seeds' means over folds"
