@@ -92,8 +92,7 @@ def test_mean_and_sample_deviation_over_folds_are_those_computed_by_hand(experim
     assert line_of(text, "std")[1:4] == ["0.265", "0.100", "0.180"]
     row = "0.300 0.700 0.500 0.500 0.500 0.500 0.500 0.500 6 0.500"
     assert " ".join(line_of(text, "2")[1:]) == row
-    tables = text.split("- pooled")[0].splitlines()[1:]  # below the title
-    assert max(map(len, tables)) <= 80
+    assert max(map(len, text.split("- pooled")[0].splitlines()[1:])) <= 80
     assert line_of(text.split("GiB")[1], "2")[1:] == ["2.000"]
 
 

@@ -59,9 +59,8 @@ def test_three_targets_are_in_every_file_in_the_order_of_the_flag(three, tmp_pat
     assert columns_of(directory / "predictions_test.csv")[-6:] == [*VAD, *predicted]
     assert report.main(report.parse_args([str(directory.parent), "--folds", "1"])) == 0
     said = capsys.readouterr().out
-    assert (
-        max(len(line) for line in said.split("Separation")[0].splitlines() if "-" not in line) <= 80
-    )
+    tables = [line for line in said.split("Separation")[0].splitlines() if line[:1] not in "/-"]
+    assert max(map(len, tables)) <= 80
     out = tmp_path / "out.csv"
     flags = ["--checkpoint", str(directory), "--data", args.data, "--data_dir", args.data_dir]
     assert predict.main(predict.parse_args([*flags, "--out", str(out)])) == 0
@@ -72,8 +71,7 @@ def test_three_targets_are_in_every_file_in_the_order_of_the_flag(three, tmp_pat
 
 
 def test_a_row_needs_a_label_of_one_target_that_was_asked_for(three, labelled, flags, capsys):
-    _, args = three
-    splits = json.loads((run_dir(args) / "splits.json").read_text())
+    splits = json.loads((run_dir(three[1]) / "splits.json").read_text())
     assert sum(map(len, splits.values())) == 72
     assert cli([*flags, *labelled, "--dry_run"]) == 0
     said = capsys.readouterr().out
@@ -139,7 +137,6 @@ def test_a_checkpoint_of_before_the_flag_is_of_valence_and_arousal(finished, cor
         (["--targets", "valence", "--valence_weight", "0.5"], "valence is the only target"),
         (["--target_weights", "1"], "--target_weights 1: --targets valence arousal needs 2"),
         (["--target_weights", "0", "0"], "--target_weights 0 0: one must be above 0"),
-        (["--target_weights", "1", "nan"], "nan must be at least 0"),
         (["--target_weights", "1", "1", "--valence_weight", "1"], "exclude each other"),
         (["--targets", "joy"], "invalid choice: 'joy'"),
     ],
@@ -185,10 +182,10 @@ def test_each_test_split_of_msp_podcast_is_scored_or_predicted(flags, tmp_path, 
     assert blind["FileName"].iloc[-1] == "MSP-PODCAST_test3_0001.wav" and len(blind) == 3
     assert blind[expected].min().min() >= 1 and 1.5 < blind[expected].max().max() <= 7
     again = ["--checkpoint", str(directory), *msp, "--out", str(tmp_path / "o.csv")]
-    assert predict.main(predict.parse_args([*again, "--split", "test3"])) == 0
+    for more, count in (([], 21), (["--split", "test3"], 3)):
+        assert predict.main(predict.parse_args([*again, *more])) == 0
+        assert len(pd.read_csv(tmp_path / "o.csv")) == count
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "o.csv"), blind, atol=2e-6)
-    assert predict.main(predict.parse_args(again)) == 0
-    assert len(pd.read_csv(tmp_path / "o.csv")) == 21
     assert report.main(report.parse_args([str(directory.parent)])) == 0
     assert "Another test split: test2" in capsys.readouterr().out
 
