@@ -1180,10 +1180,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def as_figures(e: Experiment) -> dict:
-    """All of it but its test rows, for JSON."""
-    figures = {key: value for key, value in vars(e).items() if key not in ("parts", "others")}
+    """All of it, with figures in place of rows, for JSON."""
+    figures = {key: value for key, value in vars(e).items() if key != "parts"}
     for key in ("folds", "problems"):
         figures[key] = {cell.name: value for cell, value in figures[key].items()}
+    names = ("pooled", "interval", "clusters")
+    figures["others"] = {
+        split: dict(zip(names, pooled_scores(rows, e.targets))) for split, rows in e.others.items()
+    }
     return figures
 
 

@@ -139,12 +139,19 @@ def test_no_mean_is_given_if_a_run_of_the_grid_is_missing(grid, capsys):
 
 def test_seeds_of_a_corpus_with_one_fold_have_a_spread_between_them_alone(tmp_path, capsys):
     scores = {seed: {1: (0.1 * seed, 0.5)} for seed in (1, 2, 3)}
-    [figures] = figures_of(capsys, write_grid(tmp_path / "msp", scores, num_folds=1))
+    grid = write_grid(tmp_path / "msp", scores, num_folds=1)
+    for path in grid.glob("seed*/fold1/predictions_test.csv"):
+        shutil.copy(path, path.with_name("predictions_test2.csv"))
+    [figures] = figures_of(capsys, grid)
+    assert figures["others"]["test2"]["pooled"] == figures["pooled"]
+    assert figures["others"]["test2"]["interval"] == figures["interval"]
     assert figures["std"] is None
     assert figures["std_of_seeds"]["test/ccc_valence"] == pytest.approx(0.1)
     write_fold(tmp_path / "msp", 1, (0.9, 0.9), num_folds=1)  # a run without --seeds
     assert run(tmp_path / "msp", "--out", tmp_path) == 0
-    assert "fold 1, beside the seeds, left out" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "fold 1, beside the seeds, left out" in text
+    assert "test2" in text and "12 utterances; intervals from" in text
     assert "pictures of seed1/fold1" in (tmp_path / "report.html").read_text()
 
 
