@@ -78,6 +78,7 @@ log = logging.getLogger("vatune")
 
 FRAME_RATE = 50  # frames per second of feature files that are planned for without their audio
 GROUP_SECONDS = 2.0  # of audio, which one more pass of an encoder costs in itself [guess]
+BALANCE_BINS = 5  # per target, over the range of its labels [guess]
 EVAL_SECONDS = 64  # padded seconds per evaluation batch; fixed, so that results do not move
 PREFETCH = 4  # micro-batches that a loader process holds ready [guess]
 CORES = len(os.sched_getaffinity(0))
@@ -691,6 +692,23 @@ def groups_of_like_length(lengths: np.ndarray, cost: float) -> list[tuple[int, i
     return groups[::-1]
 
 
+def label_bins(labels: np.ndarray) -> np.ndarray:
+    """(n, K): the bin of each label, 0 to BALANCE_BINS - 1, and BALANCE_BINS if it is missing."""
+    bins = np.clip(np.floor(labels * BALANCE_BINS), 0, BALANCE_BINS - 1)
+    return np.where(np.isnan(labels), BALANCE_BINS, bins).astype(np.int64)
+
+
+def balanced_draws(labels: np.ndarray, balance: float) -> np.ndarray:
+    """(n,): how often each row of `labels` (n, K) is drawn in an epoch of n draws, on average.
+
+    The targets span one grid. A row is drawn in proportion to (rows in its cell) ** -balance, so
+    that each cell in use is drawn alike at 1, and each row at 0.
+    """
+    _, cell, counts = np.unique(label_bins(labels), axis=0, return_inverse=True, return_counts=True)
+    weights = counts[cell.ravel()] ** -float(balance)
+    return len(labels) * weights / weights.sum()
+
+
 @dataclass(eq=False)
 class TrainPlan:
     """The batches of an epoch for one rank: gradient_accumulation_steps specs per step.
@@ -699,7 +717,7 @@ class TrainPlan:
     dealt out: a step sees the same utterances however they are split over ranks and micro-steps.
     A global batch holds utterances of similar length; its micro-batches, sorted by length, go to
     the ranks in turn, so that ranks have equal work within a micro-step. Every epoch has
-    `steps_per_epoch` steps.
+    `steps_per_epoch` steps. With `draws`, some chunks are in an epoch several times, others not.
     """
 
     # Sorting by length saves padding (IEMOCAP, batch 8: 1.05x instead of 2.2x [measured]) but
@@ -717,6 +735,7 @@ class TrainPlan:
     world_size: int
     seed: int
     labelled: np.ndarray  # (N, E) True = this label is known
+    draws: np.ndarray | None = None  # (N,) as from balanced_draws; a chunk has its turns' mean
 
     def __post_init__(self) -> None:
         if self.batch_size % self.context:
@@ -759,9 +778,26 @@ class TrainPlan:
             chunks += [tuple(rows[a:b]) for a, b in itertools.pairwise(cuts)]
         return chunks
 
+    def _balanced(
+        self, chunks: list[tuple[int, ...]], rng: np.random.Generator
+    ) -> list[tuple[int, ...]]:
+        """As many chunks, each as often as its draws say, rounded up or down at random.
+
+        Chunks of equal draws are neighbours when the fractions are rounded, so their number is
+        that of the closed form, less than one off.
+        """
+        draws = np.array([self.draws[list(chunk)].mean() for chunk in chunks])
+        order = rng.permutation(len(chunks))
+        order = order[np.argsort(draws[order], kind="stable")]
+        until = np.cumsum(draws[order])
+        marks = (np.arange(len(chunks)) + rng.random()) * (until[-1] / len(chunks))
+        return [chunks[i] for i in order[np.searchsorted(until, marks)]]
+
     def __iter__(self) -> Iterator[BatchSpec]:
         rng = np.random.default_rng((self.seed, self.epoch))
         chunks = self._chunks(rng)
+        if self.draws is not None:
+            chunks = self._balanced(chunks, rng)
         longest = np.array([max(self.lengths[row] for row in chunk) for chunk in chunks])
         order = rng.permutation(len(chunks))[: self.steps_per_epoch * self.chunks_per_step]
         blurred = longest * rng.uniform(1 - self.BLUR, 1 + self.BLUR, len(chunks))
@@ -840,9 +876,14 @@ class Fold:
 
     def plan_batches(self, args: argparse.Namespace, rank: int, world_size: int) -> TrainPlan:
         """The train split's batches of this rank."""
+        rows, draws = self.splits["train"], None
+        if args.balance:
+            draws = np.zeros(len(self.dialogs))
+            trained = np.array(args.target_weights) > 0
+            draws[rows] = balanced_draws(self.dataset.labels[rows][:, trained], args.balance)
         return TrainPlan(
             lengths=self.dataset.lengths,
-            rows=self.splits["train"],
+            rows=rows,
             dialogs=self.dialogs,
             batch_size=args.batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -851,6 +892,7 @@ class Fold:
             world_size=world_size,
             seed=args.seed,
             labelled=~np.isnan(self.dataset.labels),
+            draws=draws,
         )
 
     def is_labelled(self, split: str) -> bool:
@@ -952,7 +994,29 @@ def inspect(args: argparse.Namespace) -> None:
         print(f"\nfeatures    {frames} frames, {features.dim} wide, all finite")
         print(f"            {features.describe()}")
     for fold in [args.fold] if args.fold is not None else range(1, num_folds(corpus) + 1):
-        print(f"\nfold {fold}\n{describe_splits(corpus, make_splits(corpus, fold))}")
+        splits = make_splits(corpus, fold)
+        print(f"\nfold {fold}\n{describe_splits(corpus, splits)}")
+        if args.balance:
+            print(describe_balance(corpus, splits["train"], args.balance))
+
+
+def describe_balance(corpus: Corpus, rows: np.ndarray, balance: float) -> str:
+    """Utterances of an epoch by bin of each label, without --balance and with it."""
+    labels = corpus.labels(corpus.targets)[rows]
+    draws, bins = balanced_draws(labels, balance), label_bins(labels)
+    low, high = corpus.label_range
+    edges = [f"{edge:g}" for edge in np.linspace(low, high, BALANCE_BINS + 1)]
+    names = [f"{a}..{b}" for a, b in itertools.pairwise(edges)] + ["missing"]
+    table = pd.DataFrame(index=names)
+    for i, target in enumerate(corpus.targets):
+        for name, weights in ((target, None), (f"{target} balanced", draws)):
+            counts = np.bincount(bins[:, i], weights, minlength=len(names))
+            table[name] = np.rint(counts).astype(int)
+    cells, most = len(np.unique(bins, axis=0)), f"{draws.min():.2g} to {draws.max():.2g}"
+    return (
+        f"--balance {balance:g}, train utterances per epoch and bin\n{table.to_string()}\n"
+        f"{cells} cells in use, an utterance is drawn {most} times"
+    )
 
 
 def print_labels(corpus: Corpus) -> None:
@@ -1006,8 +1070,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fold", type=int, help="print only this fold (default: all)")
     add("--features_dir", help="directory of frame features to check, too")
     add("--skipped", metavar="CSV", help="file for the utterances left out, and why")
+    add(
+        "--balance",
+        type=float,
+        default=0,
+        help="show what train.py --balance makes of each bin of --targets",
+    )
     args = parser.parse_args(argv)
     args.label_range = tuple(args.label_range) if args.label_range else None
+    if not 0 <= args.balance <= 1:
+        parser.error(f"--balance {args.balance:g}: must be in 0..1")
     return args
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from corpora import LABELS, is_table
+from data import BALANCE_BINS
 from model import ENCODERS, ModelConfig
 from step import parse_unfreeze, reads_cache, stages
 from util.distributed import read_ranks, uses_cuda
@@ -43,7 +44,7 @@ PRESETS = {
 FREE_ON_RESUME = {
     "resume", "overwrite", "num_workers", "log_every", "cache_dir", "out", "data_dir", "dry_run",
     "gpu_gib", "memory_fraction", "preset", "device", "plot_every", "separation_every",
-    "save_every", "timeout",
+    "save_every", "timeout", "keep_last",
 }  # fmt: skip
 
 # A run with --init_from takes the model flags of its start, except for these.
@@ -113,6 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="run the frozen part of WavLM (unfreeze none or top:K) once per utterance and keep "
         "what the rest reads in --cache_dir, in half precision, or in that of the run (exact); "
         "utterances above --max_seconds: their beginning; auto: on unless --augment")
+    add("--balance", type=share, default=0.0,
+        help="draw rare labels more often: an utterance in proportion to (number of train "
+        f"utterances in its cell of a grid of {BALANCE_BINS} bins per target of weight above 0) ** "
+        "-BALANCE; 0 = off, 1 = all cells alike")
     add("--augment", action="store_true", help="gain, noise, speed and time masks in training")
 
     add = p.add_argument_group("model").add_argument
@@ -124,6 +129,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wavlm_revision", help="hub commit or tag of --wavlm")
     add("--wavlm_dropout", type=share, help="replaces all dropouts of the WavLM checkpoint")
     add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")
+    add("--lora", type=at_least(0), default=0, metavar="R",
+        help="train updates of rank R of the q, k, v and out projections in all of WavLM's layers, "
+        "at --lr, instead of WavLM itself (--unfreeze lora); 0 = off. It saves memory; that it "
+        "helps valence is shown by no published figure")
+    add("--lora_alpha", type=rate, default=0.0, metavar="ALPHA",
+        help="updates of --lora count ALPHA / R times; 0 = R, so once: the rate alone decides")
     add("--pooling", choices=("mean", "attention"), default="mean",
         help="how frames become one utterance vector")
     add("--features_dir", "--features_224_dir", help="<utt_id>.npy (T, D) for the Transformers")
@@ -173,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup", type=share, default=0.1, help="share of all steps used for warm-up")
     add("--unfreeze", default="none",
         help="part of WavLM that trains: none, all, transformer, top:K, or a schedule "
-        "EPOCH:WHAT,... e.g. 1:none,6:top:4,9:all")
+        "EPOCH:WHAT,... e.g. 1:none,6:top:4,9:all; with --lora, also lora, e.g. 1:none,4:lora")
     add("--loss", choices=("ccc", "mse"), default="ccc", help="ccc: 1 - CCC + mse_weight x MSE")
     add("--mse_weight", type=rate, default=0.1, help="weight of MSE in --loss ccc")
     add("--target_weights", type=rate, nargs="+", metavar="W",
@@ -212,6 +223,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="epochs between separation figures of the embeddings; 0 = off")
     add("--save_every", type=at_least(0), default=0,
         help="steps between checkpoints; 0 = at epoch ends")
+    add("--keep_last", action="store_true",
+        help="keep last.pt and previous.pt of a finished run; best.pt is always kept")
     add("--out", default="runs", help="directory of all runs")
     add("--name",
         help="name of the experiment, in OUT/NAME/foldK; default CORPUS-ENCODER; of one with "
@@ -268,7 +281,7 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
     args = parser.parse_args(argv)
     if start:
         for flag in sorted(known - FREE_WITH_INIT_FROM):
-            old, new = start.get(flag), getattr(args, flag)
+            old, new = start.get(flag, parser.get_default(flag)), getattr(args, flag)
             if new != old:
                 raise UserError(f"--{flag} {new}: the model of --init_from has {old}: leave it out")
         if is_table(args.data):
@@ -277,6 +290,8 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
         if given.unfreeze != "none":
             raise UserError(f"--train_only freezes WavLM: remove --unfreeze {given.unfreeze}")
         args.unfreeze = "none"  # a preset may have set it
+    elif args.lora and given.unfreeze == "none":
+        args.unfreeze = "lora"
     set_weights(args)
     args.amp = args.amp or ("fp16" if uses_cuda(args.device) else "off")
     corpus = Path(args.data).stem if is_table(args.data) else args.data
@@ -316,7 +331,7 @@ def check(args: argparse.Namespace) -> None:
     """UserError on flags that exclude or need each other."""
     low, high = args.label_range or (0, 1)
     name = args.name.removesuffix(f"/seed{args.seed}")
-    schedule = parse_unfreeze(args.unfreeze)
+    schedule, trained = parse_unfreeze(args.unfreeze), stages(args.unfreeze)
     reads_features = args.encoder.endswith("transformer")
     cached = args.feature_cache in ("on", "exact")
     for flag in ("separation_every", "plot_every"):
@@ -375,6 +390,18 @@ def check(args: argparse.Namespace) -> None:
             f"--unfreeze {args.unfreeze}: its last epoch is after --epochs {args.epochs}",
         ),
         (
+            args.lora and args.encoder != "wavlm",
+            f"--lora {args.lora} is for WavLM, not for --encoder {args.encoder}",
+        ),
+        (
+            args.lora and not args.train_only and {*trained, "none"} != {"none", "lora"},
+            f"--lora {args.lora} trains none of WavLM's weights: remove --unfreeze {args.unfreeze}",
+        ),
+        (
+            not args.lora and ("lora" in trained or args.lora_alpha),
+            "--unfreeze lora and --lora_alpha need a rank, --lora R",
+        ),
+        (
             cached and args.augment,
             f"--feature_cache {args.feature_cache} keeps what WavLM makes of the recording itself, "
             "--augment changes it every epoch: remove one of the two",
@@ -384,7 +411,7 @@ def check(args: argparse.Namespace) -> None:
             f"--feature_cache {args.feature_cache} is for WavLM, not for --encoder {args.encoder}",
         ),
         (
-            cached and not any(reads_cache(args, stage) for stage in stages(args.unfreeze)),
+            cached and not any(reads_cache(args, stage) for stage in trained),
             f"--feature_cache {args.feature_cache}: --unfreeze {args.unfreeze} freezes no layers",
         ),
     ):

@@ -155,7 +155,8 @@ start() { # RUN SLOT
     attempts[$run]=$((${attempts[$run]:-0} + 1))
     # --overwrite stays until this launch has written a checkpoint, or an older run would be resumed
     if ((attempts[$run] > 1)) && { [[ " ${flags[*]} " != *" --overwrite "* ]] ||
-        since "$launched" "$experiment/$run/last.pt"; }; then
+        since "$launched" "$experiment/$run/last.pt" ||
+        since "$launched" "$experiment/$run/result.json"; }; then
         again=("${flags[@]/#--overwrite/--resume}" --resume)
     fi
     command+=("$here/train.py" "${again[@]}")

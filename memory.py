@@ -15,6 +15,8 @@ Tags: [measured] by us, [P] published, [guess].
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import math
 import re
@@ -22,7 +24,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,11 +37,11 @@ import data
 import flags
 import step
 from corpora import Corpus, make_splits, num_folds, read_corpus
-from model import AUTOCAST, EmotionModel
+from model import AUTOCAST, EmotionModel, ModelConfig
 from step import Progress
 from util import distributed, runs, tracing
 from util.distributed import GIB, uses_cuda
-from util.files import UserError, replace_text
+from util.files import UserError, digest, replace_text
 from util.tracing import KINDS, Trace
 from wavlm import read_config
 
@@ -91,6 +93,8 @@ class Plan:
     needed_gib: float  # with the allocator's slack, CUDA's context and NCCL
     capacity_gib: float  # of the card, or free RAM
     verdict: str  # fits | tight | does not fit
+    # {stage: floating-point operations per second of audio in half and in single precision}
+    flops: dict[str, list[float]]
 
     def line(self) -> str:
         parts = ", ".join(f"{kind} {n / GIB:.2f}" for kind, n in self.bytes.items() if n)
@@ -192,10 +196,14 @@ class Planner:
             self.workspaces = 2 * (HOPPER_CUBLAS_BYTES if hopper else CUBLAS_BYTES)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.traces: dict[tuple, Trace] = {}
+
+    @functools.cached_property
+    def model(self) -> EmotionModel:
+        args = self.args
         if args.attention == "fused" and not self.on_gpu:
             args = with_flags(args, attention="blocks")
         with torch.device("meta"), tracing.Tracker(False):  # which makes it fast
-            self.model = step.build_model(args, shape, load=False)
+            return step.build_model(args, self.shape, load=False)
 
     def trace(self, args: argparse.Namespace, stage: str, what: str = "step") -> Trace:
         """A later step of `stage` (optimizer states exist), a batch of "evaluation" in it, or the
@@ -261,8 +269,10 @@ class Planner:
                     peaks[phase] = kinds
         return peaks
 
-    def as_plan(self, size: int, peaks: dict[str, np.ndarray]) -> Plan:
-        moment = max(peaks, key=lambda phase: peaks[phase].sum())
+    def as_plan(
+        self, size: int, peaks: dict[str, Sequence[float]], flops: dict[str, list[float]]
+    ) -> Plan:
+        moment = max(peaks, key=lambda phase: sum(peaks[phase]))
         kinds = dict(zip(KINDS, np.rint(peaks[moment]).astype(int).tolist()))
         peak = needed = sum(kinds.values()) / GIB
         if self.on_gpu:
@@ -270,11 +280,21 @@ class Planner:
             needed += NCCL_GIB if self.world_size > 1 else 0.0
         share = needed / self.capacity_gib
         verdict = "fits" if share < FITS else "tight" if share < TIGHT else "does not fit"
-        return Plan(kinds, moment, size, peak, needed, self.capacity_gib, verdict)
+        return Plan(kinds, moment, size, peak, needed, self.capacity_gib, verdict, flops)
+
+    def traced(self, args: argparse.Namespace) -> dict[str, dict]:
+        """What as_plan needs besides the size."""
+        seconds = args.batch_size * self.shape.length / self.shape.rate
+        peaks = {phase: kinds.tolist() for phase, kinds in self.peaks(args, args.unfreeze).items()}
+        flops = {
+            stage: (self.trace(args, stage).flops.sum(0) / seconds).tolist()
+            for stage in step.stages(args.unfreeze)
+        }
+        return {"peaks": peaks, "flops": flops}
 
     def plan(self, args: argparse.Namespace) -> Plan:
         """The worst moment with utterances of shape.length, evaluation included."""
-        return self.as_plan(args.batch_size, self.peaks(args, args.unfreeze))
+        return self.as_plan(args.batch_size, **self.traced(args))
 
     def line(self, unfreeze: str) -> Callable[[int], Plan]:
         """size -> plan, from the line through two traced sizes.
@@ -295,14 +315,34 @@ class Planner:
             low, high = (given.context, few) if size < few else (few, 4 * few)
             share = (size - low) / (high - low)
             one, two = traced[low], traced[high]
-            return self.as_plan(size, {p: one[p] + share * (two[p] - one[p]) for p in one})
+            return self.as_plan(size, {p: one[p] + share * (two[p] - one[p]) for p in one}, {})
 
         return at
 
 
-def plan(args: argparse.Namespace, shape: data.InputShape, world_size: int = 1) -> Plan:
-    """The plan of a run: the heaviest stage's worst moment, evaluation included."""
-    return Planner(args, shape, world_size).plan(args)
+def plan(
+    args: argparse.Namespace, shape: data.InputShape, config: ModelConfig, world_size: int
+) -> Plan:
+    """Planner.plan, whose traces the folds and resumed runs of an experiment find in --cache_dir.
+
+    The key holds all flags but those that cannot matter, the model, torch and this code.
+    """
+    planner = Planner(args, shape, world_size)
+    free = flags.FREE_ON_RESUME | {"fold", "seed", "name"}
+    decisive = {name: value for name, value in vars(args).items() if name not in free}
+    here = Path(__file__).parent
+    code = [path.read_text() for path in sorted([*here.glob("*.py"), *here.glob("util/*.py")])]
+    key = digest(
+        decisive, asdict(shape), asdict(config), world_size, planner.on_gpu, planner.workspaces,
+        torch.__version__, code,
+    )  # fmt: skip
+    path = Path(args.cache_dir) / f"plan-{key}.json"
+    traced = runs.read_json(path)
+    if not traced:
+        traced = planner.traced(args)
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            replace_text(path, json.dumps(traced))
+    return planner.as_plan(args.batch_size, **traced)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -363,7 +403,7 @@ def random_step(
             batches.append(batch | {"step_size": (args.global_batch_size,)})
         step.train_step(model, batches, optimizer, scaler, args, Progress())
 
-    distributed.guard_memory(update, model, step.zero_sums(device))
+    distributed.guard_memory(update, model, step.zero_sums(device, args))
 
 
 def probe(model: EmotionModel, args: argparse.Namespace, shape: data.InputShape) -> bool:
@@ -499,6 +539,22 @@ def machine(args: argparse.Namespace) -> Machine:
     low, high = UTILIZATION
     source = f"{low:.0%} to {high:.0%} of its published peak (--calibrate narrows it)"
     return Machine(gpu, GPUS[gpu][1], GPUS[gpu][2], UTILIZATION, source)
+
+
+def achieved(
+    found: Plan, stage: str, audio_speed: float, ranks: distributed.Ranks
+) -> dict[str, float]:
+    """What a speed in seconds of audio per second is in operations: "tflops" of all ranks, and
+    "peak_share" of a card whose published peak is known.
+
+    Those of a step's longest utterances are taken, and of exact CCC's first forward none.
+    """
+    tera = np.array(found.flops[stage]) * audio_speed / 1e12
+    speeds = {"tflops": float(tera.sum())}
+    gpu = known_gpu(distributed.device_name(ranks.device)) if ranks.cuda else None
+    if gpu:
+        speeds["peak_share"] = float((tera / GPUS[gpu][1:]).sum() / ranks.world_size)
+    return speeds
 
 
 def calibrate(args: argparse.Namespace) -> Machine:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.files import UserError
-from wavlm import WavLM, WavLMConfig, autocast_off
+from wavlm import WavLM, WavLMConfig, add_lora, autocast_off
 
 log = logging.getLogger("vatune")
 
@@ -48,6 +48,8 @@ class ModelConfig:
     layers: tuple[int, ...] = ()  # hidden states to mix; () = the quarter points
     pooling: str = "mean"  # mean | attention
     attention: str = "fused"  # WavLM's attention: fused | sdpa | eager
+    lora: int = 0  # rank of the updates of WavLM's attention; 0 = none
+    lora_alpha: float = 0.0  # they count lora_alpha / lora times; 0 = once
     frame_dim: int = 0  # width of the feature files, for the feature Transformers
     frame_rate: float = 0.0  # frames per second of those that it was trained on
     speaker_dim: int = 0  # width of the speaker embedding; 0 = FiLM on a learned vector
@@ -643,6 +645,8 @@ class EmotionModel(nn.Module):
                 gated = slice(self.encoder.width, width)  # prosody
             inputs = width + config.d_state
             self.heads[target] = Head(inputs, gated, config.d_hidden, config.dropout)
+        if config.lora:  # last: everything else starts with the values that it has without
+            add_lora(self.encoder.wavlm, config.lora, config.lora_alpha or config.lora)
 
     @property
     def sees_padding(self) -> bool:

@@ -80,7 +80,7 @@ from util.files import (
     weights_digest,
 )
 from util.runs import MODEL_FLAGS, challenge_table, load_model, predicted, read_json
-from wavlm import save_wavlm
+from wavlm import merge_lora, save_wavlm
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -496,11 +496,16 @@ def export(path: str, directory: Path) -> None:
     """Writes config.json and model.safetensors, which load_model reads, README.md (a model card)
     and, of a WavLM, wavlm/ for transformers' WavLMModel and train.py --wavlm.
 
-    The directory appears when it is complete. UserError if it exists.
+    Updates of --lora are merged: what is exported is a model without them. The directory appears
+    when it is complete. UserError if it exists.
     """
     model, checkpoint = load_model(path, "--checkpoint")
     if "name" not in checkpoint["args"]:
         raise UserError(f"--checkpoint {path} is an export already: give a run directory")
+    if model.config.lora:
+        merge_lora(model.encoder.wavlm)
+        model.config = dataclasses.replace(model.config, lora=0, lora_alpha=0.0)
+        checkpoint["args"] |= {"lora": 0, "lora_alpha": 0.0}
     if directory.exists():
         raise UserError(f"--export {directory} exists: delete it, or give another")
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")

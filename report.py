@@ -78,6 +78,7 @@ MAX_NAME = 20  # characters of a name that count for it
 FREE_IN_BASELINE = FREE_ON_RESUME | {
     "unfreeze", "lr", "encoder_lr", "lr_reference_batch", "warmup", "scheduler", "epochs",
     "max_steps", "patience", "eval_every", "separation_every", "name", "feature_cache",
+    "lora", "lora_alpha",
     # how a step is computed, not what it computes
     "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "attention",
 }  # fmt: skip

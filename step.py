@@ -36,6 +36,7 @@ from model import (
 from util import distributed
 from util.files import UserError, digest, in_words, weights_digest
 from wavlm import (
+    LORA,
     PADDING_BIAS,
     WavLM,
     WavLMError,
@@ -53,7 +54,7 @@ PLATEAU_EVALS = 3  # evaluations without a better dev CCC, after which plateau h
 # ---------------------------------------------------------------------------------------------
 # What trains, and when
 
-STAGES = r"none|all|transformer|top:[1-9]\d*"
+STAGES = r"none|all|transformer|lora|top:[1-9]\d*"
 
 
 def parse_unfreeze(text: str) -> list[tuple[int, str]]:
@@ -83,8 +84,8 @@ def stages(unfreeze: str) -> list[str]:
 
 
 def is_frozen(args: argparse.Namespace, stage: str) -> bool:
-    """True if nothing of WavLM trains in this stage."""
-    return args.encoder == "wavlm" and stage == "none"
+    """True if no weight of WavLM's own trains in this stage."""
+    return args.encoder == "wavlm" and stage in ("none", "lora")
 
 
 def stays_frozen(args: argparse.Namespace, epoch: int) -> bool:
@@ -96,7 +97,7 @@ def stays_frozen(args: argparse.Namespace, epoch: int) -> bool:
 def same_frozen_part(args: argparse.Namespace) -> bool:
     """True if what the last stage freezes has been frozen from the start."""
     order = [stage for _, stage in parse_unfreeze(args.unfreeze)]
-    depth = {"none": 0, "transformer": math.inf, "all": math.inf}
+    depth = {"none": 0, "lora": math.inf, "transformer": math.inf, "all": math.inf}
     trained = [depth[stage] if stage in depth else int(stage[4:]) for stage in order]
     return trained[-1] == max(trained)
 
@@ -105,7 +106,7 @@ def reads_cache(args: argparse.Namespace, stage: str) -> bool:
     """True if what lies below the lowest trained block comes from the cache in this stage."""
     wanted = args.feature_cache in ("on", "exact")
     wanted = wanted or (args.feature_cache == "auto" and not args.augment)
-    return wanted and args.encoder == "wavlm" and (stage == "none" or stage.startswith("top:"))
+    return wanted and args.encoder == "wavlm" and stage not in ("transformer", "all")
 
 
 def set_trainable(model: EmotionModel, stage: str, train_only: str | None = None) -> None:
@@ -159,6 +160,9 @@ def build_model(
         except WavLMError as error:
             raise UserError(f"--wavlm {error}") from error
         settings["wavlm"] = wavlm.config.to_dict()
+        if args.lora > wavlm.config.hidden_size:
+            width = f"{wavlm.config.hidden_size}, the width of this WavLM"
+            raise UserError(f"--lora {args.lora}: must be at most {width}; 8 is usual")
     model = EmotionModel(ModelConfig(**settings), wavlm)
     set_checkpointing(model, args.gradient_checkpointing)
     return model
@@ -220,12 +224,51 @@ def attention_error(heads: int, width: int, dtype: torch.dtype, device: torch.de
     return float(torch.stack(errors).float().max())
 
 
+def check_compile(
+    model: EmotionModel, dataset: data.Batches, args: argparse.Namespace, device: torch.device
+) -> None:
+    """Compiles the layers, or leaves them as they are, with a line in the log, if that does not
+    work on the device of some rank (all ranks participate).
+
+    They are tried on two clips, in the run's precision and in every stage. The same runs without
+    torch.compile first, so that an error of the model itself keeps its traceback.
+    """
+    median = np.argsort(dataset.lengths)[len(dataset.lengths) // 2 :][:2].tolist()
+    batch = to_device(dataset.collate(data.BatchSpec(tuple((row,) for row in median))), device)
+
+    def trial() -> Tensor:
+        with autocast(device, args.amp):
+            for stage in stages(args.unfreeze):
+                set_trainable(model, stage, args.train_only)
+                vectors = model.encode(batch)
+                if vectors.requires_grad:
+                    vectors.square().sum().backward()
+            model.zero_grad()
+            with inference(model):
+                return model.encode(batch).cpu()  # waits for the device
+
+    expected, reason = trial(), ""
+    compile_layers(model)
+    try:
+        error = float((trial() - expected).abs().max() / expected.abs().max())
+        if not error <= ATTENTION_TOLERANCE[AUTOCAST[args.amp]]:
+            reason = f"it differs from the plain layers by {error:.0e} of the largest value"
+    except Exception as fault:  # of dynamo, inductor, triton, a C compiler: no common base class
+        reason = f"{type(fault).__name__}: {' '.join(str(fault).split())[:160]}"
+    if distributed.any_rank(bool(reason)):
+        model.zero_grad()
+        torch.compiler.set_stance("force_eager")
+        reason = reason or "another rank cannot"
+        log.info(f"--compile does not work on {device}, the layers run as they are: {reason}")
+
+
 def compile_layers(model: EmotionModel) -> None:
     """Compiles the encoder's layers in place, for any length; state_dict keeps its names.
 
     All layers share one code object, whose variants (frozen or not, evaluation, a first layer fed
     by the frozen part) may be more than the 8 after which torch gives up and runs it uncompiled.
     """
+    torch.compiler.set_stance("default")
     torch._dynamo.config.recompile_limit = 64
     # backward rebuilds attention's bias; without this, torch keeps forward's copy for it
     torch._functorch.config.ban_recompute_materialized_backward = False
@@ -240,11 +283,11 @@ def compile_layers(model: EmotionModel) -> None:
 def param_groups(model: EmotionModel, args: argparse.Namespace) -> list[dict]:
     """AdamW groups of everything that some stage trains: WavLM and the rest, matrices and vectors.
 
-    WavLM trains at encoder_lr, the rest at lr; weight decay is on tensors of two dimensions or
-    more. AdamW leaves alone what has no gradient, so the groups serve all stages.
+    WavLM trains at encoder_lr, updates of --lora and the rest at lr; weight decay is on tensors of
+    two dimensions or more. AdamW leaves alone what has no gradient, so the groups serve all stages.
     """
     scale = args.global_batch_size / args.lr_reference_batch if args.lr_reference_batch else 1.0
-    rates = {"wavlm": args.encoder_lr * scale, "rest": args.lr * scale}
+    rates = {"wavlm": args.encoder_lr * scale} | dict.fromkeys(("lora", "rest"), args.lr * scale)
     decays = {"decayed": args.weight_decay, "not decayed": 0.0}
     groups = {
         (part, kind): {
@@ -259,6 +302,7 @@ def param_groups(model: EmotionModel, args: argparse.Namespace) -> list[dict]:
         ever_trained |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in ever_trained.items():
         part = "wavlm" if name.startswith("encoder.wavlm.") else "rest"
+        part = "lora" if name.endswith(LORA) else part
         kind = "decayed" if parameter.ndim >= 2 else "not decayed"
         groups[part, kind]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]

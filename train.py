@@ -68,7 +68,7 @@ class Run:
     plan: data.TrainPlan
     meter: logs.Meter
     progress: Progress
-    planned_gib: float  # peak
+    planned: memory.Plan | None  # of rank 0
     git_commit: str  # at the start: it may change while the run goes on
     started: float = 0.0  # on time.perf_counter's clock, less the seconds before --resume
 
@@ -102,13 +102,18 @@ def main(args: argparse.Namespace) -> int:
     model = start_model(args, fold).to(ranks.device)
     step.check_attention(model, args, ranks.device)
     if args.compile:
-        step.compile_layers(model)
+        step.check_compile(model, fold.dataset, args, ranks.device)
     last = load_interrupted(args, given, files)
-    if last and (files.directory / "result.json").exists():
+    if last and files.is_complete():
         log.info(f"{files.directory} is complete: nothing to resume")
+        distributed.wait_for_ranks()  # they have read last.pt
+        if not (args.keep_last or last["args"].get("keep_last")):
+            files.remove_last()
         return 0
     batch_note = memory.choose_batch(args, fold, model, ranks, last)
-    planned = memory.plan(args, fold.shape, ranks.world_size)
+    planned = None  # only rank 0 writes of it
+    if ranks.rank == 0:
+        planned = memory.plan(args, fold.shape, model.config, ranks.world_size)
     run = Run(
         args=args,
         given=given,
@@ -121,11 +126,12 @@ def main(args: argparse.Namespace) -> int:
         plan=fold.plan_batches(args, ranks.rank, ranks.world_size),
         meter=logs.Meter(ranks.device),
         progress=Progress(),
-        planned_gib=planned.peak_gib,
+        planned=planned,
         git_commit=logs.git_commit(),
     )
     log.info(logs.startup_block(args, fold, run.plan, run.total_steps, ranks, run.git_commit))
-    log.info(planned.line() + batch_note)
+    if planned:
+        log.info(planned.line() + batch_note)
     if args.dry_run:
         return 0
     begin(run, last)
@@ -259,9 +265,12 @@ def finish(run: Run) -> None:
         "epochs_run": progress.epoch,
         "stopped": progress.stopped or ("max_steps" if is_cut else "epochs"),
         "seconds": progress.seconds,
-        "audio_seconds_per_second": files.median_speed(),
+        "audio_seconds_per_second": files.median("audio_seconds_per_second"),
+        "gflop_per_audio_second": {k: sum(v) / 1e9 for k, v in run.planned.flops.items()},
+        "tflops": files.median("tflops"),
+        "peak_share": files.median("peak_share"),
         "device": distributed.device_name(run.ranks.device),
-        "peak_gib_predicted": run.planned_gib,
+        "peak_gib_predicted": run.planned.peak_gib,
         "peak_gib_measured": distributed.peak_gib(run.ranks.device),
         "parameters_total": sum(p.numel() for p in run.model.parameters()),
         "parameters_trainable": sum(p.numel() for p in trained),
@@ -275,6 +284,8 @@ def finish(run: Run) -> None:
     show_embeddings(run, "test", vectors["test"], separation=False, pictures=True)
     if args.preset == "verify" and args.unfreeze != "none":
         log.info(report.against_frozen(files.directory))
+    if not args.keep_last:
+        files.remove_last()
     files.close()
     log.info(f"done in {progress.seconds:.0f} s: {files.directory / 'result.json'}")
 
@@ -336,8 +347,13 @@ def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
 
 
 def load_interrupted(args: argparse.Namespace, given: dict, files: RunFiles) -> dict | None:
-    """Content of last.pt with --resume, if there is one; UserError if it belongs to another run."""
+    """Content of last.pt with --resume, if there is one; UserError if it belongs to another run.
+
+    A complete run has removed it: then only what tells whether this is the same run.
+    """
     last = runs.load_last(files.directory, files.writes) if args.resume else None
+    if args.resume and last is None and files.is_complete():
+        last = runs.end_of_run(files, given)
     if last:
         decisive = {k: v for k, v in given.items() if k not in flags.FREE_ON_RESUME}
         runs.check_resumable(decisive, last, files, step.stays_frozen(args, epoch=0))
@@ -405,6 +421,10 @@ def log_steps(run: Run) -> None:
     meter.check(run.scaler, run.optimizer, run.fold.corpus)
     record = meter.read(progress.step / run.plan.steps_per_epoch, run.optimizer)
     record["total_steps"] = run.total_steps
+    if run.planned and "audio_seconds_per_second" in record:
+        stage = step.stage_at(run.args.unfreeze, progress.epoch)
+        speed = record["audio_seconds_per_second"]
+        record |= memory.achieved(run.planned, stage, speed, run.ranks)
     log.info(logs.step_line(record, progress.step, run.scaler))
     run.files.record("train", progress.step, record)
     logs.give_hints(run.args, run.files)

@@ -23,6 +23,7 @@ LABELS = ("valence", "arousal", "dominance")  # fields of Utterance, columns of 
 TESTS = ("test", "test2", "test3")  # the first one is the headline
 BLIND = "test3"  # its rows need no labels
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MISSING = {  # what tables write where they do not know, without punctuation: n/a, <unk>, -, ?
     "", "nan", "na", "none", "null", "nil", "missing", "undefined", "unk", "unknown",
     "unknownspeaker", "unspecified", "unidentified", "anonymous", "notavailable",
@@ -187,10 +188,10 @@ def read_table(path: Path) -> Table:
                     more = "fewer" if len(cells) < len(columns) else "more"
                     fault = f"{more} cells than columns ({len(columns)})"
                     raise UserError(f"{where}: {fault}; quote cells that hold a {separator!r}")
-                for column, text in zip(columns, cells):
-                    if re.search(r"[\x00-\x1f\x7f]", text):
-                        fault = "holds a line break or control character (a stray quote?)"
-                        raise UserError(f"{where}: column {column} {fault}")
+                if CONTROL.search("".join(cells)):
+                    column = next(c for c, text in zip(columns, cells) if CONTROL.search(text))
+                    fault = "holds a line break or control character (a stray quote?)"
+                    raise UserError(f"{where}: column {column} {fault}")
                 table.rows.append((lines.line_num, [text.strip() for text in cells]))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -4,13 +4,16 @@
     python tests/bench_scale.py --clips FOLDER --rows 2000 --keep scratch
 
 A row is a cut of 0.1 to 0.2 s of a clip in FOLDER, whose manifest.csv has path and speaker. The
-first start fills the caches; the second one is timed until its first step is logged, less the
-imports, then stopped by a signal. `worker MiB` is what a loader process holds beyond what it shares
-with the others. Run by hand.
+first start fills the caches; the second one is timed until its first step is logged, then stopped
+by a signal. `CPU s` is user time, which a busy machine changes little; `worker MiB` is what a
+loader process holds beyond what it shares with the others. Run by hand.
 """
 
 import argparse
 import json
+import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -60,12 +63,20 @@ def first_step(manifest: Path, clips: Path, folder: Path) -> dict[str, float]:
         if run.poll() is not None:
             sys.exit(f"the run ended with {run.returncode}")
         time.sleep(0.02)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, cpu_seconds(run.pid)
     private = [private_mib(pid) for pid in children(run.pid)]
-    parent = private_mib(run.pid)
+    status = Path(f"/proc/{run.pid}/status").read_text()
+    parent = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
     run.send_signal(signal.SIGTERM)
     run.wait()
-    return {"s to first step": seconds, "worker MiB": max(private), "parent MiB": parent}
+    found = {"s to first step": seconds, "CPU s": cpu}
+    return found | {"worker MiB": max(private), "parent RSS MiB": parent}
+
+
+def cpu_seconds(pid: int) -> float:
+    """User time so far, which a busy machine changes little."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) / os.sysconf("SC_CLK_TCK")
 
 
 def children(pid: int) -> list[int]:
@@ -84,9 +95,8 @@ def main() -> None:
     p.add_argument("--rows", type=int, nargs="+", default=[10_000, 50_000, 150_000])
     p.add_argument("--keep", type=Path, help="folder that keeps manifests and caches")
     args = p.parse_args()
-    start = time.perf_counter()
     subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, check=True)
-    imports = time.perf_counter() - start
+    imports = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
@@ -95,13 +105,13 @@ def main() -> None:
             manifest = folder / f"{rows}.csv"
             if not manifest.exists():
                 write_manifest(args.clips, rows, manifest)
-            cold = first_step(manifest, args.clips, folder)["s to first step"]
+            cold = first_step(manifest, args.clips, folder)
             warm = first_step(manifest, args.clips, folder)
-            warm["beyond imports"] = warm["s to first step"] - imports
-            found.append({"rows": rows, "s cold": cold, **warm})
+            warm["CPU s beyond imports"] = warm["CPU s"] - imports
+            found.append({"rows": rows, "CPU s cold": cold["CPU s"], **warm})
             print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     print(pd.DataFrame(found).to_string(index=False, float_format="%.1f"))
-    print(f"imports {imports:.1f} s, {time.strftime('%F')}")
+    print(f"imports {imports:.1f} s of CPU, {time.strftime('%F')}")
 
 
 if __name__ == "__main__":

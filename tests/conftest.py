@@ -73,6 +73,7 @@ def quick_flags(corpus, small_wavlm, directory):
         "--lr", "1e-3", "--encoder_lr", "1e-3", "--d_hidden", "16", "--d_state", "8",
         "--mamba_layers", "1", "--num_workers", "0", "--device", "cpu", "--log_every", "1",
         "--cache_dir", str(corpus.parent / "cache"), "--out", str(directory / "runs"),
+        "--keep_last",
     ]  # fmt: skip
 
 

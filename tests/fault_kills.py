@@ -30,7 +30,9 @@ from util.checkpoints import read_checkpoint
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train", "torch.utils.tensorboard", "fault_kills"])
-TIMING = {"audio_seconds_per_second", "data_share", "padded_share", "ms_per_step", "peak_gib"}
+TIMING = {
+    "audio_seconds_per_second", "tflops", "data_share", "padded_share", "ms_per_step", "peak_gib",
+}  # fmt: skip
 
 
 class OnLine(logging.Filter):
@@ -276,7 +278,9 @@ def kill_and_compare(flags, directory, ranks, kills, rng, method="fork"):
     return done, saves, starts, runs
 
 
-EVERYTHING = ("--context", "4", "--feedback", "--augment", "--ema_alpha", "learned")
+EVERYTHING = (
+    "--context", "4", "--feedback", "--augment", "--ema_alpha", "learned", "--balance", "0.5",
+)  # fmt: skip
 SETTINGS = {  # ranks, kills, flags
     "dialogues, plateau": (1, 8, [*EVERYTHING, "--scheduler", "plateau", "--save_every", "1"]),
     "progressive, 1 worker": (

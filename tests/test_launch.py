@@ -70,7 +70,7 @@ if env.get("STUB_HANG"):  # with a child that ignores SIGTERM
 time.sleep(float(env.get("STUB_SECONDS", 0.1)))
 record(start=start, end=time.time())
 if env.get("STUB_SAVES"):
-    (run / "last.pt").write_text("saved")
+    (run / env["STUB_SAVES"]).write_text("saved")
 if env.get("STUB_STATUS"):
     status = {"exit_code": json.loads(env["STUB_STATUS"]), "reason": "a test"}
     (run / "status.json").write_text(json.dumps(status))
@@ -367,14 +367,13 @@ def test_the_status_json_of_an_older_run_is_ignored(box):
     assert len(box.attempts()) == 2
 
 
-@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize("saves", ["last.pt", "result.json", ""])
 def test_with_overwrite_a_retry_resumes_only_a_checkpoint_of_this_launch(box, saves):
     box.of_an_older_run("last.pt", "old")
-    env = {"STUB_SAVES": "1"} if saves else {}
     argv = ("--folds", "1", "--retries", "1", *CPU, "--overwrite")
-    assert box.run(*argv, STUB_CODES='{"1": 1}', **env)[0] == 1
+    assert box.run(*argv, STUB_CODES='{"1": 1}', STUB_SAVES=saves)[0] == 1
     second = box.attempts()[1]["argv"]
-    assert ("--resume" in second) == saves and ("--overwrite" in second) != saves
+    assert ("--resume" in second) == bool(saves) and ("--overwrite" in second) != bool(saves)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 behind --batch_size auto; hours; the command line."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,15 +10,18 @@ import torch
 from bench_memory import measured_bytes
 from torch.utils.checkpoint import checkpoint
 
+import data
 import flags
 import memory
 import step
+import train
 from data import InputShape
 from memory import FITS, Planner
 from model import AUTOCAST
 from util import distributed, tracing
 from util.distributed import GIB
 from util.files import UserError
+from util.runs import read_records
 from util.tracing import KINDS
 
 CPU = torch.device("cpu")
@@ -39,7 +43,7 @@ def step_of(*words, world_size=1):
 
 def planned(*words, world_size=1):
     args = flags.parse_args(list(words), world_size)
-    return memory.plan(args, memory.shape_of(args), world_size)
+    return Planner(args, memory.shape_of(args), world_size).plan(args)
 
 
 def kinds_at_peak(trace):
@@ -484,3 +488,56 @@ def test_what_cannot_be_planned_is_one_line_and_exit_code_2(words, said, capsys)
         code = end.code
     wrong = capsys.readouterr().err
     assert code == 2 and said in wrong and len(wrong.strip().splitlines()) <= 3
+
+
+# ---------------------------------------------------------------- the plan of a run
+
+
+def test_folds_and_resumed_runs_of_an_experiment_share_one_plan(flags, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    flags = [*flags, "--cache_dir", str(cache), "--dry_run"]
+
+    def line(*more):
+        capsys.readouterr()
+        assert train.main(train.parse_args([*flags, *more])) == 0
+        return re.search(r"memory plan ([\d.]+) GiB", capsys.readouterr().out)[1]
+
+    first = line()
+    (kept,) = cache.glob("plan-*.json")
+    traced = json.loads(kept.read_text())
+    changed = {phase: [1 << 40] * len(kinds) for phase, kinds in traced["peaks"].items()}
+    kept.write_text(json.dumps(traced | {"peaks": changed}))
+    assert line("--fold", "2", "--seed", "7") == f"{1024 * len(KINDS):.2f}"
+    kept.write_text(kept.read_text()[:-5])  # damaged
+    assert line("--fold", "2") == first and json.loads(kept.read_text()) == traced
+    for more in (["--batch_size", "4"], ["--unfreeze", "none"], ["--d_hidden", "32"]):
+        line(*more)
+    assert len(list(cache.glob("plan-*.json"))) == 4
+
+
+def test_a_run_tells_its_operations_per_second_of_audio(finished):
+    flags, directory = finished
+    result = json.loads((directory / "result.json").read_text())
+    args = train.parse_args(flags)
+    (gflop,) = result["gflop_per_audio_second"].values()
+    planner = Planner(args, data.load_fold(args).shape)
+    seconds = args.batch_size * planner.shape.length / data.SAMPLE_RATE
+    assert gflop == pytest.approx(planner.trace(args, "all").flops.sum() / seconds / 1e9)
+    steps = [r for r in read_records(directory) if "tflops" in r]
+    for record in steps:
+        speed = record["audio_seconds_per_second"]
+        assert record["tflops"] == pytest.approx(gflop * speed / 1000)
+    assert result["tflops"] == pytest.approx(np.median([r["tflops"] for r in steps]))
+    assert result["peak_share"] is None  # of a CPU
+
+
+@pytest.mark.parametrize("amp", ["fp16", "off"])
+def test_the_share_of_a_known_card_is_that_of_its_published_peak(amp, monkeypatch):
+    found = planned(*ALL, "--amp", amp)
+    ranks = distributed.Ranks(0, 0, 2, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 4090")
+    speeds = memory.achieved(found, "all", 100.0, ranks)
+    half, single = (x * 100 / 1e12 for x in found.flops["all"])
+    assert speeds["tflops"] == pytest.approx(half + single)
+    assert speeds["peak_share"] == pytest.approx((half / 165 + single / 82.6) / 2)
+    assert (half > single) == (amp == "fp16")

@@ -43,7 +43,8 @@ TRAIN = "--max_steps 2 --wavlm small_wavlm --device cpu --num_workers 0"
 QUICK = {
     r"train\.py(?= -)": TRAIN,
     r"launch\.sh .* --(?= )": TRAIN,
-    r"memory\.py(?= -)": "--encoder baseline --base_channels 8",
+    r"memory\.py(?= -(?!.*--lora))": "--encoder baseline --base_channels 8",
+    r"memory\.py(?= -.*--lora)": "--wavlm small_wavlm",
 }
 # What a reader puts in place of a word. Three folds are all that the stand-ins have
 MEANT = {

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import quick_flags
+from conftest import quick_flags, save_narrow_wavlm
 from fault_kills import EVERYTHING, Run, assert_same_outcome, raise_on, real_fp16, run_ranks
 
 from train import cli
@@ -25,7 +25,7 @@ from util.checkpoints import read_checkpoint, save_checkpoint
 
 SETTINGS = {  # utterances of a step, flags
     "dialogues, feedback, augmentation": (8, [*EVERYTHING, "--epochs", "2"]),
-    "progressive, dropout": (8, ["--unfreeze", "1:none,2:top:1,3:all", "--epochs", "3"]),
+    "progressive, dropout": (8, ["--unfreeze", "1:none,2:top:2,3:all", "--epochs", "3"]),
     "scaler, accumulation": (
         8, ["--amp", "fp16", "--device", "auto", "--gradient_accumulation_steps", "2", "--augment",
             "--epochs", "3", "--log_every", "4"],
@@ -58,6 +58,8 @@ def assert_in_play(setting, run):
     if setting.startswith("scaler"):
         assert 0 < sum(step["skipped_steps"] for step in steps) < progress["step"] - 2
         assert last["scaler"]["scale"] != 2.0**17
+    if setting.startswith("progressive"):  # none and top:2 read what lies below them from caches
+        assert len(list((run.directory.parents[1] / "cache").glob("hidden-*"))) == 2
     if setting.startswith("plateau"):
         assert progress["lr_factor"] == 0.5 and progress["epoch"] == 6
         assert progress["stopped"] == "patience"
@@ -80,7 +82,13 @@ def test_a_run_killed_after_every_save_ends_the_same(flags, tmp_path, setting, w
     size, more = SETTINGS[setting]
     size //= ranks * (2 if "--gradient_accumulation_steps" in more else 1)
     more = ["--save_every", "1", "--batch_size", str(size), "--num_workers", str(workers), *more]
-    whole, killed = (Run([*flags, *more], tmp_path / name, ranks) for name in ("whole", "killed"))
+    if setting.startswith("progressive"):
+        deep = save_narrow_wavlm(tmp_path / "deep", 3)
+        more += ["--wavlm", str(deep), "--layers", "1", "2", "3"]
+    whole, killed = (
+        Run([*flags, *more, "--cache_dir", str(tmp_path / name / "cache")], tmp_path / name, ranks)
+        for name in ("whole", "killed")
+    )
     assert run_ranks(whole.flags, whole.log, ranks, (prepare, setting, False)) == [0] * ranks
     assert_in_play(setting, whole)
     saved, codes = [], [-signal.SIGKILL]
@@ -94,6 +102,7 @@ def test_a_run_killed_after_every_save_ends_the_same(flags, tmp_path, setting, w
     in_epoch = last // done
     steps = [(step, (step - 1) // in_epoch) for step in range(1, last + 1)]
     assert saved == sorted([*steps, *((in_epoch * epoch, epoch) for epoch in range(1, done + 1))])
+    assert_in_play(setting, killed)
     assert_same_outcome(whole, killed)
 
 

@@ -17,7 +17,10 @@ import soundfile
 import torch
 from conftest import quick_flags
 from fault_kills import Run, assert_same_outcome, raise_on, run_ranks, signal_on
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 import data
 import predict
@@ -258,6 +261,54 @@ def test_a_complete_run_has_nothing_to_resume_and_is_not_touched(finished, capsy
     assert "nothing to resume" in capsys.readouterr().out
     for name in before.keys() - {"train.log", "status.json"}:
         assert (directory / name).read_bytes() == before[name], name
+
+
+def test_a_finished_run_removes_what_only_a_resume_reads(flags, tmp_path, capsys, corpus):
+    flags = [flag for flag in flags if flag != "--keep_last"] + ["--unfreeze", "none"]
+    directory = run_dir(parse_args(flags))
+    kept = directory / "kept.pt"
+    with raise_on(r"^step +5/"):
+        assert cli(flags) == 75
+    shutil.copy(directory / "last.pt", kept)
+    assert cli([*flags, "--resume"]) == 0
+    files = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    assert files.keys() >= {"best.pt", "frozen.pt"} and not files.keys() & {
+        "last.pt",
+        "previous.pt",
+    }
+    for argv, code, line in (
+        ((), 0, f"{directory} is complete: nothing to resume"),
+        (("--lr", "0.5"), 2, "--lr was 0.001"),
+        (("--fold", "2"), 0, "done in"),
+    ):
+        capsys.readouterr()
+        assert cli([*flags, "--resume", *argv]) == code
+        said = capsys.readouterr()
+        assert line in said.out + said.err
+    for name in files.keys() - {"train.log", "status.json"}:
+        assert (directory / name).read_bytes() == files[name], name
+    for name, more, stays in (  # killed after result.json was written
+        ("last.pt", ["--keep_last"], True), ("last.pt", [], False), ("previous.pt", [], False),
+    ):  # fmt: skip
+        shutil.copy(kept, directory / name)
+        assert cli([*flags, "--resume", *more]) == 0
+        assert (directory / name).exists() == stays
+    answers = [
+        "--checkpoint",
+        str(directory),
+        "--data",
+        str(corpus),
+        "--out",
+        str(tmp_path / "p.csv"),
+    ]
+    assert predict.main(predict.parse_args(answers)) == 0
+    table = pd.read_csv(corpus)
+    table.loc[3, "valence"] = 0.123
+    table["path"] = [str(corpus.parent / path) for path in table["path"]]
+    table.to_csv(tmp_path / "changed.csv", index=False)
+    changed = ["--data", str(tmp_path / "changed.csv"), "--data_dir", str(corpus.parent)]
+    assert cli([*flags, *changed, "--name", "corpus-wavlm", "--resume"]) == 2
+    assert "the data differs from that of the interrupted run" in capsys.readouterr().err
 
 
 def test_a_flag_that_is_new_since_the_run_began_is_logged_and_another_value_refused(flags, capsys):
@@ -704,6 +755,40 @@ def test_compiled_layers_train_like_plain_ones(flags):
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_where_compile_does_not_work_the_run_is_that_without_it(flags, tmp_path, ranks):
+    plain = Run([*flags, "--epochs", "1"], tmp_path / "plain", ranks)
+    broken = Run([*flags, "--epochs", "1", "--compile"], tmp_path / "compiled", ranks)
+    assert run_ranks(plain.flags, plain.log, ranks) == [0] * ranks
+    without = (without_compiler, tmp_path / "kernels")
+    codes = run_ranks(broken.flags, broken.log, ranks, without, seconds=500)
+    assert codes == [0] * ranks, broken.console()
+    said = [line for line in broken.console().splitlines() if "--compile does not work" in line]
+    assert len(said) == 1 and "on cpu, the layers run as they are: " in said[0]
+    assert "Traceback" not in broken.console()
+    assert_same_outcome(plain, broken)
+
+
+def without_compiler(folder):
+    """In a rank, before it starts: rank 0 has no C++ compiler, and nothing is compiled yet."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}-{os.environ.get('RANK', '0')}"
+    if os.environ.get("RANK", "0") == "0":
+        torch._inductor.config.cpp.cxx = ("/nowhere/g++",)
+
+
+def test_an_error_of_the_model_itself_keeps_its_traceback_under_compile(flags, capsys):
+    def fail(module, inputs):
+        if type(module).__name__ == "Layer":
+            raise ValueError("a mistake in my layer")
+
+    with register_module_forward_pre_hook(fail):
+        assert cli([*flags, "--compile"]) == 1
+    said = capsys.readouterr()
+    assert "Traceback" in said.err and "a mistake in my layer" in said.err
+    assert "--compile does not work" not in said.out
+
+
 # --- presets and errors
 
 
@@ -818,6 +903,17 @@ def test_a_model_that_starts_from_another_keeps_its_flags(
     except SystemExit as end:
         assert end.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_model_of_older_code_is_a_start_without_the_flags_that_it_did_not_know(flags, finished):
+    older = Path(flags[-1]).parent / "older"
+    shutil.copytree(finished[1], older)
+    known = json.loads((older / "args.json").read_text())
+    del known["lora"], known["pooling"]
+    (older / "args.json").write_text(json.dumps(known))
+    assert parse_args([*flags, "--init_from", str(older)]).pooling == "mean"
+    with pytest.raises(SystemExit):
+        parse_args([*flags, "--init_from", str(older), "--pooling", "attention"])
 
 
 def manifest(corpus, path, prefix="", suffix=""):

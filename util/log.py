@@ -269,6 +269,8 @@ def step_line(record: dict[str, float], step: int, scaler: torch.amp.GradScaler)
             f"{record['ms_per_step']:.0f} ms/step (data {record['data_share']:.0%}, padding "
             f"{record['padded_share']:.0%}) | eta {eta}"
         )
+    if "peak_share" in record:
+        line += f" | {record['tflops']:.0f} TFLOPS, {record['peak_share']:.0%} of the card's peak"
     return line + f" | peak {record['peak_gib']:.2f} GiB"
 
 

@@ -43,6 +43,7 @@ from util.files import (
     replacing,
     without_nan,
 )
+from wavlm import LORA
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -55,7 +56,7 @@ MODEL_FLAGS = {f.name for f in dataclasses.fields(ModelConfig)} | {
 }  # fmt: skip
 # What a TensorBoard raises that is installed but does not work
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
-WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
+WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel, and those of --lora
 
 # Columns of predictions_<split>.csv
 TEXTS = ("utt_id", "dialog", "speaker", "emotion")
@@ -73,7 +74,7 @@ def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Pat
 
 def all_weights(weights: dict[str, Tensor], encoder: str, directory: Path) -> dict[str, Tensor]:
     """The weights, and those of a WavLM that did not train, which are in frozen.pt."""
-    if encoder == "wavlm" and not any(name.startswith(WAVLM) for name in weights):
+    if encoder == "wavlm" and not any(map(is_wavlms_own, weights)):
         return weights | read_checkpoint(directory / "frozen.pt")["model"]
     return weights
 
@@ -141,6 +142,19 @@ def load_last(directory: Path, writes: bool) -> dict | None:
     raise UserError(f"--resume: {'; '.join(faults)}: start anew with --overwrite")
 
 
+def end_of_run(files: "RunFiles", flags: dict) -> dict:
+    """What check_resumable reads of last.pt, for a complete run without one; best.pt, which it
+    reads, too, has the flags of that run."""
+    result, data = read_json(files.directory / "result.json"), files.directory / "data.csv"
+    text = data.read_text("utf-8", errors="replace") if data.is_file() else files.data
+    return {
+        "args": flags,
+        "data": digest(text),
+        "world_size": distributed.world_size(),
+        "progress": {"best_epoch": result["best_epoch"]},
+    }
+
+
 def check_resumable(flags: dict, last: dict, files: "RunFiles", frozen: bool) -> None:
     """UserError if a file of the interrupted run is damaged, missing, older than `last` or of
     another run, if its data was other data, or if one of `flags`, those that decide the result, had
@@ -195,13 +209,18 @@ def check_resumable(flags: dict, last: dict, files: "RunFiles", frozen: bool) ->
         )
 
 
+def is_wavlms_own(name: str) -> bool:
+    """True for a weight of WavLM, False for one of --lora's updates, or of anything else."""
+    return name.startswith(WAVLM) and not name.endswith(LORA)
+
+
 def wavlm_weights(model: EmotionModel) -> dict[str, Tensor]:
-    return {k: v for k, v in model.state_dict().items() if k.startswith(WAVLM)}
+    return {k: v for k, v in model.state_dict().items() if is_wavlms_own(k)}
 
 
 def other_weights(model: EmotionModel) -> dict[str, Tensor]:
     """All weights except those of a WavLM that has not trained, which are in frozen.pt, once."""
-    return {k: v for k, v in model.state_dict().items() if not k.startswith(WAVLM)}
+    return {k: v for k, v in model.state_dict().items() if not is_wavlms_own(k)}
 
 
 def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
@@ -439,11 +458,10 @@ class RunFiles:
         except BROKEN as error:
             self.board = warn_of_board(error)
 
-    def median_speed(self) -> float | None:
-        """Median of the log lines' audio seconds per second; None if no line has it."""
-        name = "audio_seconds_per_second"
-        speeds = [record[name] for record in self.history if name in record]
-        return statistics.median(speeds) if speeds else None
+    def median(self, name: str) -> float | None:
+        """The median of a figure over the log lines of steps; None if no line has it."""
+        values = [record[name] for record in self.history if name in record]
+        return statistics.median(values) if values else None
 
     def save(self, contents: dict[str, dict], step: int) -> None:
         """Checkpoints by name, and then status.json, while the run goes on; see Writer."""
@@ -459,6 +477,14 @@ class RunFiles:
     def wait(self) -> None:
         """Returns when all checkpoints are on the disk; OSError if one could not be written."""
         self.writer.wait()
+
+    def is_complete(self) -> bool:
+        return (self.directory / "result.json").exists()
+
+    def remove_last(self) -> None:
+        """Removes what only --resume reads; best.pt and frozen.pt stay."""
+        for name in ("last.pt", "previous.pt") if self.writes else ():
+            (self.directory / name).unlink(missing_ok=True)
 
     def write_json(self, name: str, content: dict) -> None:
         """The content, with null for NaN."""
