@@ -89,7 +89,7 @@ def human_ceiling(ratings: pd.DataFrame, rows: pd.DataFrame, target: str) -> dic
     ratings: utt_id and the target's rating, a line per rater, in any order. Of an utterance with
     n >= 2 ratings, each is compared with the mean of the n - 1 others; the CCC is one over all
     these pairs, each with the weight 1 / n, so that an utterance counts once, as for a model. A
-    model may exceed it: it is compared with the mean of all raters, and has no mood of the day.
+    model may exceed it: the mean of all raters, with which it is compared, is less noisy.
 
     {"utterances": [utt_id, ...] that it is of, "raters": mean n, "ccc", "interval": (low, high),
     "clusters", "reliability": of the mean of all raters, from split_half}
