@@ -15,8 +15,9 @@
 #   -- FLAGS              flags of train.py except --fold, and --seed beside --seeds
 #
 # Each fold appends to OUT/NAME/fold<K>.log, or OUT/NAME/seed<S>/fold<K>.log. A failed fold does not
-# stop the others. At the end report.py prints the requested folds. Environment: PYTHON (default python), OMP_NUM_THREADS
-# (default cores / processes at a time). Ctrl-C gives folds 30 s to write last.pt, then kills them.
+# stop the others. At the end report.py prints the requested folds. Environment: PYTHON (default
+# python), OMP_NUM_THREADS (default cores / processes at a time). Ctrl-C gives folds 30 s to write
+# last.pt, then kills them.
 # Exit code: 0 all folds done; 1 a fold failed; 2 wrong flags, nothing started; 75 none failed, but
 # one was stopped by a signal, or the launcher by SIGUSR1; 130 Ctrl-C, 143 SIGTERM, 129 hang-up.
 # Needs Linux and bash 5.
