@@ -45,7 +45,8 @@ def resampled_cccs(
 
     ids (N,): cluster of each row, as from cluster_ids. With `seeds` (N,) from 0, each row belongs
     to one of S runs of the same thing: the CCC is the mean of the runs' CCCs, and S of the runs are
-    drawn with replacement, independently of the clusters. The same draws on every call.
+    drawn with replacement, independently of the clusters; with two or three, the intervals are too
+    narrow (docs/corpora.md). The same draws on every call.
     """
     rows = moment_sums(preds[None], labels[None])  # (6, N, C), one utterance each
     without = torch.where(labels.isnan().all(0), torch.nan, 0.0)  # columns without label
