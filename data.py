@@ -73,6 +73,7 @@ from util.files import (
     run_script,
     weights_digest,
 )
+from util.intervals import human_ceiling
 
 log = logging.getLogger("vatune")
 
@@ -1031,6 +1032,7 @@ def inspect(args: argparse.Namespace) -> None:
         print(f"{attribute + 's':<12}{', '.join(f'{name} {n}' for name, n in counts)}")
     print(f"audio pack  {pack.file.parent}, {gib(2 * pack.lengths.sum())}")
     print_labels(corpus)
+    print_raters(corpus)
     if args.features_dir:
         features = FrameFeatures(corpus, args.features_dir)
         frames = sum(len(features.read(row)) for row in range(len(utterances)))  # finds NaN
@@ -1086,6 +1088,23 @@ def print_labels(corpus: Corpus) -> None:
     correlations = labels.corr()
     for one, two in itertools.combinations(corpus.targets, 2):
         print(f"correlation of {one} and {two} {correlations.loc[one, two]:+.2f}")
+
+
+def print_raters(corpus: Corpus) -> None:
+    """What one rater reaches against the mean of the others, where the corpus has several."""
+    rows, ratings = pd.DataFrame([vars(u) for u in corpus.utterances]), corpus.ratings()
+    found = {target: human_ceiling(ratings, rows, target) for target in corpus.targets}
+    if not any(found.values()):
+        return
+    print("\nhuman raters: CCC of one with the mean of the others, reliability of the mean of all")
+    for target, human in found.items():
+        if human:
+            low, high = human["interval"]
+            print(
+                f"{target:<12}CCC {human['ccc']:.3f} [{low:.3f}, {high:.3f}], reliability "
+                f"{human['reliability']:.3f} ({len(human['utterances'])} utterances of "
+                f"{human['raters']:.1f} raters)"
+            )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

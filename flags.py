@@ -234,7 +234,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--keep_last", action="store_true",
         help="keep last.pt and previous.pt of a finished run; best.pt is always kept")
     add("--out", default="runs", help="directory of all runs")
-    add("--name", help="name of the experiment, in OUT/NAME/foldK; default CORPUS-ENCODER")
+    add("--name",
+        help="name of the experiment, in OUT/NAME/foldK; default CORPUS-ENCODER; of one with "
+        "several seeds NAME/seedS, with --seed S")
 
     add = p.add_argument_group("run").add_argument
     add("--preset", choices=sorted(PRESETS), help="sets flags; a flag given by hand wins")
@@ -339,6 +341,7 @@ def set_weights(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """UserError on flags that exclude or need each other."""
     low, high = args.label_range or (0, 1)
+    name = args.name.removesuffix(f"/seed{args.seed}")
     schedule, trained = parse_unfreeze(args.unfreeze), stages(args.unfreeze)
     reads_features = args.encoder.endswith("transformer")
     cached = args.feature_cache in ("on", "exact")
@@ -363,7 +366,11 @@ def check(args: argparse.Namespace) -> None:
             f"--data {args.data}: no such file",
         ),
         (args.resume and args.overwrite, "--resume and --overwrite exclude each other"),
-        ("/" in args.name or args.name in (".", ".."), f"--name {args.name}: must not contain /"),
+        (
+            "/" in name or name in ("", ".", ".."),
+            f"--name {args.name}: must not contain / (but for NAME/seed{args.seed}, by which "
+            f"launch.sh --seeds names the runs with --seed {args.seed})",
+        ),
         (reads_features and not args.features_dir, "the Transformers need --features_dir DIR"),
         (
             args.features_dir and not reads_features,

@@ -593,7 +593,9 @@ def finished_speed(args: argparse.Namespace) -> float | None:
     """Seconds of audio per second of a finished run below --out, on this device and with these
     settings; None without one."""
     device = device_here(args)
-    for path in sorted(Path(args.out).glob("*/fold*/result.json")) if device else ():
+    out = Path(args.out)
+    results = [*out.glob("*/fold*/result.json"), *out.glob("*/seed*/fold*/result.json")]
+    for path in sorted(results) if device else ():
         result, given = runs.read_json(path), runs.read_json(path.with_name("args.json"))
         given["wavlm"] = KNOWN_SHAPES.get(given.get("wavlm"), given.get("wavlm"))
         same = all(given.get(name) == getattr(args, name) for name in SPEED_FLAGS)

@@ -245,6 +245,7 @@ def finish(run: Run) -> None:
     if not files.writes:
         return
     files.write_vectors(vectors["test"])
+    files.write_ratings(fold)
     tests = [split for split in scores if split != "dev"]
     record = {f"{split}/{name}": x for split in tests for name, x in scores[split].items()}
     files.record("test", progress.step, {"epoch": progress.best_epoch} | record)

@@ -523,6 +523,17 @@ class RunFiles:
         table[predicted(targets)] = fold.in_label_scale(preds).double().numpy().round(6)
         replace_text(self.directory / f"predictions_{split}.csv", table.to_csv(index=False))
 
+    def write_ratings(self, fold: Fold) -> None:
+        """ratings_test.csv of the test split, a line per rater, where the corpus has several."""
+        if not self.writes:
+            return
+        ids = [fold.corpus.utterances[row].utt_id for row in fold.splits["test"]]
+        ratings = fold.corpus.ratings()
+        ratings = ratings[ratings["utt_id"].isin(ids)]
+        if len(ratings):
+            text = ratings[["utt_id", "rater", *fold.corpus.targets]].to_csv(index=False)
+            replace_text(self.directory / "ratings_test.csv", text)
+
     def write_challenge(self, split: str, fold: Fold, preds: Tensor) -> None:
         """<split>.csv of preds (n, E) in [0, 1], see challenge_table."""
         if self.writes:
@@ -635,6 +646,23 @@ def read_predictions(path: Path, targets: Sequence[str]) -> pd.DataFrame:
         fault = f"{columns[column]} {rows[columns[column]][row]!r} is not a finite number"
         raise UserError(f"{path} row {row + 2}: {fault}")  # row 1 is the header
     return rows.assign(**{name: numbers[name] for name in columns})
+
+
+def read_ratings(directory: Path, targets: Sequence[str]) -> pd.DataFrame:
+    """Ratings of the test split: utt_id and rater as strings, targets as float64, NaN where a cell
+    is empty. No rows where raters are not known. UserError if they are damaged."""
+    path = directory / "ratings_test.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=["utt_id", "rater", *targets])
+    try:
+        ratings = pd.read_csv(path, dtype={"utt_id": str, "rater": str}, keep_default_na=False,
+            na_values=[""], index_col=False)  # fmt: skip
+        ratings = ratings[["utt_id", "rater", *targets]].astype(dict.fromkeys(targets, np.float64))
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if np.isinf(ratings[[*targets]].to_numpy()).any():
+        raise UserError(f"{path}: a rating is infinite")
+    return ratings
 
 
 def read_vectors(directory: Path, count: int) -> np.ndarray:
