@@ -5,6 +5,7 @@
     python report.py runs/demo runs/baseline           # comparison, best first; also written to .
     python report.py runs/demo --folds 1-3 --json      # figures of these folds alone
     python report.py runs/a runs/b --ensemble          # and those of the mean of their predictions
+    python report.py runs/a runs/b --baseline runs/a   # differences to this one, not to the best
 
 A fold without readable files is shown as missing, with the reason; then nothing that spans folds
 is given and the exit code is 1. The mean of the folds' CCCs and the pooled CCC (one CCC over all
@@ -15,7 +16,7 @@ independent; dialogues are drawn if fewer than five speakers are known. Of an ex
 experiments are paired: on the seeds and utterances that both predicted, with the same draws. Where
 the corpus has several raters, what one of them reaches stands beside.
 Exit code: 0 complete; 1 a fold is missing; 2 wrong flags or files (one line, no traceback).
-train.py uses plot_run, separation and against_frozen. Not here: training, predictions.
+train.py uses against_frozen. Not here: intervals and pictures (util/), predictions.
 """
 
 import argparse
@@ -31,14 +32,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
-from corpora import TESTS, known_speaker
+from corpora import TESTS
 from flags import FREE_ON_RESUME
 from model import ModelConfig, metrics
 from util.files import (
@@ -51,6 +51,7 @@ from util.files import (
     without_nan,
 )
 from util.intervals import RESAMPLES, cluster_ids, human_ceiling, intervals, resampled_cccs
+from util.pictures import plot_all, separation
 from util.runs import (
     predicted,
     read_json,
@@ -61,15 +62,10 @@ from util.runs import (
     tensors,
 )
 
-if TYPE_CHECKING:  # matplotlib and scikit-learn are imported where they are used: they take seconds
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 log = logging.getLogger("vatune")
 
 MIN_UTTERANCES = 10  # a CCC of fewer is not shown [guess]
 MAX_GROUPS = 20  # rows of a breakdown; a corpus may have a thousand speakers
-MAX_VECTORS = 1000  # embeddings that are measured or drawn
 
 LINE = 80  # characters in a line of a table
 MAX_NAME = 20  # characters of a name that count for it
@@ -143,7 +139,7 @@ class Experiment:
     clusters: str = ""  # what the bootstrap draws: "10 speakers"
     separation: dict[str, float] | None = None  # mean over runs
     ceiling: dict[str, dict] | None = None  # target -> human_ceiling, and the model's CCC on it
-    less_the_best: dict | str | None = None  # paired_difference to the best of several
+    difference: dict | str | None = None  # paired_difference to the best, or to --baseline
 
     @property
     def seeds(self) -> list[int]:
@@ -478,7 +474,7 @@ def ensemble_of(experiments: list[Experiment]) -> "Ensemble":
     single = run_alone(best, {fold: members[best][fold] for fold in shared}, targets)
     summarise(mean)
     summarise(single)
-    mean.less_the_best = paired_difference(mean, single)
+    mean.difference = paired_difference(mean, single)
     differences = {}
     for fold in shared:
         one = run_alone(mean.name, {fold: means[fold]}, targets)
@@ -492,10 +488,10 @@ class Ensemble:
     """Several runs as one."""
 
     members: list[str]
-    mean: Experiment  # of their predictions; its less_the_best is that to the best single one
+    mean: Experiment  # of their predictions; its difference is that to the best single one
     best: Experiment  # the one with the highest mean dev CCC
     best_dev_ccc: float
-    less_the_best: dict[int, dict]  # of each fold
+    difference: dict[int, dict]  # of each fold
 
 
 def mean_run(
@@ -527,7 +523,7 @@ def mean_run(
 
 
 # ---------------------------------------------------------------------------------------------
-# Human raters
+# Human raters, and embeddings
 
 
 def ceiling(e: Experiment) -> dict[str, dict] | None:
@@ -548,66 +544,6 @@ def ceiling(e: Experiment) -> dict[str, dict] | None:
             human["model"] = mean_metrics(rated, [target])[f"ccc_{target}"]
             found[target] = human | {"utterances": len(human["utterances"])}
     return found or None
-
-
-# ---------------------------------------------------------------------------------------------
-# Separation of embeddings
-
-
-def separation(
-    vectors: np.ndarray | Tensor,
-    labels: np.ndarray | Tensor,
-    speakers: list[str] | np.ndarray,
-    targets: Sequence[str],
-) -> dict[str, float]:
-    """How far high and low labels (split at the median) lie apart, and the speakers.
-
-    vectors (n, U), labels (n, E), speakers (n); at most MAX_VECTORS evenly spaced rows are used.
-    silhouette_<target>: of the two halves, -1..1. ks_<target>: the Kolmogorov-Smirnov distance,
-    0..1, of the halves' positions along the direction of a linear probe that did not see them.
-    speaker_accuracy: mean over speakers of the share of utterances that a probe attributes to them;
-    leakage if well above speaker_chance. A half or a speaker with fewer than five is left out.
-    """
-    statistics = optional_module("scipy.stats", "scipy", "the separation of embeddings")
-    scores = optional_module("sklearn.metrics", "scikit-learn", "the separation of embeddings")
-    keep = evenly_spaced(len(vectors))
-    vectors = np.asarray(vectors)[keep].astype(np.float64)
-    labels, speakers = np.asarray(labels)[keep], pd.Series(speakers, dtype=object)[keep]
-    result = {}
-    for i, target in enumerate(targets):
-        known = ~np.isnan(labels[:, i])
-        high = labels[known, i] > pd.Series(labels[:, i]).median()
-        if min(high.sum(), (~high).sum()) < 5:
-            continue
-        positions = probe(vectors[known], high, "decision_function")
-        silhouette = scores.silhouette_score(vectors[known], high)
-        distance = statistics.ks_2samp(positions[high], positions[~high]).statistic
-        result |= {f"silhouette_{target}": float(silhouette), f"ks_{target}": float(distance)}
-    frequent = speakers.map(speakers.value_counts()) >= 5
-    known = (frequent & speakers.map(known_speaker)).to_numpy()
-    truth = speakers[known].to_numpy()
-    count = len(set(truth))
-    if count > 1:
-        accuracy = scores.balanced_accuracy_score(truth, probe(vectors[known], truth, "predict"))
-        result |= {"speaker_accuracy": float(accuracy), "speaker_chance": 1 / count}
-    return result
-
-
-def evenly_spaced(count: int) -> np.ndarray:
-    """At most MAX_VECTORS of `count` rows."""
-    return np.linspace(0, count - 1, min(MAX_VECTORS, count)).astype(int)
-
-
-def probe(vectors: np.ndarray, classes: np.ndarray, method: str) -> np.ndarray:
-    """What logistic regressions say of rows (n, U) that they have not seen: 5 consecutive parts."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    # C [guess]: strong, as there may be as many dimensions as rows
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    return cross_val_predict(model, vectors, classes, cv=5, method=method)
 
 
 def mean_separation(experiment: Experiment) -> dict[str, float] | None:
@@ -718,7 +654,7 @@ def ensemble_sections(ensemble: Ensemble) -> list[Section]:
     rows, titles = [], cccs_of(mean.targets)
     for (_, fold), figures in mean.folds.items():
         row = {"fold": fold} | {title: figures[f"test/{key}"] for key, title in titles.items()}
-        row["mean less the best"] = signed(ensemble.less_the_best[fold]["ccc_mean"])
+        row["mean less the best"] = signed(ensemble.difference[fold]["ccc_mean"])
         rows.append(row)
     row = {"fold": "mean"} | {title: mean.mean[f"test/{key}"] for key, title in titles.items()}
     title = f"Ensemble: mean of the test predictions of {len(ensemble.members)} runs"
@@ -732,9 +668,9 @@ def ensemble_sections(ensemble: Ensemble) -> list[Section]:
     pooled = pooled[["pooled", "CCC", "95 % interval"]]
     keys = [f"ccc_{name}" for name in pooled["pooled"]]
     pooled["best"] = [cell(best.pooled[key]) for key in keys]
-    pooled["less the best"] = [signed(mean.less_the_best[key]) for key in keys]
+    pooled["less the best"] = [signed(mean.difference[key]) for key in keys]
     explained = (
-        f"{mean.less_the_best['n']} test utterances; 95 % intervals from {RESAMPLES} bootstrap "
+        f"{mean.difference['n']} test utterances; 95 % intervals from {RESAMPLES} bootstrap "
         f"draws of {mean.clusters}, paired for the difference: with 0 inside it shows none"
     )
     return [folds, Section("Ensemble, all folds pooled", pooled, [explained])]
@@ -789,11 +725,13 @@ def not_given(e: Experiment) -> list[str]:
     return [why, *(f"{cell.title}: {problem}" for cell, problem in e.problems.items())]
 
 
-def comparison_sections(experiments: list[Experiment]) -> list[Section]:
-    """Table of all experiments in their order, then differences to the first; their targets are the
-    same."""
-    best = experiments[0]
-    titles = cccs_of(best.targets)
+def comparison_sections(
+    experiments: list[Experiment], baseline: Experiment | None
+) -> list[Section]:
+    """Table of all experiments in their order, then differences to the best, or to the `baseline`;
+    their targets are the same."""
+    first = baseline or experiments[0]
+    titles = cccs_of(first.targets)
     rows, differences = [], []
     notes = ["CCC: mean over folds ± standard deviation, on test; hours: all folds together"]
     if any(e.std_of_seeds for e in experiments):
@@ -803,7 +741,7 @@ def comparison_sections(experiments: list[Experiment]) -> list[Section]:
         rows.append(row)
         notes += [f"{e.name}: {note}" for note in not_given(e) + e.notes]
         if e.problems:
-            row[f"CCC {best.targets[0]}"] = "missing"
+            row[f"CCC {first.targets[0]}"] = "missing"
             continue
         row |= {title: e.mean[f"test/{key}"] for key, title in titles.items()}
         spread = e.std_of_seeds or e.std
@@ -812,25 +750,26 @@ def comparison_sections(experiments: list[Experiment]) -> list[Section]:
         row["parameters trainable"] = f"{e.mean['parameters_trainable'] / 1e6:.2f} M"
         row["hours"] = sum(figures["hours"] for figures in e.folds.values())
         row["peak GiB"] = max(figures["peak_gib"] for figures in e.folds.values())
-        if set(test_rows(e)["utt_id"]) != set(test_rows(best)["utt_id"]):
-            notes.append(f"{e.name}: tested on other utterances than {best.name}")
-    for e in experiments[1:]:
-        row, paired = {"less the best": e.name, "utterances": e.less_the_best}, e.less_the_best
+        if set(test_rows(e)["utt_id"]) != set(test_rows(first)["utt_id"]):
+            notes.append(f"{e.name}: tested on other utterances than {first.name}")
+    less, order = ("less the baseline", "") if baseline else ("less the best", ", best first")
+    for e in [e for e in experiments if e is not first]:
+        row, paired = {less: e.name, "utterances": e.difference}, e.difference
         if isinstance(paired, dict):
             row["utterances"] = f"{paired['n']} of {paired['clusters']}"
             row |= {title: signed(paired[key]) for key, title in titles.items()}
         differences.append(row)
     explained = (
-        f"pooled CCC less that of {best.name}, on test utterances that both predicted, with 95 % "
+        f"pooled CCC less that of {first.name}, on test utterances that both predicted, with 95 % "
         f"intervals from {RESAMPLES} paired bootstrap draws; an interval with 0 inside shows none"
     )
     cccs = titles.values()
     columns = ["experiment", "folds", *cccs, "parameters trainable", "hours", "peak GiB"]
-    differences = table_of(differences, ["less the best", "utterances", *cccs])
+    differences = table_of(differences, [less, "utterances", *cccs])
     return [
-        Section(f"{len(experiments)} experiments, best first", table_of(rows, columns), notes),
+        Section(f"{len(experiments)} experiments{order}", table_of(rows, columns), notes),
         Section("Paired differences", differences, [explained]),
-        *ceiling_sections(best),
+        *ceiling_sections(first),
     ]
 
 
@@ -922,25 +861,6 @@ def as_html(sections: list[Section]) -> str:
         return page.render(sections=sections)
 
 
-# ---------------------------------------------------------------------------------------------
-# Pictures, in colours of Okabe and Ito, which the colour-blind can tell apart, and cividis
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
-def plot_run(directory: Path, split: str, vectors: Tensor, targets: Sequence[str]) -> None:
-    """Writes the pictures of a run; vectors (n, U) in the row order of predictions_<split>.csv."""
-    parts = {directory.name: read_predictions(directory / f"predictions_{split}.csv", targets)}
-    records = {directory.name: read_records(directory)}
-    try:
-        figures = plot_all(records, parts, {directory.name: vectors.numpy()}, targets)
-    except UserError as error:  # a package is broken, the run is not
-        log.warning(f"no pictures: {error}")
-        return
-    for name, figure in figures.items():
-        figure.savefig(directory / f"{name}.png")
-
-
 def picture_section(e: Experiment) -> Section:
     """The pictures of one experiment, of the folds that are there, and of the first seed."""
     records, parts, vectors = {}, {}, {}
@@ -961,127 +881,6 @@ def picture_section(e: Experiment) -> Section:
         figure.savefig(png, format="png")
         section.pictures[name] = base64.b64encode(png.getvalue()).decode()
     return section
-
-
-def plot_all(
-    records: dict[str, list[dict]],
-    parts: dict[str, pd.DataFrame],
-    vectors: dict[str, np.ndarray],
-    targets: Sequence[str],
-) -> dict[str, "Figure"]:
-    """Name -> picture, of runs by name; vectors (n, U) may be absent for some."""
-    rows = pd.concat(parts.values(), ignore_index=True)
-    figures = {"curves": plot_curves(records, targets), "scatter": plot_scatter(rows, targets)}
-    if {"valence", "arousal"} <= set(targets):
-        placed = rows.dropna(subset=["valence", "arousal"])
-        if len(placed):
-            figures["circumplex"] = plot_circumplex(placed)
-    vectors = {name: values for name, values in vectors.items() if len(values) > 1}
-    if vectors:
-        figures["embedding"] = plot_embedding(vectors, parts, targets)
-    return figures
-
-
-def new_figure(columns: int, rows: int = 1, width: float = 4.4) -> tuple["Figure", list["Axes"]]:
-    """A figure and its panels, row by row, each `width` inches wide."""
-    matplotlib = optional_module("matplotlib", "matplotlib", "a picture")
-    figures = optional_module("matplotlib.figure", "matplotlib", "a picture")
-    matplotlib.rcParams["text.parse_math"] = False  # names of files and speakers may hold a $
-    figure = figures.Figure(figsize=(width * columns, 3.6 * rows), dpi=110, layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def plot_dots(axis: "Axes", x: np.ndarray, y: np.ndarray, colour: str) -> None:
-    """Fainter the more there are."""
-    alpha = float(np.clip(8 / math.sqrt(len(x) or 1), 0.05, 0.6))
-    axis.plot(x, y, ".", ms=5, mew=0, alpha=alpha, color=colour)
-
-
-def plot_curves(runs: dict[str, list[dict]], targets: Sequence[str]) -> "Figure":
-    """Training loss and dev CCCs over epochs, a line per run; from read_records."""
-    panels = {"loss": "training loss"}
-    panels |= {f"dev/ccc_{target}": f"dev CCC {target}" for target in targets}
-    figure, axes = new_figure(len(panels))
-    for i, (name, records) in enumerate(runs.items()):
-        colour, style = COLOURS[i % len(COLOURS)], ("o-", "^--", "s:")[i // len(COLOURS) % 3]
-        table = pd.DataFrame(records)
-        for axis, key in zip(axes, panels):
-            points = table.reindex(columns=["epoch", key]).dropna()
-            axis.plot(points["epoch"], points[key], style, ms=3, lw=1.2, color=colour, label=name)
-    for axis, label in zip(axes, panels.values()):
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    if len(runs) > 1:
-        handles = axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside right upper", frameon=False)
-    return figure
-
-
-def plot_scatter(rows: pd.DataFrame, targets: Sequence[str]) -> "Figure":
-    """Predicted against true in the label's scale, with the identity line."""
-    figure, axes = new_figure(len(targets))
-    scores = metrics(*tensors(rows, targets), targets)
-    for axis, target, colour in zip(axes, targets, COLOURS):
-        labelled = rows.dropna(subset=target)
-        true, pred = labelled[target], labelled[f"pred_{target}"]
-        limits = [min(true.min(), pred.min()), max(true.max(), pred.max())]
-        axis.plot(limits, limits, color="black", lw=1, zorder=3)
-        plot_dots(axis, true, pred, colour)
-        title = f"CCC {scores[f'ccc_{target}']:.3f}, {len(true)} utterances"
-        axis.set(xlabel=f"true {target}", ylabel=f"predicted {target}", aspect="equal", title=title)
-    return figure
-
-
-def plot_circumplex(rows: pd.DataFrame) -> "Figure":
-    """True places of utterances, and arrows to the predicted ones (means of cells)."""
-    figure, [axis] = new_figure(1, width=6)
-    x, y = rows["valence"], rows["arousal"]
-    plot_dots(axis, x, y, "black")
-    places = pd.DataFrame({"x": x, "y": y})
-    places["dx"], places["dy"] = rows["pred_valence"] - x, rows["pred_arousal"] - y
-    grid = places.groupby([pd.cut(x, 7, labels=False), pd.cut(y, 7, labels=False)])
-    arrows = grid.mean()[grid.size() >= 3]
-    axis.quiver(
-        arrows["x"], arrows["y"], arrows["dx"], arrows["dy"], angles="xy", scale_units="xy",
-        scale=1, width=0.006, color=COLOURS[0],
-    )  # fmt: skip
-    axis.set(xlabel="valence", ylabel="arousal", title="true (dots) to predicted (cell means)")
-    return figure
-
-
-def plot_embedding(
-    vectors: dict[str, np.ndarray], parts: dict[str, pd.DataFrame], targets: Sequence[str]
-) -> "Figure":
-    """First two principal components, a row per run, coloured by each target and by speaker.
-
-    Runs do not share an embedding space; of each at most MAX_VECTORS rows are shown.
-    """
-    decomposition = optional_module("sklearn.decomposition", "scikit-learn", "a picture")
-    panels = (*targets, "speaker")
-    figure, axes = new_figure(len(panels), len(vectors))
-    for i, (name, values) in enumerate(vectors.items()):
-        keep = evenly_spaced(len(values))
-        rows = parts[name].iloc[keep].reset_index(drop=True)
-        pca = decomposition.PCA(2)
-        x, y = pca.fit_transform(values[keep].astype(np.float64)).T  # (n,) each
-        one, two = pca.explained_variance_ratio_
-        row = axes[len(panels) * i : len(panels) * (i + 1)]
-        for axis, what in zip(row, panels):
-            axis.set(
-                xlabel=f"PC 1 ({one:.0%})", ylabel=f"PC 2 ({two:.0%})", title=f"{name}: {what}"
-            )
-        for axis, target in zip(row, targets):
-            figure.colorbar(axis.scatter(x, y, c=rows[target], s=10, cmap="cividis"), ax=axis)
-        speakers = rows["speaker"].replace("", "unknown").str.slice(0, 24)
-        frequent = speakers.value_counts().index[: len(COLOURS) - 1]
-        speakers = speakers.where(speakers.isin(frequent), "others")
-        for (speaker, mine), colour in zip(speakers.groupby(speakers), COLOURS):
-            row[-1].scatter(x[mine.index], y[mine.index], s=10, color=colour, label=speaker)
-        row[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1120,12 +919,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="folds, or seed0/fold1, ..., to show as missing in any case")  # fmt: skip
     p.add_argument("--ensemble", action="store_true",
         help="also score the mean of the test predictions of all RUNs and seeds")  # fmt: skip
+    p.add_argument("--baseline", type=Path, metavar="RUN",
+        help="one of the RUNs: differences to it, not to the best, and RUNs in the "
+        "order given")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="DIR",
         help="write report.html, of several RUNs experiment_comparison.md too; default: . for "
         "several RUNs, nowhere for one")  # fmt: skip
     p.add_argument("--json", action="store_true",
-        help="print all figures as JSON instead: a list, best first; of several RUNs, "
-        "less_the_best holds the paired differences: [difference, low, high]; with --ensemble, "
+        help="print all figures as JSON instead: a list, in the order of the table; of several "
+        "RUNs, difference holds the paired differences: [difference, low, high]; with --ensemble, "
         "that is the last")  # fmt: skip
     return p.parse_args(argv)
 
@@ -1142,6 +944,8 @@ def main(args: argparse.Namespace) -> int:
     shared = [t for t in experiments[0].targets if all(t in e.targets for e in experiments)]
     if not shared:
         raise UserError(f"{' and '.join(e.name for e in experiments)}: no target in common")
+    if args.baseline not in (None, *args.runs):
+        raise UserError(f"--baseline {args.baseline}: not one of the RUNs")
     compared = {id(e): e for e in experiments}
     for e, run in zip(experiments, args.runs):
         if set(e.targets) != set(shared):  # the comparison is on what all have
@@ -1149,18 +953,24 @@ def main(args: argparse.Namespace) -> int:
             left_out = in_words([target for target in e.targets if target not in shared])
             rival.notes.append(f"{left_out} is left out: another run has none")
             compared[id(e)] = rival
-    experiments.sort(key=lambda e: mean_ccc(compared[id(e)]), reverse=True)  # missing ones last
+    baseline = None
+    if args.baseline:
+        baseline = compared[id(experiments[args.runs.index(args.baseline)])]
+    else:
+        experiments.sort(key=lambda e: mean_ccc(compared[id(e)]), reverse=True)  # missing ones last
     rivals = [compared[id(e)] for e in experiments]
-    for e, rival in zip(experiments[1:], rivals[1:]):
-        e.less_the_best = rival.less_the_best = paired_difference(rival, rivals[0])
-    sections = comparison_sections(rivals) if several else fold_sections(experiments[0])
+    first = baseline or rivals[0]
+    for e, rival in zip(experiments, rivals):
+        if rival is not first:
+            e.difference = rival.difference = paired_difference(rival, first)
+    sections = comparison_sections(rivals, baseline) if several else fold_sections(experiments[0])
     figures = [as_figures(e) for e in experiments]
     if args.ensemble:
         ensemble = ensemble_of(rivals)
         sections += ensemble_sections(ensemble)
         figures.append(as_figures(ensemble.mean) | {
             "members": ensemble.members, "best": ensemble.best.name,
-            "best_dev_ccc": ensemble.best_dev_ccc, "folds_less_the_best": ensemble.less_the_best,
+            "best_dev_ccc": ensemble.best_dev_ccc, "folds_difference": ensemble.difference,
         })  # fmt: skip
     sections += separation_sections(experiments)
     out = args.out or (Path() if several else None)

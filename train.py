@@ -43,7 +43,7 @@ from corpora import BLIND, TESTS, num_folds
 from flags import parse_args
 from model import EmotionModel, metrics
 from step import Progress
-from util import distributed, runs
+from util import distributed, pictures, runs
 from util import log as logs
 from util.checkpoints import read_checkpoint
 from util.distributed import Ranks, Stopped
@@ -281,7 +281,7 @@ def finish(run: Run) -> None:
         **scores,
     }
     files.write_json("result.json", result)  # from here on the run is complete
-    show_embeddings(run, "test", vectors["test"], separation=False, pictures=True)
+    show_embeddings(run, "test", vectors["test"], measure=False, draw=True)
     if args.preset == "verify" and args.unfreeze != "none":
         log.info(report.against_frozen(files.directory))
     if not args.keep_last:
@@ -477,26 +477,24 @@ def finish_epoch(run: Run, epoch: int) -> dict[str, dict]:
             "epoch": epoch + 1,
         }
         files.write_predictions("dev", fold, evaluation.preds)
-    separation = args.separation_every and (epoch + 1) % args.separation_every == 0
-    pictures = args.plot_every and (epoch + 1) % args.plot_every == 0
-    show_embeddings(run, "dev", evaluation.vectors, separation, pictures)
+    measure = args.separation_every and (epoch + 1) % args.separation_every == 0
+    draw = args.plot_every and (epoch + 1) % args.plot_every == 0
+    show_embeddings(run, "dev", evaluation.vectors, measure, draw)
     return best
 
 
-def show_embeddings(
-    run: Run, split: str, vectors: Tensor, separation: bool, pictures: bool
-) -> None:
+def show_embeddings(run: Run, split: str, vectors: Tensor, measure: bool, draw: bool) -> None:
     """Writes what is due; a run does not end because matplotlib or scikit-learn is broken."""
     fold, files = run.fold, run.files
     try:
-        if separation and files.writes:
+        if measure and files.writes:
             labels = fold.labels[fold.splits[split]]
             speakers, targets = fold.speakers(split), run.args.targets
-            figures = report.separation(vectors, labels, speakers, targets)
+            figures = pictures.separation(vectors, labels, speakers, targets)
             record = {f"separation/{name}": value for name, value in figures.items()}
             files.record("separation", run.progress.step, record)
-        if pictures and files.writes:
-            report.plot_run(files.directory, split, vectors, run.args.targets)
+        if draw and files.writes:
+            pictures.plot_run(files.directory, split, vectors, run.args.targets)
     except UserError as error:
         log.warning(str(error))
 

@@ -43,7 +43,7 @@ def test_an_ensemble_is_the_mean_of_the_predictions_less_the_best_on_dev(three, 
         labels, speakers = tables[0][list(TARGETS)].to_numpy(), tables[0]["speaker"]
         cccs[fold] = (labels, speakers, *(ccc(p, labels) for p in (np.mean(preds[fold], 0),)))
         assert ensemble["folds"][str(fold)]["test/ccc_mean"] == pytest.approx(cccs[fold][2])
-        less = ensemble["folds_less_the_best"][str(fold)]["ccc_mean"]
+        less = ensemble["folds_difference"][str(fold)]["ccc_mean"]
         assert less[0] == pytest.approx(cccs[fold][2] - ccc(preds[fold][1], labels), abs=1e-6)
     labels, speakers = (np.concatenate([cccs[fold][i] for fold in (1, 2)]) for i in (0, 1))
     mean, best = (
@@ -53,7 +53,7 @@ def test_an_ensemble_is_the_mean_of_the_predictions_less_the_best_on_dev(three, 
     assert ensemble["pooled"]["ccc_mean"] == pytest.approx(ccc(mean, labels), abs=1e-6)
     interval = drawn_plainly(mean[None], labels, speakers, best[None])
     expected = (ccc(mean, labels) - ccc(best, labels), *interval)
-    assert ensemble["less_the_best"]["ccc_mean"] == pytest.approx(expected, abs=1e-6)
+    assert ensemble["difference"]["ccc_mean"] == pytest.approx(expected, abs=1e-6)
     assert run(*three, "--ensemble") == 1
     text = capsys.readouterr().out
     assert f"fold 3 is left out: not there in {three[2]}" in text

@@ -24,6 +24,7 @@ for name in (
     "util.intervals",
     "data",
     "util.runs",
+    "util.pictures",
     "util.log",
     "step",
     "flags",

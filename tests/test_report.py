@@ -21,7 +21,7 @@ from matplotlib.image import imread
 import report
 import train
 from model import metrics
-from util import files, intervals, runs
+from util import files, intervals, pictures, runs
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("valence", "arousal")
@@ -273,8 +273,23 @@ def test_json_of_two_experiments_holds_their_paired_difference(tmp_path, capsys)
         (directory / "embedding_test.npy").unlink()
     assert run(tmp_path / "one", tmp_path / "two", "--json") == 0
     one, two = json.loads(capsys.readouterr().out)
-    assert one["less_the_best"] is None and two["less_the_best"]["to"] == str(tmp_path / "one")
-    assert two["less_the_best"]["ccc_mean"] == [0, 0, 0]
+    assert one["difference"] is None and two["difference"]["to"] == str(tmp_path / "one")
+    assert two["difference"]["ccc_mean"] == [0, 0, 0]
+
+
+def test_a_baseline_keeps_the_order_given_and_is_what_others_differ_from(tmp_path, capsys):
+    for name, ccc in (("worst", 0.1), ("best", 0.9), ("middle", 0.5)):
+        write_fold(tmp_path / name, 1, (ccc, ccc), num_folds=1)
+    given = [tmp_path / name for name in ("worst", "best", "middle")]
+    assert run(*given, "--baseline", given[0], "--out", tmp_path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [e["name"] for e in found] == [str(path) for path in given]
+    differences = [e["difference"] and e["difference"]["to"] for e in found]
+    assert differences == [None, str(given[0]), str(given[0])]
+    assert run(*given, "--baseline", given[0], "--out", tmp_path) == 0
+    assert "less the baseline" in capsys.readouterr().out
+    with pytest.raises(files.UserError, match=r"--baseline .*other: not one"):
+        run(*given, "--baseline", tmp_path / "other")
 
 
 def test_experiments_whose_labels_differ_or_that_share_no_utterance_are_not_subtracted(tmp_path):
@@ -442,7 +457,7 @@ def test_a_run_draws_its_pictures_and_leaves_what_the_report_reads(
     drawn = {f"{n}.png" for n in ("curves", "scatter", "circumplex", "embedding")}
     assert names >= drawn | {"embedding_test.npy"}
     records = runs.read_records(experiment / "fold1")
-    curve = report.plot_curves({"real": records}, TARGETS).axes[1].lines[0]
+    curve = pictures.plot_curves({"real": records}, TARGETS).axes[1].lines[0]
     assert list(curve.get_xdata()) == [1, 2]  # not the scores of the best epoch again
     figures = [record for record in records if record["event"] == "separation"]
     assert len(figures) == 2 and figures[0].keys() >= {
@@ -480,7 +495,7 @@ def test_no_two_texts_of_a_picture_overlap(count, speakers, folds, targets):
     vectors = {name: rng.standard_normal((count, 7)) for name in names}
     keys = {"loss": 1.0} | {f"dev/ccc_{target}": 0.5 for target in targets}
     lines = [{"event": "train", "step": i, "epoch": i, **keys} for i in range(4)]
-    figures = report.plot_all(dict.fromkeys(names, lines), parts, vectors, targets)
+    figures = pictures.plot_all(dict.fromkeys(names, lines), parts, vectors, targets)
     drawn = ["curves", "scatter", "circumplex", "embedding"]
     if len(targets) < 2:
         drawn.remove("circumplex")
@@ -503,7 +518,7 @@ def test_a_run_without_records_or_with_constant_predictions_still_has_pictures()
     rows = rows_of(30)
     for target in TARGETS:
         rows[target] = rows[f"pred_{target}"] = 1.0
-    for figure in report.plot_all(
+    for figure in pictures.plot_all(
         {"a": []}, {"a": rows}, {"a": np.ones((30, 4))}, TARGETS
     ).values():
         figure.savefig(BytesIO())
@@ -515,14 +530,14 @@ def test_separation_is_high_for_separated_halves_and_speakers_and_none_for_noise
     noise = rng.standard_normal((200, 800))  # more dimensions than rows
     apart = noise + 2 * (labels[:, :1] > np.median(labels[:, 0]))
     speakers = [f"s{i // 40}" for i in range(200)]
-    figures = report.separation(apart, labels, speakers, TARGETS)
+    figures = pictures.separation(apart, labels, speakers, TARGETS)
     assert figures["silhouette_valence"] > 0.2 and figures["ks_valence"] == 1
     assert abs(figures["silhouette_arousal"]) < 0.05 and figures["ks_arousal"] < 0.2
     assert figures["speaker_accuracy"] == pytest.approx(0.2, abs=0.1)
     assert figures["speaker_chance"] == 0.2
     hidden = 0.5 * rng.standard_normal((5, 800))[np.repeat(range(5), 40)]
     hidden += 3 * rng.standard_normal((200, 1)) * rng.standard_normal(800)  # something louder
-    assert report.separation(noise + hidden, labels, speakers, TARGETS)["speaker_accuracy"] > 0.9
+    assert pictures.separation(noise + hidden, labels, speakers, TARGETS)["speaker_accuracy"] > 0.9
 
 
 def test_separation_of_constant_labels_and_of_few_or_unknown_speakers_is_left_out():
@@ -533,7 +548,7 @@ def test_separation_of_constant_labels_and_of_few_or_unknown_speakers_is_left_ou
         (few, "AAAABBBBCC"),
         (constant, ["", "unknown"] * 5),
     ):
-        assert report.separation(vectors, labels, list(speakers), TARGETS) == {}
+        assert pictures.separation(vectors, labels, list(speakers), TARGETS) == {}
 
 
 def test_separation_looks_at_a_bounded_number_of_rows():
@@ -541,8 +556,8 @@ def test_separation_looks_at_a_bounded_number_of_rows():
     vectors, labels = rng.standard_normal((5000, 4)), rng.uniform(size=(5000, 2))
     keep = np.linspace(0, 4999, 1000).astype(int)
     speakers = np.array([f"s{i % 7}" for i in range(5000)])
-    few = report.separation(vectors[keep], labels[keep], speakers[keep], TARGETS)
-    assert report.separation(vectors, labels, speakers, TARGETS) == few
+    few = pictures.separation(vectors[keep], labels[keep], speakers[keep], TARGETS)
+    assert pictures.separation(vectors, labels, speakers, TARGETS) == few
 
 
 # --- the end of --preset verify

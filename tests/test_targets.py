@@ -105,7 +105,7 @@ def test_runs_are_compared_on_the_targets_that_they_share(three, finished, tmp_p
     flags = [*runs, "--folds", "1", "--out", str(tmp_path), "--json"]
     assert report.main(report.parse_args(flags)) == 0
     figures = json.loads(capsys.readouterr().out)
-    paired = figures[1]["less_the_best"]
+    paired = figures[1]["difference"]
     assert {"ccc_valence", "ccc_arousal"} < paired.keys() and "ccc_dominance" not in paired
     assert "dominance is left out" in (tmp_path / "experiment_comparison.md").read_text()
 
