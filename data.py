@@ -8,7 +8,8 @@
 Data flow: corpora.read_corpus -> load_audio -> corpora.make_splits -> Batches + TrainPlan
 / eval_plan. Caches are in --cache_dir, each under a key of what it was made from, so none is ever
 stale. What happens to each kind of odd input is one table: tests/test_input_faults.py.
-Not done here: voice activity detection, downloading of corpora. Features of images: faces.py.
+Not done here: voice activity detection, downloading of corpora. Features of images: faces.py, of
+transcripts: text.py.
 
 Reference: eGeMAPS (Eyben et al. 2016).
 """
@@ -72,6 +73,7 @@ from util.files import (
     run_script,
     weights_digest,
 )
+from util.intervals import human_ceiling
 
 log = logging.getLogger("vatune")
 
@@ -264,9 +266,7 @@ def speaker_embeddings(
     if kind not in ("ecapa", "xvector") and not folder.is_dir():
         raise UserError(f"--speaker {kind}: not ecapa, xvector, none or a directory")
     if holds_vectors(kind):
-        paths = npy_files(corpus, folder, "--speaker")
-        size = open_npy(paths[0], 1, None).shape[0]
-        vectors = np.stack([open_npy(path, 1, size) for path in paths]).astype(np.float32)
+        vectors = read_vectors(npy_files(corpus, folder, "--speaker"))
     else:
         embed, key = ecapa(cache_dir, device) if kind == "ecapa" else xvector(kind, device)
 
@@ -361,18 +361,30 @@ def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], to
 
 
 # ---------------------------------------------------------------------------------------------
-# Frozen frame features
+# Frozen features: vectors of utterances, and of their frames
+
+MAKERS = {  # of the files of a flag
+    "--features_dir": "; faces.py makes such files from images",
+    "--vectors": "; text.py makes such files from transcripts",
+}
 
 
 def npy_files(corpus: Corpus, directory: str | Path, flag: str) -> list[Path]:
     """<directory>/<utt_id>.npy of every row; UserError names how many are missing."""
     if not Path(directory).is_dir():
-        raise UserError(f"{flag} {directory}: no such directory")
+        raise UserError(f"{flag} {directory}: no such directory{MAKERS.get(flag, '')}")
+    owners: dict[str, Path] = {}
+    for u in corpus.utterances:
+        if owners.setdefault(u.utt_id, u.path) != u.path:
+            both = f"{owners[u.utt_id]} and {u.path}"
+            fix = "rename one, or give a manifest with other utt_ids"
+            raise UserError(f"{flag}: {u.utt_id}.npy could belong to {both}: {fix}")
     paths = [Path(directory) / f"{u.utt_id}.npy" for u in corpus.utterances]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         first = ", ".join(missing[:3])
-        raise UserError(f"{flag} {directory}: {len(missing)} of {len(paths)} missing ({first})")
+        lacking = f"{len(missing)} of {len(paths)} missing ({first})"
+        raise UserError(f"{flag} {directory}: {lacking}{MAKERS.get(flag, '')}")
     return paths
 
 
@@ -392,6 +404,34 @@ def open_npy(path: Path, ndim: int, width: int | None) -> np.ndarray:
     return array
 
 
+def read_vectors(paths: Sequence[Path]) -> np.ndarray:
+    """(N, D) float32 of files with (D,) each. UserError on the first that does not fit."""
+    rows: list[np.ndarray] = []
+    for path in paths:
+        width = len(rows[0]) if rows else None
+        with np.errstate(over="ignore"):  # beyond float32 becomes infinite
+            # a copy, since a memory map keeps its file open
+            rows.append(np.array(open_npy(path, 1, width), np.float32))
+    return np.stack(rows)
+
+
+def utterance_vectors(corpus: Corpus, directory: str, cache_dir: str | Path) -> np.ndarray:
+    """(N, D) float32, finite, of a --vectors DIR with its <utt_id>.npy (D,)."""
+    paths = npy_files(corpus, directory, "--vectors")
+
+    def build() -> np.ndarray:
+        vectors = read_vectors(paths)
+        broken = np.flatnonzero(~np.isfinite(vectors).all(1))
+        if len(broken):
+            fault = f"holds NaN or infinite values, one of {len(broken)} such files: make it again"
+            raise UserError(f"{paths[broken[0]]}: {fault}")
+        return vectors
+
+    files = [(path.name, *identity(path)) for path in paths]
+    key = digest(str(Path(directory).resolve()), files)
+    return cached_array(Path(cache_dir) / f"vectors-{key}", build)
+
+
 class FrameFeatures:
     """Frozen features, one <utt_id>.npy (T, D) per utterance. `dim` = D, `lengths` (N,) frames.
 
@@ -399,10 +439,7 @@ class FrameFeatures:
     """
 
     def __init__(self, corpus: Corpus, features_dir: str | Path, rate: float | None = None) -> None:
-        try:
-            paths = npy_files(corpus, features_dir, "--features_dir")
-        except UserError as error:
-            raise UserError(f"{error}; faces.py makes such files from images") from None
+        paths = npy_files(corpus, features_dir, "--features_dir")
         self.directory = Path(features_dir)
         self.names = np.array([path.name.encode() for path in paths])  # no objects for workers
         self.dim = open_npy(paths[0], 2, None).shape[1]
@@ -557,6 +594,7 @@ class Batches(torch.utils.data.Dataset):
     max_seconds: float
     augment: bool
     seed: int
+    vectors: np.ndarray | None = None  # (N, D) those of all --vectors, side by side
     frozen: FrozenStates | None = None  # take the place of audio while they are set
 
     def __post_init__(self) -> None:
@@ -586,7 +624,7 @@ class Batches(torch.utils.data.Dataset):
         labels (B, E), input_values (B, L) and attention_mask (B, L) True = sample,
         frames (B, T, D) and frame_mask (B, T), stream and hidden as from EmotionModel.encode_frozen
         in the dtype of the cache,
-        prosody (B, 88) raw with NaN, speaker (B, S),
+        prosody (B, 88) raw with NaN, speaker (B, S), vectors (B, V) raw,
         rows (list, of the corpus), audio_seconds and padded_share (floats), and, if the turns of
         chunks mix lengths, groups [(start, stop, L)] of similar length, to be encoded apart.
         """
@@ -623,6 +661,8 @@ class Batches(torch.utils.data.Dataset):
             batch["prosody"] = torch.from_numpy(self.prosody[rows])
         if self.speaker is not None:
             batch["speaker"] = torch.from_numpy(self.speaker[rows])
+        if self.vectors is not None:
+            batch["vectors"] = torch.from_numpy(self.vectors[rows])
         if real is not None:
             lengths, padded = real.sum(1).numpy(), real.numel()
             if width > 1 and ("stream" in batch or self.frozen is None):
@@ -854,6 +894,7 @@ class InputShape:
     frame_dim: int  # width of the feature files; 0 = none
     length: int  # samples of the longest utterance, or frames where features are read
     rate: float  # samples or frames per second
+    vector_dims: tuple[int, ...] = ()  # width of each of --vectors
 
 
 @dataclass
@@ -866,7 +907,7 @@ class Fold:
     dialogs: list[str]  # of every row
     labels: torch.Tensor  # (N, E) in [0, 1]
     shape: InputShape
-    digests: dict[str, list[str]]  # of the content of every row: audio, features, speaker vector
+    digests: dict[str, list[str]]  # of every row: audio, features, speaker vector, vectors
 
     def in_label_scale(self, preds: torch.Tensor) -> torch.Tensor:
         """Predictions (n, E) in [0, 1] in the units of the labels."""
@@ -923,6 +964,9 @@ def load_fold(args: argparse.Namespace) -> Fold:
         if holds_vectors(args.speaker):
             paths = npy_files(corpus, args.speaker, "--speaker")
             digests["speaker vector"] = [array_digest(open_npy(path, 1, None)) for path in paths]
+    vectors = [utterance_vectors(corpus, path, args.cache_dir) for path in args.vectors or ()]
+    if vectors:
+        digests["vectors"] = [array_digest(row) for row in np.hstack(vectors)]
     dataset = Batches(
         labels=corpus.labels(corpus.targets),
         pack=None if features else pack,
@@ -932,6 +976,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
         max_seconds=args.max_seconds,
         augment=args.augment,
         seed=args.seed,
+        vectors=np.hstack(vectors) if vectors else None,
     )
     if dataset.num_cut:
         what = "training takes a random window of them, evaluation the beginning"
@@ -948,6 +993,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
             frame_dim=0 if features is None else features.dim,
             length=int(dataset.lengths.max()),
             rate=dataset.rate,
+            vector_dims=tuple(of_directory.shape[1] for of_directory in vectors),
         ),
         digests=digests,
     )
@@ -986,11 +1032,15 @@ def inspect(args: argparse.Namespace) -> None:
         print(f"{attribute + 's':<12}{', '.join(f'{name} {n}' for name, n in counts)}")
     print(f"audio pack  {pack.file.parent}, {gib(2 * pack.lengths.sum())}")
     print_labels(corpus)
+    print_raters(corpus)
     if args.features_dir:
         features = FrameFeatures(corpus, args.features_dir)
         frames = sum(len(features.read(row)) for row in range(len(utterances)))  # finds NaN
         print(f"\nfeatures    {frames} frames, {features.dim} wide, all finite")
         print(f"            {features.describe()}")
+    for directory in args.vectors or ():
+        vectors = utterance_vectors(corpus, directory, args.cache_dir)
+        print(f"\nvectors     {vectors.shape[1]} wide in {directory}, all finite")
     for fold in [args.fold] if args.fold is not None else range(1, num_folds(corpus) + 1):
         splits = make_splits(corpus, fold)
         print(f"\nfold {fold}\n{describe_splits(corpus, splits)}")
@@ -1040,6 +1090,23 @@ def print_labels(corpus: Corpus) -> None:
         print(f"correlation of {one} and {two} {correlations.loc[one, two]:+.2f}")
 
 
+def print_raters(corpus: Corpus) -> None:
+    """What one rater reaches against the mean of the others, where the corpus has several."""
+    rows, ratings = pd.DataFrame([vars(u) for u in corpus.utterances]), corpus.ratings()
+    found = {target: human_ceiling(ratings, rows, target) for target in corpus.targets}
+    if not any(found.values()):
+        return
+    print("\nhuman raters: CCC of one with the mean of the others, reliability of the mean of all")
+    for target, human in found.items():
+        if human:
+            low, high = human["interval"]
+            print(
+                f"{target:<12}CCC {human['ccc']:.3f} [{low:.3f}, {high:.3f}], reliability "
+                f"{human['reliability']:.3f} ({len(human['utterances'])} utterances of "
+                f"{human['raters']:.1f} raters)"
+            )
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="inspect a corpus before training")
     add = parser.add_argument
@@ -1050,6 +1117,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache_dir", default="cache", help="directory of caches")
     add("--fold", type=int, help="print only this fold (default: all)")
     add("--features_dir", help="directory of frame features to check, too")
+    add("--vectors", action="append", metavar="DIR", help="directory of vectors to check, too")
     add("--skipped", metavar="CSV", help="file for the utterances left out, and why")
     add(
         "--balance",

@@ -17,7 +17,7 @@ import torch
 
 from corpora import LABELS, is_table
 from data import BALANCE_BINS
-from model import ENCODERS, ModelConfig
+from model import ENCODERS, GATES, ModelConfig
 from step import parse_unfreeze, reads_cache, stages
 from util.distributed import read_ranks, uses_cuda
 from util.files import UserError
@@ -48,7 +48,9 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 # A run with --init_from takes the model flags of its start, except for these.
-FREE_WITH_INIT_FROM = {"max_seconds", "context", "wavlm", "wavlm_revision", "speaker"}
+FREE_WITH_INIT_FROM = {
+    "max_seconds", "context", "wavlm", "wavlm_revision", "speaker", "vectors",
+}  # fmt: skip
 
 GPU_GIB = 24.0  # assumed size of a GPU that is not in this machine
 AUTO_STEPS = 20  # --batch_size auto leaves at least so many steps in an epoch
@@ -129,8 +131,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wavlm_revision", help="hub commit or tag of --wavlm")
     add("--wavlm_dropout", type=share, help="replaces all dropouts of the WavLM checkpoint")
     add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")
-    add("--pooling", choices=("mean", "attention"), default="mean",
-        help="how frames become one utterance vector")
+    add("--lora", type=at_least(0), default=0, metavar="R",
+        help="train updates of rank R of the q, k, v and out projections in all of WavLM's layers, "
+        "at --lr, instead of WavLM itself (--unfreeze lora); 0 = off. It saves memory; that it "
+        "helps valence is shown by no published figure")
+    add("--lora_alpha", type=rate, default=0.0, metavar="ALPHA",
+        help="updates of --lora count ALPHA / R times; 0 = R, so once: the rate alone decides")
+    add("--pooling", choices=("mean", "attention", "stats"), default="mean",
+        help="how frames become one utterance vector; stats: mean and standard deviation")
     add("--features_dir", "--features_224_dir", help="<utt_id>.npy (T, D) for the Transformers")
     add("--feature_rate", type=at_least(0.01, float),
         help="frames per second in --features_dir; default: from frames and seconds of audio")
@@ -138,6 +146,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="88 functionals by opensmile, which is free for research only")
     add("--speaker", default="none",
         help="ecapa, xvector, a directory of <utt_id>.npy or of an x-vector model, or none")
+    add("--vectors", action="append", metavar="DIR",
+        help="<utt_id>.npy (D,), a vector per utterance of any origin, such as text.py's; "
+        "standardised on train; may be given several times")
     add("--no_film", action="store_true", help="do not condition the speech on the speaker")
     add("--d_prosody", type=at_least(1), default=64, help="width of the prosody code")
     add("--d_hidden", type=at_least(2), default=256,
@@ -149,6 +160,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="Mamba blocks in the updater; 0 = linear")
     add("--feedback", action="store_true",
         help="feed the previous prediction; teacher forcing falls from 1 to 0 over the epochs")
+    add("--gates", nargs="+", choices=GATES,
+        help="what each target's head can weigh against its other inputs, in the order of the "
+        "targets; default: prosody for valence where there is prosody, else speech")
     add("--d_model", type=at_least(64), default=768, help="width of the feature Transformer")
     add("--num_layers", type=at_least(1), default=4, help="layers of the feature Transformer")
     add("--base_channels", type=at_least(1), default=64,
@@ -178,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup", type=share, default=0.1, help="share of all steps used for warm-up")
     add("--unfreeze", default="none",
         help="part of WavLM that trains: none, all, transformer, top:K, or a schedule "
-        "EPOCH:WHAT,... e.g. 1:none,6:top:4,9:all")
+        "EPOCH:WHAT,... e.g. 1:none,6:top:4,9:all; with --lora, also lora, e.g. 1:none,4:lora")
     add("--loss", choices=("ccc", "mse"), default="ccc", help="ccc: 1 - CCC + mse_weight x MSE")
     add("--mse_weight", type=rate, default=0.1, help="weight of MSE in --loss ccc")
     add("--target_weights", type=rate, nargs="+", metavar="W",
@@ -220,7 +234,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--keep_last", action="store_true",
         help="keep last.pt and previous.pt of a finished run; best.pt is always kept")
     add("--out", default="runs", help="directory of all runs")
-    add("--name", help="name of the experiment, in OUT/NAME/foldK; default CORPUS-ENCODER")
+    add("--name",
+        help="name of the experiment, in OUT/NAME/foldK; default CORPUS-ENCODER; of one with "
+        "several seeds NAME/seedS, with --seed S")
 
     add = p.add_argument_group("run").add_argument
     add("--preset", choices=sorted(PRESETS), help="sets flags; a flag given by hand wins")
@@ -269,11 +285,14 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
     known, start = vars(given).keys() & MODEL_FLAGS, {}
     if given.init_from:
         start = read_flags(given.init_from, "--init_from")
-        parser.set_defaults(**{k: v for k, v in start.items() if k in known})
+        defaults = {k: v for k, v in start.items() if k in known}
+        if given.vectors:  # argparse would append them to the default
+            defaults.pop("vectors", None)
+        parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if start:
         for flag in sorted(known - FREE_WITH_INIT_FROM):
-            old, new = start.get(flag), getattr(args, flag)
+            old, new = start.get(flag, parser.get_default(flag)), getattr(args, flag)
             if new != old:
                 raise UserError(f"--{flag} {new}: the model of --init_from has {old}: leave it out")
         if is_table(args.data):
@@ -282,6 +301,8 @@ def parse_with_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> arg
         if given.unfreeze != "none":
             raise UserError(f"--train_only freezes WavLM: remove --unfreeze {given.unfreeze}")
         args.unfreeze = "none"  # a preset may have set it
+    elif args.lora and given.unfreeze == "none":
+        args.unfreeze = "lora"
     set_weights(args)
     args.amp = args.amp or ("fp16" if uses_cuda(args.device) else "off")
     corpus = Path(args.data).stem if is_table(args.data) else args.data
@@ -320,9 +341,14 @@ def set_weights(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """UserError on flags that exclude or need each other."""
     low, high = args.label_range or (0, 1)
-    schedule = parse_unfreeze(args.unfreeze)
+    name = args.name.removesuffix(f"/seed{args.seed}")
+    schedule, trained = parse_unfreeze(args.unfreeze), stages(args.unfreeze)
     reads_features = args.encoder.endswith("transformer")
     cached = args.feature_cache in ("on", "exact")
+    gates, there = args.gates or (), {"speech", "none"}
+    there |= {"vectors"} if args.vectors else set()
+    absent = [directory for directory in args.vectors or () if not Path(directory).is_dir()]
+    there |= {"prosody"} if args.prosody != "none" else set()
     for flag in ("separation_every", "plot_every"):
         if getattr(args, flag) % args.eval_every:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be a multiple of --eval_every")
@@ -340,12 +366,17 @@ def check(args: argparse.Namespace) -> None:
             f"--data {args.data}: no such file",
         ),
         (args.resume and args.overwrite, "--resume and --overwrite exclude each other"),
-        ("/" in args.name or args.name in (".", ".."), f"--name {args.name}: must not contain /"),
+        (
+            "/" in name or name in ("", ".", ".."),
+            f"--name {args.name}: must not contain / (but for NAME/seed{args.seed}, by which "
+            f"launch.sh --seeds names the runs with --seed {args.seed})",
+        ),
         (reads_features and not args.features_dir, "the Transformers need --features_dir DIR"),
         (
             args.features_dir and not reads_features,
             f"--features_dir is not used by --encoder {args.encoder}: remove it",
         ),
+        (absent, f"--vectors {' '.join(absent)}: no such directory (text.py makes one)"),
         (args.feature_rate and not args.features_dir, "--feature_rate is that of --features_dir"),
         (
             args.augment and reads_features,
@@ -364,6 +395,15 @@ def check(args: argparse.Namespace) -> None:
             args.speaker != "none" and args.no_film,
             f"--speaker {args.speaker} is read by FiLM alone: remove it, or --no_film",
         ),
+        (
+            gates and len(gates) != len(args.targets),
+            f"--gates {' '.join(gates)}: give one for each of {' '.join(args.targets)}",
+        ),
+        (
+            not there.issuperset(gates),
+            f"--gates {' '.join(gates)}: the inputs are {' '.join(sorted(there - {'none'}))}: "
+            "name these or none, or give --prosody egemaps or --vectors DIR",
+        ),
         (args.train_only and not args.init_from, "--train_only needs --init_from, a trained model"),
         (args.train_only and args.no_film, "--train_only film needs FiLM: remove --no_film"),
         (
@@ -375,6 +415,18 @@ def check(args: argparse.Namespace) -> None:
             f"--unfreeze {args.unfreeze}: its last epoch is after --epochs {args.epochs}",
         ),
         (
+            args.lora and args.encoder != "wavlm",
+            f"--lora {args.lora} is for WavLM, not for --encoder {args.encoder}",
+        ),
+        (
+            args.lora and not args.train_only and {*trained, "none"} != {"none", "lora"},
+            f"--lora {args.lora} trains none of WavLM's weights: remove --unfreeze {args.unfreeze}",
+        ),
+        (
+            not args.lora and ("lora" in trained or args.lora_alpha),
+            "--unfreeze lora and --lora_alpha need a rank, --lora R",
+        ),
+        (
             cached and args.augment,
             f"--feature_cache {args.feature_cache} keeps what WavLM makes of the recording itself, "
             "--augment changes it every epoch: remove one of the two",
@@ -384,7 +436,7 @@ def check(args: argparse.Namespace) -> None:
             f"--feature_cache {args.feature_cache} is for WavLM, not for --encoder {args.encoder}",
         ),
         (
-            cached and not any(reads_cache(args, stage) for stage in stages(args.unfreeze)),
+            cached and not any(reads_cache(args, stage) for stage in trained),
             f"--feature_cache {args.feature_cache}: --unfreeze {args.unfreeze} freezes no layers",
         ),
     ):

@@ -132,6 +132,8 @@ def make_batch(
             batch["prosody"] = torch.rand(size, 88)
         if shape.speaker_dim:
             batch["speaker"] = torch.rand(size, shape.speaker_dim)
+        if shape.vector_dims:
+            batch["vectors"] = torch.rand(size, sum(shape.vector_dims))
     return batch
 
 
@@ -591,7 +593,9 @@ def finished_speed(args: argparse.Namespace) -> float | None:
     """Seconds of audio per second of a finished run below --out, on this device and with these
     settings; None without one."""
     device = device_here(args)
-    for path in sorted(Path(args.out).glob("*/fold*/result.json")) if device else ():
+    out = Path(args.out)
+    results = [*out.glob("*/fold*/result.json"), *out.glob("*/seed*/fold*/result.json")]
+    for path in sorted(results) if device else ():
         result, given = runs.read_json(path), runs.read_json(path.with_name("args.json"))
         given["wavlm"] = KNOWN_SHAPES.get(given.get("wavlm"), given.get("wavlm"))
         same = all(given.get(name) == getattr(args, name) for name in SPEED_FLAGS)
@@ -699,7 +703,8 @@ def hours(planner: Planner, own: argparse.Namespace, unfreezes: list[str]) -> li
 def shape_of(args: argparse.Namespace, from_data: bool = False) -> data.InputShape:
     """What the flags lead to without a corpus; widths are read from a file if there is one.
 
-    UserError if --features_dir holds none. Its rate is that of the corpus if --data was given.
+    UserError if --features_dir or --vectors holds none. The rate of features is that of the corpus
+    if --data was given.
     """
 
     def width_of(directory: str) -> int | None:
@@ -720,7 +725,10 @@ def shape_of(args: argparse.Namespace, from_data: bool = False) -> data.InputSha
             rate = data.FRAME_RATE
             fix = "give --feature_rate, or --data"
             print(f"feature files of {rate} frames per second are assumed: {fix}", file=sys.stderr)
-    return data.InputShape(speaker, frames, max(1, int(args.max_seconds * rate)), rate)
+    vector_dims = tuple(width_of(directory) for directory in args.vectors or ())
+    if None in vector_dims:
+        raise UserError(f"--vectors {' '.join(args.vectors)}: no <utt_id>.npy in one of them")
+    return data.InputShape(speaker, frames, max(1, int(args.max_seconds * rate)), rate, vector_dims)
 
 
 def comparable(args: argparse.Namespace) -> list[str]:

@@ -1,12 +1,13 @@
 """EmotionModel: valence and arousal of an utterance, with the dialogue before it as context.
 
 An encoder (WavLM, a CNN on log-mel, a Transformer on frame features) gives frame states. They are
-pooled to one vector, scaled and shifted by the speaker (FiLM), joined with prosody, tracked over
-the dialogue (Mamba updater, EMA state) and read by one gated head per target. The losses and the
-metrics are also here. Not here: files, flags, distributed launch.
+pooled to one vector, scaled and shifted by the speaker (FiLM), joined with prosody and with vectors
+of any origin, tracked over the dialogue (Mamba updater, EMA state) and read by one gated head per
+target. The losses and the metrics are also here. Not here: files, flags, distributed launch.
 
 Shapes: B utterances, L samples, T frames (about L / 320), D encoder width, N layers, H heads,
-C dialogue chunks, K turns in a chunk, U = D + d_prosody, E targets.
+C dialogue chunks, K turns in a chunk, U = D (2 D with stats pooling) + d_prosody + vectors,
+E targets.
 Masks: True = real, False = padding, everywhere in this file.
 
 References: WavLM arXiv:2110.13900; FiLM arXiv:1709.07871; Mamba arXiv:2312.00752;
@@ -30,12 +31,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.files import UserError
-from wavlm import WavLM, WavLMConfig, autocast_off
+from wavlm import WavLM, WavLMConfig, add_lora, autocast_off
 
 log = logging.getLogger("vatune")
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 ENCODERS = ("wavlm", "convnext", "baseline", "transformer", "lightweight_transformer")
+GATES = ("speech", "prosody", "vectors", "none")  # what a head's gate weighs against all else
 
 
 @dataclass
@@ -46,12 +48,16 @@ class ModelConfig:
     encoder: str = "wavlm"  # one of ENCODERS
     wavlm: dict | None = None  # a Hugging Face WavLM config.json, for encoder "wavlm"
     layers: tuple[int, ...] = ()  # hidden states to mix; () = the quarter points
-    pooling: str = "mean"  # mean | attention
+    pooling: str = "mean"  # mean | attention | stats
     attention: str = "fused"  # WavLM's attention: fused | sdpa | eager
+    lora: int = 0  # rank of the updates of WavLM's attention; 0 = none
+    lora_alpha: float = 0.0  # they count lora_alpha / lora times; 0 = once
     frame_dim: int = 0  # width of the feature files, for the feature Transformers
     frame_rate: float = 0.0  # frames per second of those that it was trained on
     speaker_dim: int = 0  # width of the speaker embedding; 0 = FiLM on a learned vector
     prosody_dim: int = 88  # eGeMAPS functionals; 0 = no prosody
+    vector_dims: tuple[int, ...] = ()  # widths of further vectors per utterance, in their order
+    gates: tuple[str, ...] = ()  # one of GATES per target; () = valence prosody, others speech
     film: bool = True
     d_speaker: int = 192
     d_prosody: int = 64
@@ -328,9 +334,23 @@ def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)[:, :width]
 
 
+def mean_and_deviation(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (B, D) each, of x (B, T, D) over real frames; float32, 1/n.
+
+    A deviation below 1e-4 counts as 1e-4 without gradient, which would be infinite at 0.
+    """
+    with autocast_off(x):
+        x, real = x.float(), mask.unsqueeze(2)
+        count = real.sum(1)
+        mean = (x * real).sum(1) / count
+        variance = ((x - mean.unsqueeze(1)) * real).square().sum(1) / count
+        return mean, variance.clamp(min=1e-8).sqrt()
+
+
 class Pooling(nn.Module):
     """pooled (B, D) from hidden states [(B, T, D)]: softmax mix of the layers, masked over time.
 
+    With `stats` it is (B, 2 D), the means and then the standard deviations; `width` says which.
     Each layer is normalised before it is mixed, since the residual stream of a pre-norm WavLM grows
     with depth. Mean pooling is linear, so it comes first and the mix costs (B, D), not (B, T, D).
     `prepare` does what needs no weights; the cache of a frozen encoder holds its result in float16.
@@ -338,13 +358,18 @@ class Pooling(nn.Module):
 
     def __init__(self, kind: str, num_states: int, width: int) -> None:
         super().__init__()
+        self.kind = kind
+        self.width = 2 * width if kind == "stats" else width
         self.layer_weights = nn.Parameter(torch.zeros(num_states)) if num_states > 1 else None
         self.score = None
         if kind == "attention":
             self.score = nn.Sequential(nn.Linear(width, 128), nn.Tanh(), nn.Linear(128, 1))
 
     def prepare(self, states: list[Tensor], mask: Tensor) -> Tensor:
-        """(B, N, D) means over time, or (B, T, N, D) for attention; each vector normalised."""
+        """(B, N, width) over time, or (B, T, N, D) for attention; each vector of D normalised."""
+        if self.kind == "stats":
+            pairs = [torch.stack(mean_and_deviation(s, mask), dim=1) for s in states]  # (B, 2, D)
+            return torch.stack([F.layer_norm(p, p.shape[-1:]).flatten(1) for p in pairs], dim=1)
         if self.score is None:
             weights = mask / mask.sum(1, keepdim=True)  # (B, T) sums to 1 over real frames
             states = [torch.einsum("bt,btd->bd", weights.to(s.dtype), s) for s in states]
@@ -362,20 +387,40 @@ class Pooling(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# Around the encoder: prosody, speaker, FiLM
+# Around the encoder: vectors of an utterance, prosody, speaker, FiLM
 
 
-class Prosody(nn.Module):
-    """eGeMAPS functionals (B, 88) -> (B, d_prosody), standardised with the train split's moments.
+class Standardise(nn.Module):
+    """Vectors (B, width), standardised with the train split's moments; NaN becomes the train mean.
 
-    The moments are buffers, so a checkpoint holds them. Undefined functionals (NaN, in clips of a
-    few periods) become the train mean.
+    The moments are buffers, so a checkpoint holds them.
     """
 
-    def __init__(self, prosody_dim: int, d_prosody: int, dropout: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(prosody_dim))
-        self.register_buffer("std", torch.ones(prosody_dim))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    @torch.no_grad()
+    def fit(self, values: Tensor) -> None:
+        """Takes mean and std from values (n, width) of the train split, over the defined ones.
+
+        What is constant there keeps its unit: elsewhere it may differ, and must not become huge.
+        """
+        mean = values.nanmean(0)
+        std = (values - mean).square().nanmean(0).sqrt()
+        self.mean.copy_(mean.nan_to_num(0.0))
+        self.std.copy_(torch.where(std > 1e-6, std, 1.0))  # 1 for NaN, too
+
+    def forward(self, values: Tensor) -> Tensor:
+        return ((values - self.mean) / self.std).nan_to_num(0.0).clamp(-10, 10)
+
+
+class Prosody(Standardise):
+    """eGeMAPS functionals (B, 88) -> (B, d_prosody); those of clips of a few periods may be NaN."""
+
+    def __init__(self, prosody_dim: int, d_prosody: int, dropout: float) -> None:
+        super().__init__(prosody_dim)
         self.net = nn.Sequential(
             nn.Linear(prosody_dim, 128),
             nn.LayerNorm(128),
@@ -386,17 +431,8 @@ class Prosody(nn.Module):
             nn.ReLU(),
         )
 
-    @torch.no_grad()
-    def fit(self, prosody: Tensor) -> None:
-        """Takes mean and std from prosody (n, 88) of the train split, over its defined values."""
-        mean = prosody.nanmean(0)
-        std = (prosody - mean).square().nanmean(0).sqrt()
-        self.mean.copy_(mean.nan_to_num(0.0))
-        self.std.copy_(std.nan_to_num(1.0).clamp(min=1e-6))
-
     def forward(self, prosody: Tensor) -> Tensor:
-        standard = ((prosody - self.mean) / self.std).nan_to_num(0.0).clamp(-10, 10)
-        return self.net(standard)
+        return self.net(super().forward(prosody))
 
 
 class SpeakerFiLM(nn.Module):
@@ -584,15 +620,19 @@ class Updater(nn.Module):
 class Head(nn.Module):
     """One target in [0, 1] from (..., inputs): a gate, then three layers.
 
-    The gate weighs the inputs in the slice `gated` against all others.
+    The gate weighs the inputs in the slice `gated` against all others; None = no gate.
     """
 
-    def __init__(self, inputs: int, gated: slice, d_hidden: int, dropout: float) -> None:
+    def __init__(self, inputs: int, gated: slice | None, d_hidden: int, dropout: float) -> None:
         super().__init__()
-        mask = torch.zeros(inputs, dtype=torch.bool)
-        mask[gated] = True
-        self.register_buffer("gated", mask, persistent=False)
-        self.gate = nn.Sequential(nn.Linear(inputs, d_hidden), nn.Tanh(), nn.Linear(d_hidden, 2))
+        self.gate = None
+        if gated is not None:
+            mask = torch.zeros(inputs, dtype=torch.bool)
+            mask[gated] = True
+            self.register_buffer("gated", mask, persistent=False)
+            self.gate = nn.Sequential(
+                nn.Linear(inputs, d_hidden), nn.Tanh(), nn.Linear(d_hidden, 2)
+            )
         self.net = nn.Sequential(
             nn.Linear(inputs, d_hidden),
             nn.LayerNorm(d_hidden, elementwise_affine=False),
@@ -606,8 +646,10 @@ class Head(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        gated, others = (2 * self.gate(x).softmax(-1)).chunk(2, dim=-1)  # 1 and 1 if undecided
-        return self.net(x * torch.where(self.gated, gated, others)).float().sigmoid()
+        if self.gate is not None:
+            gated, others = (2 * self.gate(x).softmax(-1)).chunk(2, dim=-1)  # 1 and 1 if undecided
+            x = x * torch.where(self.gated, gated, others)
+        return self.net(x).float().sigmoid()
 
 
 class EmotionModel(nn.Module):
@@ -622,14 +664,20 @@ class EmotionModel(nn.Module):
             self.encoder = ConvEncoder(config)
         else:
             self.encoder = FeatureTransformer(config)
-        width = self.encoder.width
-        self.pooling = Pooling(config.pooling, self.encoder.num_states, width)
-        self.film = self.prosody = self.updater = self.alpha_logit = None
+        self.pooling = Pooling(config.pooling, self.encoder.num_states, self.encoder.width)
+        width = self.pooling.width
+        places = {"none": None, "speech": slice(0, width)}
+        self.film = self.prosody = self.vectors = self.updater = self.alpha_logit = None
         if config.film:
             self.film = SpeakerFiLM(config.speaker_dim, config.d_speaker, config.d_hidden, width)
         if config.prosody_dim:
             self.prosody = Prosody(config.prosody_dim, config.d_prosody, config.dropout)
+            places["prosody"] = slice(width, width + config.d_prosody)
             width += config.d_prosody
+        if config.vector_dims:
+            self.vectors = Standardise(sum(config.vector_dims))
+            places["vectors"] = slice(width, width + sum(config.vector_dims))
+            width += sum(config.vector_dims)
         self.width = width  # U
         if config.d_state:
             inputs = width + len(config.targets) if config.feedback else width
@@ -637,12 +685,13 @@ class EmotionModel(nn.Module):
             if config.ema_alpha < 0:
                 self.alpha_logit = nn.Parameter(torch.tensor(math.log(0.8 / 0.2)))
         self.heads = nn.ModuleDict()
-        for target in config.targets:
-            gated = slice(0, self.encoder.width)  # speech
-            if target == "valence" and config.prosody_dim:
-                gated = slice(self.encoder.width, width)  # prosody
+        for i, target in enumerate(config.targets):
+            gate = "prosody" if target == "valence" and config.prosody_dim else "speech"
+            gated = places[config.gates[i] if config.gates else gate]
             inputs = width + config.d_state
             self.heads[target] = Head(inputs, gated, config.d_hidden, config.dropout)
+        if config.lora:  # last: everything else starts with the values that it has without
+            add_lora(self.encoder.wavlm, config.lora, config.lora_alpha or config.lora)
 
     @property
     def sees_padding(self) -> bool:
@@ -658,14 +707,16 @@ class EmotionModel(nn.Module):
             utterance = self.film(utterance, batch.get("speaker"))
         if self.prosody is not None:
             utterance = torch.cat((utterance, self.prosody(batch["prosody"])), dim=1)
+        if self.vectors is not None:
+            utterance = torch.cat((utterance, self.vectors(batch["vectors"])), dim=1)
         return utterance.float()
 
     @torch.no_grad()
     def encode_frozen(self, batch: dict) -> dict:
         """The batch with what the frozen part of WavLM makes of the audio in the audio's place.
 
-        hidden (B, n, D), or (B, T, n, D) for attention: the prepared states of the n layers to mix
-        that lie in it; stream (B, T, D): what the lowest block that trains reads; frame_mask
+        hidden (B, n, D or 2 D), or (B, T, n, D) for attention: the prepared states of the n layers
+        to mix that lie in it; stream (B, T, D): what the lowest block that trains reads; frame_mask
         (B, T). Each is left out if there is none. A batch without audio, or of a model without a
         frozen part, comes back as it is.
         """
@@ -702,13 +753,13 @@ class EmotionModel(nn.Module):
             only_cnn = wavlm.frozen_blocks == 1
             shapes["stream"] = (frames, wavlm.config.conv_dim[-1] if only_cnn else width)
         if below:
-            shapes["hidden"] = (below, width)
+            shapes["hidden"] = (below, self.pooling.width)
             if self.config.pooling == "attention":
                 shapes["hidden"] = (frames, below, width)
         return shapes
 
     def encode_speech(self, batch: dict) -> Tensor:
-        """Pooled vectors (B, D) of waveforms, feature frames, or what encode_frozen gives."""
+        """Pooled speech (B, D or 2 D): waveforms, feature frames, or what encode_frozen gives."""
         prepared, frame_mask = [], batch.get("frame_mask")
         if "hidden" in batch:
             prepared.append(batch["hidden"].float())

@@ -80,7 +80,7 @@ from util.files import (
     weights_digest,
 )
 from util.runs import MODEL_FLAGS, challenge_table, load_model, predicted, read_json
-from wavlm import save_wavlm
+from wavlm import merge_lora, save_wavlm
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -107,6 +107,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="keeps decoded audio and features for the next call; default: nothing is kept")
     p.add_argument("--features_dir", help="<utt_id>.npy (of a file: its name without suffix), for "
                    "a feature Transformer")
+    p.add_argument("--vectors", action="append", metavar="DIR",
+                   help="<utt_id>.npy (of a file: its name without suffix), a directory for each "
+                   "of the run's --vectors, in the same order")
     p.add_argument("--speaker", help="as in train.py; default: what the run was trained with")
     p.add_argument("--max_seconds", type=float, help="use the beginning only; default: the run's")
     p.add_argument("--window", type=float, default=0.0,
@@ -216,6 +219,7 @@ def build_inputs(
     for flag, value, is_read in (
         ("--features_dir", args.features_dir, reads_features),
         ("--speaker", args.speaker, reads_speaker),
+        ("--vectors", " ".join(args.vectors or ()), model.config.vector_dims),
     ):
         if alone and value and not is_read:
             raise UserError(f"{flag} {value}: the run was trained without such input: remove it")
@@ -223,6 +227,10 @@ def build_inputs(
         raise UserError("the run reads feature files: give --features_dir DIR")
     if reads_speaker and kind == "none":
         raise UserError("--speaker none: the run was trained with speaker embeddings")
+    if model.config.vector_dims and not args.vectors:
+        widths = ", ".join(map(str, model.config.vector_dims))
+        wanted = f"the run reads vectors of widths {widths}: give --vectors DIR for each"
+        raise UserError(f"{wanted}{data.MAKERS['--vectors']}")
     named = corpus
     if not args.data:  # .npy files belong to a recording by its name without suffix
         stems = [dataclasses.replace(u, utt_id=u.path.stem) for u in corpus.utterances]
@@ -240,6 +248,14 @@ def build_inputs(
     if reads_speaker:
         device = str(next(model.parameters()).device)
         speaker = data.speaker_embeddings(named, pack, kind, cache_dir, device)
+    vectors = []
+    if model.config.vector_dims:
+        vectors = [data.utterance_vectors(named, path, cache_dir) for path in args.vectors]
+        expected = tuple(model.config.vector_dims)
+        found = tuple(of_directory.shape[1] for of_directory in vectors)
+        if found != expected:
+            fault = f"widths {found}, but the run was trained on {expected}"
+            raise UserError(f"--vectors: {fault}: give its directories, in its order")
     return data.Batches(
         labels=np.zeros((len(corpus.utterances), len(model.config.targets)), dtype=np.float32),
         pack=None if features else pack,
@@ -249,6 +265,7 @@ def build_inputs(
         max_seconds=args.window or args.max_seconds or flags["max_seconds"],
         augment=False,
         seed=0,
+        vectors=np.hstack(vectors) if vectors else None,
     )
 
 
@@ -496,11 +513,16 @@ def export(path: str, directory: Path) -> None:
     """Writes config.json and model.safetensors, which load_model reads, README.md (a model card)
     and, of a WavLM, wavlm/ for transformers' WavLMModel and train.py --wavlm.
 
-    The directory appears when it is complete. UserError if it exists.
+    Updates of --lora are merged: what is exported is a model without them. The directory appears
+    when it is complete. UserError if it exists.
     """
     model, checkpoint = load_model(path, "--checkpoint")
     if "name" not in checkpoint["args"]:
         raise UserError(f"--checkpoint {path} is an export already: give a run directory")
+    if model.config.lora:
+        merge_lora(model.encoder.wavlm)
+        model.config = dataclasses.replace(model.config, lora=0, lora_alpha=0.0)
+        checkpoint["args"] |= {"lora": 0, "lora_alpha": 0.0}
     if directory.exists():
         raise UserError(f"--export {directory} exists: delete it, or give another")
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
@@ -533,8 +555,8 @@ CARD = """\
 # {name}
 
 Predicts {targets} (in this order) of an utterance of speech, on the labels' scale {low:g} to
-{high:g}, from its first {max_seconds:g} s. Trained with vatune (commit {commit}) on {data}, encoder
-{encoder}, prosody {prosody}{origin}.
+{high:g}, from its first {max_seconds:g} s{vectors}. Trained with vatune (commit {commit}) on
+{data}, encoder {encoder}, prosody {prosody}{origin}.
 
 {scores}
 
@@ -561,7 +583,10 @@ def model_card(run: Path, checkpoint: dict, targets: Sequence[str]) -> str:
     origin = f", starting from {Path(flags['init_from']).name}" if flags["init_from"] else ""
     if flags["train_only"]:
         origin += "; only FiLM was trained: if on one speaker, for that speaker alone"
-    values = {"low": low, "high": high, "scores": scores, "origin": origin}
+    widths, vectors = checkpoint["config"].get("vector_dims", ()), ""
+    if widths:
+        vectors = f" and vectors of widths {', '.join(map(str, widths))} (`--vectors DIR` for each)"
+    values = {"low": low, "high": high, "scores": scores, "origin": origin, "vectors": vectors}
     values |= {"commit": result.get("git_commit", "unknown"), "targets": in_words(targets)}
     return CARD.format(**(flags | values | {"data": Path(flags["data"]).name}))
 

@@ -4,13 +4,16 @@
     python report.py runs/demo --out runs/demo         # the same with pictures in report.html
     python report.py runs/demo runs/baseline           # comparison, best first; also written to .
     python report.py runs/demo --folds 1-3 --json      # figures of these folds alone
+    python report.py runs/a runs/b --ensemble          # and those of the mean of their predictions
 
 A fold without readable files is shown as missing, with the reason; then nothing that spans folds
 is given and the exit code is 1. The mean of the folds' CCCs and the pooled CCC (one CCC over all
 test utterances) are two figures: pooling also sees shifts between folds. Intervals are percentile
 bootstraps of pooled CCCs that draw all utterances of a speaker together, since these are not
-independent; dialogues are drawn if fewer than five speakers are known. Differences of experiments
-are paired: on the utterances that both predicted, with the same draws.
+independent; dialogues are drawn if fewer than five speakers are known. Of an experiment with seeds
+(launch.sh --seeds) all figures are means over seeds, and intervals draw seeds, too. Differences of
+experiments are paired: on the seeds and utterances that both predicted, with the same draws. Where
+the corpus has several raters, what one of them reaches stands beside.
 Exit code: 0 complete; 1 a fold is missing; 2 wrong flags or files (one line, no traceback).
 train.py uses plot_run, separation and against_frozen. Not here: training, predictions.
 """
@@ -28,7 +31,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,7 +40,7 @@ from torch import Tensor
 
 from corpora import TESTS, known_speaker
 from flags import FREE_ON_RESUME
-from model import ModelConfig, concordance, metrics, moment_sums
+from model import ModelConfig, metrics
 from util.files import (
     UserError,
     in_words,
@@ -47,7 +50,16 @@ from util.files import (
     say,
     without_nan,
 )
-from util.runs import read_json, read_predictions, read_records, read_vectors, tensors
+from util.intervals import RESAMPLES, cluster_ids, human_ceiling, intervals, resampled_cccs
+from util.runs import (
+    predicted,
+    read_json,
+    read_predictions,
+    read_ratings,
+    read_records,
+    read_vectors,
+    tensors,
+)
 
 if TYPE_CHECKING:  # matplotlib and scikit-learn are imported where they are used: they take seconds
     from matplotlib.axes import Axes
@@ -55,9 +67,6 @@ if TYPE_CHECKING:  # matplotlib and scikit-learn are imported where they are use
 
 log = logging.getLogger("vatune")
 
-RESAMPLES = 2000
-SEED = 0
-MIN_CLUSTERS = 5  # fewer speakers than this say little about the next one [guess]
 MIN_UTTERANCES = 10  # a CCC of fewer is not shown [guess]
 MAX_GROUPS = 20  # rows of a breakdown; a corpus may have a thousand speakers
 MAX_VECTORS = 1000  # embeddings that are measured or drawn
@@ -69,6 +78,7 @@ MAX_NAME = 20  # characters of a name that count for it
 FREE_IN_BASELINE = FREE_ON_RESUME | {
     "unfreeze", "lr", "encoder_lr", "lr_reference_batch", "warmup", "scheduler", "epochs",
     "max_steps", "patience", "eval_every", "separation_every", "name", "feature_cache",
+    "lora", "lora_alpha",
     # how a step is computed, not what it computes
     "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "attention",
 }  # fmt: skip
@@ -93,25 +103,56 @@ def cccs_of(targets: Sequence[str]) -> dict[str, str]:
     return {f"ccc_{name}": f"CCC {name}" for name in (*targets, "mean")}
 
 
+class Cell(NamedTuple):
+    """Place of a run in its experiment."""
+
+    seed: int  # -1: launched without --seeds
+    fold: int
+
+    @property
+    def path(self) -> str:
+        """Its directory below that of the experiment."""
+        return f"fold{self.fold}" if self.seed < 0 else f"seed{self.seed}/fold{self.fold}"
+
+    @property
+    def name(self) -> str:
+        return str(self.fold) if self.seed < 0 else self.path
+
+    @property
+    def title(self) -> str:
+        return f"fold {self.fold}" if self.seed < 0 else self.path
+
+
 @dataclass
 class Experiment:
-    """Figures of one experiment directory; what spans folds is None where a fold is missing."""
+    """Figures of one experiment directory; what spans runs is None where one is missing."""
 
     name: str
     num_folds: int  # of the corpus, as far as the directory shows
     targets: list[str]
-    folds: dict[int, dict[str, float] | None]  # fold -> its figures; None = missing
-    problems: dict[int, str]  # missing fold -> why
-    parts: dict[int, pd.DataFrame] = field(repr=False)  # fold -> its test rows
-    others: dict[str, pd.DataFrame] = field(repr=False)  # rows of further test splits, all folds
+    folds: dict[Cell, dict[str, float] | None]  # its figures; None = missing
+    problems: dict[Cell, str]  # missing run -> why
+    parts: dict[Cell, pd.DataFrame] = field(repr=False)  # its test rows
+    others: dict[str, pd.DataFrame] = field(repr=False)  # rows of further test splits, all runs
     notes: list[str]
     mean: dict[str, float] | None = None
-    std: dict[str, float] | None = None  # sample standard deviation; None for a single fold
+    std: dict[str, float] | None = None  # over folds, in root mean square over seeds; None: one
+    std_of_seeds: dict[str, float] | None = None  # of the seeds' means; None for a single seed
     pooled: dict[str, float] | None = None  # as model.metrics, RMSE in the label's scale
     interval: dict[str, tuple[float, float]] | None = None  # 95 % of each pooled CCC
     clusters: str = ""  # what the bootstrap draws: "10 speakers"
-    separation: dict[str, float] | None = None  # mean over folds
+    separation: dict[str, float] | None = None  # mean over runs
+    ceiling: dict[str, dict] | None = None  # target -> human_ceiling, and the model's CCC on it
     less_the_best: dict | str | None = None  # paired_difference to the best of several
+
+    @property
+    def seeds(self) -> list[int]:
+        """Its seeds, in order; [-1] without --seeds."""
+        return sorted({cell.seed for cell in self.folds})
+
+    @property
+    def num_runs(self) -> int:
+        return self.num_folds * len(self.seeds)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -120,88 +161,140 @@ class Experiment:
 
 def read_experiment(
     directory: Path,
-    asked: list[int] | None = None,
-    failed: list[int] | None = None,
+    folds: list[int] | None = None,
+    seeds: list[int] | None = None,
+    failed: Sequence[Cell] = (),
     targets: Sequence[str] | None = None,
 ) -> Experiment:
-    """The experiment with all its folds, or those of `asked`; UserError where it has none.
+    """The experiment with all its runs, or those of `folds` and `seeds`; UserError without one.
 
-    K folds are expected: num_folds of any result.json or, without one, the highest fold that left
-    a directory or a log. A fold in `failed` is missing: what is on disk is older. `targets`: read
-    the figures of these alone; None: those of the first fold.
+    K folds are expected of each seed: num_folds of any result.json or, without one, the highest
+    fold that left a directory or a log. A run in `failed` is missing: what is on disk is older.
+    `targets`: read the figures of these alone; None: those of the first run.
     """
     figures, parts, problems = {}, {}, {}
-    found = found_folds(directory)
-    for fold in found:
+    found, notes = found_runs(directory, seeds)
+    for cell in found:
         try:
-            targets = targets or targets_of(directory / f"fold{fold}")
-            figures[fold], parts[fold] = read_fold(directory / f"fold{fold}", targets)
+            targets = targets or targets_of(directory / cell.path)
+            figures[cell], parts[cell] = read_run(directory / cell.path, targets)
         except UserError as error:
-            problems[fold] = str(error)
+            problems[cell] = str(error)
     targets = list(targets or ModelConfig.targets)
-    num_folds = max([result["num_folds"] for result in figures.values()] or found)
-    problems |= dict.fromkeys(failed or (), "this run of it failed")
-    wanted = asked or range(1, num_folds + 1)
+    num_folds = max([result["num_folds"] for result in figures.values()] or [c.fold for c in found])
+    problems |= dict.fromkeys(failed, "this run of it failed")
+    wanted = [
+        Cell(seed, fold)
+        for seed in seeds or sorted({cell.seed for cell in found})
+        for fold in folds or range(1, num_folds + 1)
+    ]
     missing = {k: problems.get(k, "not run") for k in wanted if k not in figures or k in problems}
     left_out = f"is left out: the corpus has {num_folds} folds"
+    notes += [f"fold {cell.name} {left_out}" for cell in found if cell.fold > num_folds]
     experiment = Experiment(
         name=str(directory),
         num_folds=num_folds,
         targets=targets,
-        folds={fold: None if fold in missing else figures[fold] for fold in wanted},
+        folds={cell: None if cell in missing else figures[cell] for cell in wanted},
         problems=missing,
-        parts={fold: parts[fold] for fold in wanted if fold not in missing},
+        parts={cell: parts[cell] for cell in wanted if cell not in missing},
         others=read_other_tests(directory, [k for k in wanted if k not in missing], targets),
-        notes=[f"{directory}: fold {fold} {left_out}" for fold in found if fold > num_folds],
+        notes=[f"{directory}: {note}" for note in notes],
     )
     if not missing:
-        table = pd.DataFrame(list(experiment.folds.values()))
-        experiment.mean = table.mean(skipna=False).to_dict()
-        if len(table) > 1:
-            experiment.std = table.std(skipna=False).to_dict()
-        rows = pd.concat(experiment.parts.values(), ignore_index=True)
-        preds, labels = tensors(rows, targets)
-        ids, experiment.clusters = cluster_ids(rows)
-        experiment.pooled = metrics(preds, labels, targets)
-        experiment.interval = intervals(resampled_cccs(preds, labels, ids), targets)
+        summarise(experiment)
         experiment.separation = mean_separation(experiment)
+        experiment.ceiling = ceiling(experiment)
     return experiment
 
 
-def found_folds(directory: Path) -> list[int]:
-    """Folds that left a directory or a log; UserError where there is none."""
+def summarise(e: Experiment) -> None:
+    """Fills in what spans the runs of an experiment that has them all."""
+    table = pd.DataFrame(list(e.folds.values()))
+    of_seed = [part for _, part in table.groupby([cell.seed for cell in e.folds])]
+    e.mean = table.mean(skipna=False).to_dict()
+    if len(of_seed[0]) > 1:
+        variance = pd.DataFrame([part.var(skipna=False) for part in of_seed]).mean(skipna=False)
+        e.std = variance.pow(0.5).to_dict()
+    if len(of_seed) > 1:
+        means = pd.DataFrame([part.mean(skipna=False) for part in of_seed])
+        e.std_of_seeds = means.std(skipna=False).to_dict()
+    e.pooled, e.interval, e.clusters = pooled_scores(all_rows(e), e.targets)
+
+
+def all_rows(e: Experiment) -> pd.DataFrame:
+    """Test rows of all runs, with their seed."""
+    parts = [rows.assign(seed=cell.seed) for cell, rows in e.parts.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def mean_metrics(rows: pd.DataFrame, targets: Sequence[str]) -> dict[str, float]:
+    """Mean over seeds of model.metrics of each."""
+    scores = [metrics(*tensors(part, targets), targets) for _, part in rows.groupby("seed")]
+    return pd.DataFrame(scores).mean(skipna=False).to_dict()
+
+
+def pooled_scores(
+    rows: pd.DataFrame, targets: Sequence[str]
+) -> tuple[dict[str, float], dict[str, tuple[float, float]], str]:
+    """mean_metrics, the 95 % interval of each CCC, and what the bootstrap draws beside seeds."""
+    ids, clusters = cluster_ids(rows)
+    cccs = resampled_cccs(*tensors(rows, targets), ids, pd.factorize(rows["seed"])[0])
+    return mean_metrics(rows, targets), intervals(cccs, list(cccs_of(targets))), clusters
+
+
+def found_runs(directory: Path, seeds: list[int] | None) -> tuple[list[Cell], list[str]]:
+    """Runs that left a directory or a log, those of `seeds` alone, and what else there is.
+
+    UserError where there is none.
+    """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
-    names = [re.fullmatch(r"fold([1-9]\d*)(\.log)?", path.name) for path in directory.iterdir()]
-    found = sorted({int(match[1]) for match in names if match})
+    paths = [*directory.glob("fold*"), *directory.glob("seed*/fold*")]
+    pattern = re.compile(r"(?:seed(0|[1-9]\d*)/)?fold([1-9]\d*)(?:\.log)?")
+    matches = [pattern.fullmatch(path.relative_to(directory).as_posix()) for path in paths]
+    found = sorted({Cell(int(match[1] or -1), int(match[2])) for match in matches if match})
     if not found and (directory / "args.json").exists():
         raise UserError(f"{directory} is one fold: give the directory above it")
     if not found:
         raise UserError(f"{directory}: no folds (fold1, fold2, ...) in it")
-    return found
+    of_seeds = [cell for cell in found if cell.seed >= 0]
+    if seeds:
+        of_seeds = [cell for cell in of_seeds if cell.seed in seeds]
+        if not of_seeds:
+            raise UserError(f"{directory}: no run of --seeds in it (seed{seeds[0]}/fold1, ...)")
+    if not of_seeds:
+        return found, []
+    alone = [f"fold {cell.fold}" for cell in found if cell.seed < 0]
+    notes = [f"{', '.join(alone)}, beside the seeds, left out"] if alone else []
+    return of_seeds, notes
 
 
 def targets_of(run: Path) -> list[str]:
-    """The targets of a fold; older code knew two and did not write them down."""
+    """The targets of a run; older code knew two and did not write them down."""
     return read_json(run / "result.json").get("targets") or list(ModelConfig.targets)
 
 
 def read_other_tests(
-    directory: Path, folds: list[int], targets: Sequence[str]
+    directory: Path, cells: list[Cell], targets: Sequence[str]
 ) -> dict[str, pd.DataFrame]:
-    """Rows of the test splits beside `test` that have labels, by split, over the folds."""
+    """Rows of the test splits beside `test` that have labels, by split, over the runs."""
     others = {}
     for split in TESTS[1:]:
-        paths = [directory / f"fold{fold}" / f"predictions_{split}.csv" for fold in folds]
-        tables = [read_predictions(path, targets) for path in paths if path.exists()]
+        paths = {cell: directory / cell.path / f"predictions_{split}.csv" for cell in cells}
+        tables = [
+            read_predictions(path, targets).assign(seed=cell.seed)
+            for cell, path in paths.items()
+            if path.exists()
+        ]
         rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
         if len(rows) and rows[list(targets)].notna().any(axis=None):
             others[split] = rows
     return others
 
 
-def read_fold(directory: Path, targets: Sequence[str]) -> tuple[dict[str, float], pd.DataFrame]:
-    """(figures, test rows) of a fold that is done, for some or all of its targets."""
+def read_run(directory: Path, targets: Sequence[str]) -> tuple[dict[str, float], pd.DataFrame]:
+    """(figures, test rows) of a run that is done, for some or all of its targets."""
     keys = (*columns_of(targets), "parameters_trainable", "num_folds")
     path = directory / "result.json"
     if not path.exists():
@@ -233,62 +326,22 @@ def read_fold(directory: Path, targets: Sequence[str]) -> tuple[dict[str, float]
 # Intervals and differences
 
 
-def cluster_ids(rows: pd.DataFrame) -> tuple[np.ndarray, str]:
-    """Cluster of each row (N,) from 0, and what the clusters are: "10 speakers".
-
-    Dialogues where fewer than MIN_CLUSTERS speakers are known, or else single utterances. An
-    utterance of unknown speaker (dialogue) is a cluster by itself.
-    """
-    names = {"speaker": "speakers", "dialog": "dialogues", "utt_id": "utterances"}
-    for column in names:
-        known = rows[column].map(known_speaker)
-        count = rows[column][known].nunique()
-        if count >= MIN_CLUSTERS:
-            break
-    keys = rows[column].where(known, "utterance " + rows["utt_id"])
-    return pd.factorize(keys, sort=True)[0], f"{count} {names[column]}"
-
-
-def resampled_cccs(preds: Tensor, labels: Tensor, ids: np.ndarray) -> np.ndarray:
-    """CCC of each column of preds, labels (N, C) in each resample of clusters, (RESAMPLES, C).
-
-    A CCC needs six sums only, so a resample adds up those of its clusters; ids (N,) as from
-    cluster_ids. The same draws on every call.
-    """
-    rows = moment_sums(preds[None], labels[None])  # (6, N, C), one utterance each
-    size = int(ids.max()) + 1
-    sums = torch.zeros(6, size, rows.shape[2], dtype=torch.float64)
-    sums.index_add_(1, torch.from_numpy(ids), rows)
-    rng = np.random.default_rng(SEED)
-    cccs, without = [], torch.where(labels.isnan().all(0), torch.nan, 0.0)  # columns without label
-    for _ in range(0, RESAMPLES, 100):  # 100 at a time: bounded memory for 100 000 clusters
-        times = rng.multinomial(size, np.full(size, 1 / size), size=100)  # (100, clusters)
-        drawn = torch.einsum("rc,fct->frt", torch.from_numpy(times).double(), sums)
-        cccs.append(concordance(drawn) + without)  # (100, C)
-    return torch.cat(cccs).numpy()
-
-
-def intervals(cccs: np.ndarray, targets: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """95 % percentile interval per target and of their mean, from (RESAMPLES, E)."""
-    cccs = np.column_stack((cccs, np.nanmean(cccs, 1)))
-    low, high = np.quantile(cccs, (0.025, 0.975), axis=0).tolist()
-    return dict(zip(cccs_of(targets), zip(low, high)))
-
-
 def test_rows(e: Experiment) -> pd.DataFrame:
-    """Test rows of all folds by utt_id, in its order."""
-    rows = pd.concat(e.parts.values()).drop_duplicates("utt_id")
-    return rows.set_index("utt_id", drop=False).rename_axis(None).sort_index()
+    """Test rows of all runs by seed and utt_id, in their order."""
+    rows = all_rows(e).drop_duplicates(["seed", "utt_id"])
+    return rows.set_index(["seed", "utt_id"], drop=False).rename_axis([None, None]).sort_index()
 
 
 def paired_difference(one: Experiment, two: Experiment) -> dict | str:
-    """Pooled CCCs of `one` minus those of `two` on the test utterances and targets of both, or why
+    """Pooled CCCs of `one` minus those of `two` on the seeds, test utterances and targets of both,
     not.
 
     {"to": name of `two`, "n", "clusters", "ccc_valence": (difference, low, high), ...}
     """
     if not (one.parts and two.parts):
         return "no fold of one of them is there"
+    if not set(one.seeds) & set(two.seeds):
+        return "no seed in common"
     rows_one, rows_two = test_rows(one), test_rows(two)
     shared = rows_one.index.intersection(rows_two.index)
     if not len(shared):
@@ -296,17 +349,32 @@ def paired_difference(one: Experiment, two: Experiment) -> dict | str:
     targets = [target for target in one.targets if target in two.targets]
     if not targets:
         return "no target in common"
-    preds_one, labels = tensors(rows_one.loc[shared], targets)
-    preds_two, others = tensors(rows_two.loc[shared], targets)
+    rows_one, rows_two = rows_one.loc[shared], rows_two.loc[shared]
+    preds_one, labels = tensors(rows_one, targets)
+    preds_two, others = tensors(rows_two, targets)
     if not torch.allclose(labels, others, equal_nan=True):
         return "their labels of the same utterances differ"
-    ids, clusters = cluster_ids(rows_one.loc[shared])
-    score_one, score_two = (metrics(preds, labels, targets) for preds in (preds_one, preds_two))
-    # the same draws for both
-    draws_one, draws_two = (resampled_cccs(preds, labels, ids) for preds in (preds_one, preds_two))
-    ends = intervals(draws_one - draws_two, targets)
+    ids, clusters = cluster_ids(rows_one)
+    seeds = pd.factorize(rows_one["seed"])[0]
+    score_one, score_two = (mean_metrics(rows, targets) for rows in (rows_one, rows_two))
+    draws_one, draws_two = (
+        resampled_cccs(preds, labels, ids, seeds) for preds in (preds_one, preds_two)
+    )
+    ends = intervals(draws_one - draws_two, list(cccs_of(targets)))
     differences = {key: (score_one[key] - score_two[key], *ends[key]) for key in ends}
-    return {"to": two.name, "n": len(shared), "clusters": clusters, **differences}
+    if seeds.max():
+        clusters += f" x {seeds.max() + 1} seeds"
+    return {"to": two.name, "n": rows_one["utt_id"].nunique(), "clusters": clusters, **differences}
+
+
+def run_alone(
+    name: str, folds: dict[int, tuple[dict[str, float], pd.DataFrame]], targets: list[str]
+) -> Experiment:
+    """An experiment of one seed, of its (figures, test rows) by fold."""
+    cells = {Cell(-1, fold): run for fold, run in folds.items()}
+    figures = {cell: figures for cell, (figures, _) in cells.items()}
+    parts = {cell: rows for cell, (_, rows) in cells.items()}
+    return Experiment(name, len(folds), targets, figures, {}, parts, others={}, notes=[])
 
 
 def against_frozen(run: Path) -> str:
@@ -316,8 +384,10 @@ def against_frozen(run: Path) -> str:
     WavLM frozen that agree in all flags that both know, but for FREE_IN_BASELINE.
     """
     flags = read_json(run / "args.json")
+    out = run.parents[1 + str(flags.get("name")).count("/")]
+    results = [*out.glob(f"*/{run.name}/result.json"), *out.glob(f"*/seed*/{run.name}/result.json")]
     baselines, refused = [], []
-    for path in sorted(run.parent.parent.glob(f"*/{run.name}/result.json")):
+    for path in sorted(results):
         others = read_json(path.with_name("args.json"))
         if path.parent == run or others.get("unfreeze") != "none":
             continue
@@ -331,17 +401,19 @@ def against_frozen(run: Path) -> str:
             refused.append((len(differ), f" ({path.parent} differs in {', '.join(differ)})"))
             continue
         with contextlib.suppress(UserError):  # damaged
-            figures, _ = read_fold(path.parent, targets_of(run))
+            figures, _ = read_run(path.parent, targets_of(run))
             baselines.append((figures["dev/ccc_mean"], path.parent))
     if not baselines:
         nearest = min(refused)[1] if refused else ""
         return (
-            f"no frozen baseline of this fold in {run.parent.parent}{nearest}: the same command "
+            f"no frozen baseline of this fold in {out}{nearest}: the same command "
             "with --unfreeze none --name frozen makes one, then report.py compares the two"
         )
     baseline = max(baselines)[1]
-    fold = int(run.name.removeprefix("fold"))
-    one, two = (read_experiment(path.parent, [fold]) for path in (run, baseline))
+    targets = targets_of(run)
+    one, two = (
+        run_alone(str(path), {1: read_run(path, targets)}, targets) for path in (run, baseline)
+    )
     paired = paired_difference(one, two)
     if isinstance(paired, str):
         return f"no comparison with {baseline}: {paired}"
@@ -358,6 +430,124 @@ def signed(difference: tuple[float, float, float]) -> str:
     if math.isnan(difference[0]):
         return "-"
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ensembles
+
+
+def ensemble_of(experiments: list[Experiment]) -> "Ensemble":
+    """The mean of the test predictions of all runs of a fold, against the best single run.
+
+    Each seed of an experiment is a member. The best one is chosen on dev, over the same folds: the
+    best on test would be too good by chance. A fold that a member lacks is left out; UserError if
+    none is left, or if two members were not tested on the same utterances.
+    """
+    members: dict[str, dict[int, tuple[dict[str, float], pd.DataFrame]]] = {}
+    for e in experiments:
+        for cell, figures in e.folds.items():
+            name = e.name if cell.seed < 0 else f"{e.name}/seed{cell.seed}"
+            folds = members.setdefault(name, {})
+            if figures:
+                folds[cell.fold] = (figures, e.parts[cell])
+    if len(members) < 2:
+        raise UserError("--ensemble: give several RUNs, or one with several seeds")
+    lacking = {
+        fold: [name for name in members if fold not in members[name]]
+        for fold in sorted({cell.fold for e in experiments for cell in e.folds})
+    }
+    shared = [fold for fold, names in lacking.items() if not names]
+    if not shared:
+        raise UserError(f"--ensemble: no fold is there in all of {', '.join(members)}")
+    targets = experiments[0].targets  # the same in all
+    means = {
+        fold: mean_run({name: members[name][fold][1] for name in members}, targets)
+        for fold in shared
+    }
+    mean = run_alone(f"mean of {len(members)} runs", means, targets)
+    mean.notes = [
+        f"fold {fold} is left out: not there in {', '.join(names)}"
+        for fold, names in lacking.items()
+        if names
+    ]
+    dev = {
+        name: float(np.mean([folds[fold][0]["dev/ccc_mean"] for fold in shared]))
+        for name, folds in members.items()
+    }
+    best = max(dev, key=lambda name: np.nan_to_num(dev[name], nan=-1))
+    single = run_alone(best, {fold: members[best][fold] for fold in shared}, targets)
+    summarise(mean)
+    summarise(single)
+    mean.less_the_best = paired_difference(mean, single)
+    differences = {}
+    for fold in shared:
+        one = run_alone(mean.name, {fold: means[fold]}, targets)
+        two = run_alone(best, {fold: members[best][fold]}, targets)
+        differences[fold] = paired_difference(one, two)
+    return Ensemble(list(members), mean, single, dev[best], differences)
+
+
+@dataclass
+class Ensemble:
+    """Several runs as one."""
+
+    members: list[str]
+    mean: Experiment  # of their predictions; its less_the_best is that to the best single one
+    best: Experiment  # the one with the highest mean dev CCC
+    best_dev_ccc: float
+    less_the_best: dict[int, dict]  # of each fold
+
+
+def mean_run(
+    runs: dict[str, pd.DataFrame], targets: Sequence[str]
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """(test figures, test rows) of the mean of the predictions of one fold, from rows by run.
+
+    UserError if they were not tested on the same utterances with the same labels.
+    """
+    tables = {name: rows.set_index("utt_id", drop=False) for name, rows in runs.items()}
+    first = next(iter(tables))
+    rows = tables[first].rename_axis(None).copy()
+    for name, table in tables.items():
+        if not table.index.is_unique:
+            twice = table.index[table.index.duplicated()][0]
+            raise UserError(f"--ensemble: {name} has test utterance {twice} twice")
+        alone = table.index.symmetric_difference(rows.index)
+        if len(alone):
+            pair = f"{first} and {name}"
+            raise UserError(f"--ensemble: {alone[0]} is a test utterance of one of {pair} alone")
+        labels = [tensors(t.loc[rows.index], targets)[1] for t in (rows, table)]
+        if not torch.allclose(*labels, equal_nan=True):
+            raise UserError(f"--ensemble: labels of the same utterances differ in {first}, {name}")
+    values = [table.loc[rows.index, predicted(targets)] for table in tables.values()]
+    rows[predicted(targets)] = np.mean(values, axis=0)
+    scores = metrics(*tensors(rows, targets), targets)
+    figures = dict.fromkeys(columns_of(targets), math.nan)
+    return figures | {f"test/{name}": value for name, value in scores.items()}, rows
+
+
+# ---------------------------------------------------------------------------------------------
+# Human raters
+
+
+def ceiling(e: Experiment) -> dict[str, dict] | None:
+    """Target -> human_ceiling on the test utterances, with "model": the CCC of the predictions on
+    these. None where the runs have no ratings; a note if these are damaged."""
+    rows = all_rows(e)
+    try:
+        parts = [read_ratings(Path(e.name) / cell.path, e.targets) for cell in e.parts]
+    except UserError as error:
+        e.notes.append(f"human raters: not given, {error}")
+        return None
+    ratings = pd.concat(parts).drop_duplicates(["utt_id", "rater"])  # each seed has the same ones
+    found = {}
+    for target in e.targets:
+        human = human_ceiling(ratings, rows, target)
+        if human:
+            rated = rows[rows["utt_id"].isin(human["utterances"])]
+            human["model"] = mean_metrics(rated, [target])[f"ccc_{target}"]
+            found[target] = human | {"utterances": len(human["utterances"])}
+    return found or None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -421,11 +611,11 @@ def probe(vectors: np.ndarray, classes: np.ndarray, method: str) -> np.ndarray:
 
 
 def mean_separation(experiment: Experiment) -> dict[str, float] | None:
-    """Mean over folds of what all folds have; None, and a note, where embeddings are missing."""
+    """Mean over runs of what all runs have; None, and a note, where embeddings are missing."""
     figures = []
-    for fold, rows in experiment.parts.items():
+    for cell, rows in experiment.parts.items():
         try:
-            vectors = read_vectors(Path(experiment.name) / f"fold{fold}", len(rows))
+            vectors = read_vectors(Path(experiment.name) / cell.path, len(rows))
             targets, speakers = experiment.targets, rows["speaker"].tolist()
             figures.append(separation(vectors, tensors(rows, targets)[1], speakers, targets))
         except UserError as error:  # also of a package that is broken
@@ -449,34 +639,105 @@ class Section:
 
 
 def fold_sections(e: Experiment) -> list[Section]:
-    """One experiment: its folds, then the figures over all of them, or why there are none."""
+    """One experiment: its runs, then the figures over all of them, or why there are none."""
+    what, spread = "fold", {"std": e.std}
+    title = f"{e.name}: {len(e.parts)} of {e.num_runs} folds, each on its own test set"
+    if e.seeds != [-1]:
+        what, spread = "run", {"std of folds": e.std, "std of seeds": e.std_of_seeds}
+        runs = f"{len(e.parts)} of {e.num_runs} runs, {len(e.seeds)} seeds x {e.num_folds} folds"
+        title = f"{e.name}: {runs}"
     rows, columns = [], columns_of(e.targets)
-    for name, figures in {**e.folds, "mean": e.mean, "std": e.std}.items():
+    for cell, figures in e.folds.items():
+        shown = {f"CCC {e.targets[0]}": "missing"}
         if figures:
-            rows.append({"fold": name} | {title: figures[key] for key, title in columns.items()})
-        elif name in e.problems:
-            rows.append({"fold": name, f"CCC {e.targets[0]}": "missing"})
-    title = f"{e.name}: {len(e.parts)} of {e.num_folds} folds, each on its own test set"
-    folds = Section(title, table_of(rows, ["fold", *columns.values()]), not_given(e) + e.notes)
+            shown = {title: figures[key] for key, title in columns.items()}
+        rows.append({what: cell.name} | shown)
+    for name, figures in {"mean": e.mean, **spread}.items():
+        if figures:
+            rows.append({what: name} | {title: figures[key] for key, title in columns.items()})
+    folds = Section(title, table_of(rows, [what, *columns.values()]), not_given(e) + e.notes)
     if e.problems:
         return [folds]
-    everything = pd.concat(e.parts.values(), ignore_index=True)
-    pooled = pooled_table(e.targets, e.pooled, e.interval)
+    everything = all_rows(e)
     explained = (
-        f"pooled: one CCC over all {len(everything)} test utterances (not the mean over folds); "
-        f"interval from {RESAMPLES} bootstrap draws of {e.clusters}"
+        f"pooled: one CCC over all {len(everything) // len(e.seeds)} test utterances (not the mean "
+        f"over folds); interval from {RESAMPLES} bootstrap draws of {e.clusters}"
     )
-    sections = [folds, Section("All folds pooled", pooled, [explained])]
-    for split, part in e.others.items():
-        preds, labels = tensors(part, e.targets)
-        ids, clusters = cluster_ids(part)
-        ends = intervals(resampled_cccs(preds, labels, ids), e.targets)
-        table = pooled_table(e.targets, metrics(preds, labels, e.targets), ends)
-        note = f"{len(part)} utterances; intervals from {RESAMPLES} bootstrap draws of {clusters}"
+    if e.std_of_seeds:
+        explained += f" and, independently, of the {len(e.seeds)} seeds, whose CCCs are averaged"
+    if e.std and e.std_of_seeds:
+        folds.notes.append(
+            "std of folds: within a seed (root mean square over seeds); std of seeds: of the "
+            "seeds' means over folds"
+        )
+    pooled = Section("All folds pooled", pooled_table(e.targets, e.pooled, e.interval), [explained])
+    sections = [folds, pooled, *ceiling_sections(e)]
+    for split, rows in e.others.items():
+        scores, interval, clusters = pooled_scores(rows, e.targets)
+        count = len(rows) // rows["seed"].nunique()
+        note = f"{count} utterances; intervals from {RESAMPLES} bootstrap draws of {clusters}"
+        table = pooled_table(e.targets, scores, interval)
         sections.append(Section(f"Another test split: {split}", table, [note]))
     for column in ("speaker", "emotion"):
         sections += breakdown(everything, column, e.targets)
     return sections
+
+
+def brackets(interval: tuple[float, float]) -> str | None:
+    """[0.123, 0.456], or None of NaN."""
+    return None if math.isnan(interval[0]) else "[{:.3f}, {:.3f}]".format(*interval)
+
+
+def ceiling_sections(e: Experiment) -> list[Section]:
+    """What one human rater reaches, beside the model on the same utterances."""
+    if not e.ceiling:
+        return []
+    rows = []
+    for target, human in e.ceiling.items():
+        row = {"human raters": target, "utterances": human["utterances"]}
+        row |= {"raters each": f"{human['raters']:.1f}", "one rater": human["ccc"]}
+        row |= {"95 % interval": brackets(human["interval"]), "model": human["model"]}
+        rows.append(row | {"reliability": human["reliability"]})
+    human = next(iter(e.ceiling.values()))
+    notes = [
+        "one rater: CCC of a rating with the mean of the other raters of the utterance, which "
+        "counts once however many they are (leave one rater out); interval from "
+        f"{RESAMPLES} bootstrap draws of {human['clusters']}",
+        "model: pooled CCC on the same utterances; it may be above one rater, being compared with "
+        "the mean of all",
+        "reliability of that mean: split half, Spearman-Brown corrected; no model's PCC is above "
+        "its square root, but for chance",
+    ]
+    title = f"{e.name}: what human raters reach on its test utterances"
+    return [Section(title, table_of(rows), notes)]
+
+
+def ensemble_sections(ensemble: Ensemble) -> list[Section]:
+    """The mean of the predictions: its folds, then all of them pooled."""
+    mean, best = ensemble.mean, ensemble.best
+    rows, titles = [], cccs_of(mean.targets)
+    for (_, fold), figures in mean.folds.items():
+        row = {"fold": fold} | {title: figures[f"test/{key}"] for key, title in titles.items()}
+        row["mean less the best"] = signed(ensemble.less_the_best[fold]["ccc_mean"])
+        rows.append(row)
+    row = {"fold": "mean"} | {title: mean.mean[f"test/{key}"] for key, title in titles.items()}
+    title = f"Ensemble: mean of the test predictions of {len(ensemble.members)} runs"
+    notes = [f"of {', '.join(ensemble.members)}", *mean.notes]
+    notes.append(
+        f"best: {best.name}, the single run with the highest mean dev CCC "
+        f"({ensemble.best_dev_ccc:.3f}); one chosen on test would look better than it is"
+    )
+    folds = Section(title, table_of([*rows, row]), notes)
+    pooled = pooled_table(mean.targets, mean.pooled, mean.interval)
+    pooled = pooled[["pooled", "CCC", "95 % interval"]]
+    keys = [f"ccc_{name}" for name in pooled["pooled"]]
+    pooled["best"] = [cell(best.pooled[key]) for key in keys]
+    pooled["less the best"] = [signed(mean.less_the_best[key]) for key in keys]
+    explained = (
+        f"{mean.less_the_best['n']} test utterances; 95 % intervals from {RESAMPLES} bootstrap "
+        f"draws of {mean.clusters}, paired for the difference: with 0 inside it shows none"
+    )
+    return [folds, Section("Ensemble, all folds pooled", pooled, [explained])]
 
 
 def pooled_table(
@@ -485,9 +746,8 @@ def pooled_table(
     """A row per target, and for their mean if there are several."""
     rows = []
     for name in (*targets, "mean")[: len(targets) + (len(targets) > 1)]:
-        low, high = interval[f"ccc_{name}"]
         row = {"pooled": name, "CCC": scores[f"ccc_{name}"]}
-        row["95 % interval"] = None if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
+        row["95 % interval"] = brackets(interval[f"ccc_{name}"])
         for metric in ("pcc", "rmse"):
             row[metric.upper()] = scores.get(f"{metric}_{name}")
         rows.append(row)
@@ -501,11 +761,12 @@ def breakdown(rows: pd.DataFrame, column: str, targets: Sequence[str]) -> list[S
         return []
     shown = []
     for name in sorted(groups.size().nlargest(MAX_GROUPS).index):
-        preds, labels = tensors(groups.get_group(name), targets)
-        scores, bias = metrics(preds, labels, targets), (preds - labels).nanmean(0).tolist()
-        row = {column: name, "n": len(labels)}
+        group = groups.get_group(name)
+        preds, labels = tensors(group, targets)
+        scores, bias = mean_metrics(group, targets), (preds - labels).nanmean(0).tolist()
+        row = {column: name, "n": len(labels) // group["seed"].nunique()}
         for i, target in enumerate(targets):  # a CCC against two label values says little
-            known = labels[:, i][~labels[:, i].isnan()]
+            known = labels[: row["n"], i][~labels[: row["n"], i].isnan()]  # of one seed
             enough = len(known) >= MIN_UTTERANCES and len(known.unique()) > 2
             row[f"CCC {target}"] = scores[f"ccc_{target}"] if enough else None
             row[f"RMSE {target}"] = scores[f"rmse_{target}"]
@@ -518,12 +779,14 @@ def breakdown(rows: pd.DataFrame, column: str, targets: Sequence[str]) -> list[S
 
 
 def not_given(e: Experiment) -> list[str]:
-    """Why there is no mean, and what is wrong with each missing fold."""
+    """Why there is no mean, and what is wrong with each missing run."""
     if not e.problems:
         return []
     folds = "fold {} is" if len(e.problems) == 1 else "folds {} are"
-    why = f"mean: not given, {folds.format(', '.join(map(str, e.problems)))} missing"
-    return [why, *(f"fold {fold}: {problem}" for fold, problem in e.problems.items())]
+    if e.seeds != [-1]:
+        folds = folds.replace("fold", "run")
+    why = f"mean: not given, {folds.format(', '.join(cell.name for cell in e.problems))} missing"
+    return [why, *(f"{cell.title}: {problem}" for cell, problem in e.problems.items())]
 
 
 def comparison_sections(experiments: list[Experiment]) -> list[Section]:
@@ -533,20 +796,23 @@ def comparison_sections(experiments: list[Experiment]) -> list[Section]:
     titles = cccs_of(best.targets)
     rows, differences = [], []
     notes = ["CCC: mean over folds ± standard deviation, on test; hours: all folds together"]
+    if any(e.std_of_seeds for e in experiments):
+        notes.append("of several seeds: mean over seeds and folds ± that of the seeds' means")
     for e in experiments:
-        row = {"experiment": e.name, "folds": f"{len(e.parts)}/{e.num_folds}"}
+        row = {"experiment": e.name, "folds": f"{len(e.parts)}/{e.num_runs}"}
         rows.append(row)
         notes += [f"{e.name}: {note}" for note in not_given(e) + e.notes]
         if e.problems:
             row[f"CCC {best.targets[0]}"] = "missing"
             continue
         row |= {title: e.mean[f"test/{key}"] for key, title in titles.items()}
-        if e.std:
-            row["CCC mean"] = f"{row['CCC mean']:.3f} ± {e.std['test/ccc_mean']:.3f}"
+        spread = e.std_of_seeds or e.std
+        if spread:
+            row["CCC mean"] = f"{row['CCC mean']:.3f} ± {spread['test/ccc_mean']:.3f}"
         row["parameters trainable"] = f"{e.mean['parameters_trainable'] / 1e6:.2f} M"
         row["hours"] = sum(figures["hours"] for figures in e.folds.values())
         row["peak GiB"] = max(figures["peak_gib"] for figures in e.folds.values())
-        if set(test_rows(e).index) != set(test_rows(best).index):
+        if set(test_rows(e)["utt_id"]) != set(test_rows(best)["utt_id"]):
             notes.append(f"{e.name}: tested on other utterances than {best.name}")
     for e in experiments[1:]:
         row, paired = {"less the best": e.name, "utterances": e.less_the_best}, e.less_the_best
@@ -564,6 +830,7 @@ def comparison_sections(experiments: list[Experiment]) -> list[Section]:
     return [
         Section(f"{len(experiments)} experiments, best first", table_of(rows, columns), notes),
         Section("Paired differences", differences, [explained]),
+        *ceiling_sections(best),
     ]
 
 
@@ -675,10 +942,10 @@ def plot_run(directory: Path, split: str, vectors: Tensor, targets: Sequence[str
 
 
 def picture_section(e: Experiment) -> Section:
-    """The pictures of one experiment, of the folds that are there."""
+    """The pictures of one experiment, of the folds that are there, and of the first seed."""
     records, parts, vectors = {}, {}, {}
-    for fold, rows in e.parts.items():
-        name, run = f"fold {fold}", Path(e.name) / f"fold{fold}"
+    for cell in [cell for cell in e.parts if cell.seed == min(e.parts).seed]:
+        name, run, rows = cell.title, Path(e.name) / cell.path, e.parts[cell]
         records[name], parts[name] = read_records(run), rows
         with contextlib.suppress(UserError):  # named in the notes
             vectors[name] = read_vectors(run, len(rows))
@@ -820,25 +1087,46 @@ def plot_embedding(
 # ---------------------------------------------------------------------------------------------
 
 
-def fold_list(text: str) -> list[int]:
-    """Folds of "1-3,5", sorted."""
-    if not re.fullmatch(r"[1-9]\d{0,3}(-[1-9]\d{0,3})?(,[1-9]\d{0,3}(-[1-9]\d{0,3})?)*", text):
+def seed_list(text: str, first: int = 0) -> list[int]:
+    """Numbers of "1-3,5", sorted; `first` is the lowest one possible."""
+    if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
         raise argparse.ArgumentTypeError(f"{text!r}: give 1-5, or 1,3,5, or a mix")
     ends = [item.split("-") for item in text.split(",")]
-    return sorted({fold for e in ends for fold in range(int(e[0]), int(e[-1]) + 1)})
+    numbers = sorted({number for e in ends for number in range(int(e[0]), int(e[-1]) + 1)})
+    if not numbers or numbers[0] < first:
+        raise argparse.ArgumentTypeError(f"{text!r}: give {first}-5, or 1,3,5, or a mix")
+    return numbers
+
+
+def fold_list(text: str) -> list[int]:
+    return seed_list(text, first=1)
+
+
+def cell_list(text: str) -> list[Cell]:
+    """Runs of "1,3" (folds) or "seed0/fold1,seed0/fold3"."""
+    matches = [re.fullmatch(r"(?:seed(\d+)/fold)?(\d+)", item) for item in text.split(",")]
+    if not all(matches):
+        raise argparse.ArgumentTypeError(f"{text!r}: give 1,3 or seed0/fold1,seed0/fold3")
+    return [Cell(int(match[1] or -1), int(match[2])) for match in matches]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory holding fold1, ...")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+        help="directory holding fold1, ..., or seed0/fold1, ...")  # fmt: skip
     p.add_argument("--folds", type=fold_list, help="1-5, or 1,3,5, or a mix; default: all")
-    p.add_argument("--failed", type=fold_list, help="folds to show as missing in any case")
+    p.add_argument("--seeds", type=seed_list, help="0-4, or 0,2,4, or a mix; default: all")
+    p.add_argument("--failed", type=cell_list, default=[],
+        help="folds, or seed0/fold1, ..., to show as missing in any case")  # fmt: skip
+    p.add_argument("--ensemble", action="store_true",
+        help="also score the mean of the test predictions of all RUNs and seeds")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="DIR",
         help="write report.html, of several RUNs experiment_comparison.md too; default: . for "
         "several RUNs, nowhere for one")  # fmt: skip
     p.add_argument("--json", action="store_true",
         help="print all figures as JSON instead: a list, best first; of several RUNs, "
-        "less_the_best holds the paired differences: [difference, low, high]")  # fmt: skip
+        "less_the_best holds the paired differences: [difference, low, high]; with --ensemble, "
+        "that is the last")  # fmt: skip
     return p.parse_args(argv)
 
 
@@ -849,7 +1137,7 @@ def mean_ccc(e: Experiment) -> float:
 
 def main(args: argparse.Namespace) -> int:
     """Writes the report's files and prints it; 0, or 1 where a fold is missing."""
-    experiments = [read_experiment(run, args.folds, args.failed) for run in args.runs]
+    experiments = [read_experiment(run, args.folds, args.seeds, args.failed) for run in args.runs]
     several = len(experiments) > 1
     shared = [t for t in experiments[0].targets if all(t in e.targets for e in experiments)]
     if not shared:
@@ -857,14 +1145,23 @@ def main(args: argparse.Namespace) -> int:
     compared = {id(e): e for e in experiments}
     for e, run in zip(experiments, args.runs):
         if set(e.targets) != set(shared):  # the comparison is on what all have
-            compared[id(e)] = read_experiment(run, args.folds, args.failed, shared)
+            rival = read_experiment(run, args.folds, args.seeds, args.failed, shared)
             left_out = in_words([target for target in e.targets if target not in shared])
-            compared[id(e)].notes.append(f"{left_out} is left out: another run has none")
+            rival.notes.append(f"{left_out} is left out: another run has none")
+            compared[id(e)] = rival
     experiments.sort(key=lambda e: mean_ccc(compared[id(e)]), reverse=True)  # missing ones last
     rivals = [compared[id(e)] for e in experiments]
     for e, rival in zip(experiments[1:], rivals[1:]):
         e.less_the_best = rival.less_the_best = paired_difference(rival, rivals[0])
     sections = comparison_sections(rivals) if several else fold_sections(experiments[0])
+    figures = [as_figures(e) for e in experiments]
+    if args.ensemble:
+        ensemble = ensemble_of(rivals)
+        sections += ensemble_sections(ensemble)
+        figures.append(as_figures(ensemble.mean) | {
+            "members": ensemble.members, "best": ensemble.best.name,
+            "best_dev_ccc": ensemble.best_dev_ccc, "folds_less_the_best": ensemble.less_the_best,
+        })  # fmt: skip
     sections += separation_sections(experiments)
     out = args.out or (Path() if several else None)
     if out:
@@ -877,11 +1174,22 @@ def main(args: argparse.Namespace) -> int:
         replace_text(out / "report.html", as_html(page))
         say(f"written: {out / 'report.html'}")
     if args.json:
-        figures = [{k: v for k, v in vars(e).items() if k != "parts"} for e in experiments]
         print(json.dumps(without_nan(figures)))
     else:
         print(as_text(sections))
     return int(any(e.problems for e in experiments))
+
+
+def as_figures(e: Experiment) -> dict:
+    """All of it, with figures in place of rows, for JSON."""
+    figures = {key: value for key, value in vars(e).items() if key != "parts"}
+    for key in ("folds", "problems"):
+        figures[key] = {cell.name: value for cell, value in figures[key].items()}
+    names = ("pooled", "interval", "clusters")
+    figures["others"] = {
+        split: dict(zip(names, pooled_scores(rows, e.targets))) for split, rows in e.others.items()
+    }
+    return figures
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from model import (
 from util import distributed
 from util.files import UserError, digest, in_words, weights_digest
 from wavlm import (
+    LORA,
     PADDING_BIAS,
     WavLM,
     WavLMError,
@@ -53,7 +54,7 @@ PLATEAU_EVALS = 3  # evaluations without a better dev CCC, after which plateau h
 # ---------------------------------------------------------------------------------------------
 # What trains, and when
 
-STAGES = r"none|all|transformer|top:[1-9]\d*"
+STAGES = r"none|all|transformer|lora|top:[1-9]\d*"
 
 
 def parse_unfreeze(text: str) -> list[tuple[int, str]]:
@@ -83,8 +84,8 @@ def stages(unfreeze: str) -> list[str]:
 
 
 def is_frozen(args: argparse.Namespace, stage: str) -> bool:
-    """True if nothing of WavLM trains in this stage."""
-    return args.encoder == "wavlm" and stage == "none"
+    """True if no weight of WavLM's own trains in this stage."""
+    return args.encoder == "wavlm" and stage in ("none", "lora")
 
 
 def stays_frozen(args: argparse.Namespace, epoch: int) -> bool:
@@ -96,7 +97,7 @@ def stays_frozen(args: argparse.Namespace, epoch: int) -> bool:
 def same_frozen_part(args: argparse.Namespace) -> bool:
     """True if what the last stage freezes has been frozen from the start."""
     order = [stage for _, stage in parse_unfreeze(args.unfreeze)]
-    depth = {"none": 0, "transformer": math.inf, "all": math.inf}
+    depth = {"none": 0, "lora": math.inf, "transformer": math.inf, "all": math.inf}
     trained = [depth[stage] if stage in depth else int(stage[4:]) for stage in order]
     return trained[-1] == max(trained)
 
@@ -105,7 +106,7 @@ def reads_cache(args: argparse.Namespace, stage: str) -> bool:
     """True if what lies below the lowest trained block comes from the cache in this stage."""
     wanted = args.feature_cache in ("on", "exact")
     wanted = wanted or (args.feature_cache == "auto" and not args.augment)
-    return wanted and args.encoder == "wavlm" and (stage == "none" or stage.startswith("top:"))
+    return wanted and args.encoder == "wavlm" and stage not in ("transformer", "all")
 
 
 def set_trainable(model: EmotionModel, stage: str, train_only: str | None = None) -> None:
@@ -149,6 +150,8 @@ def build_model(
     settings["ema_alpha"] = -1.0 if args.ema_alpha == "learned" else float(args.ema_alpha)
     settings["film"] = not args.no_film
     settings["speaker_dim"] = 0 if args.no_film else shape.speaker_dim
+    settings["vector_dims"] = shape.vector_dims
+    settings["gates"] = tuple(args.gates or ())
     settings["frame_dim"] = shape.frame_dim
     settings["frame_rate"] = float(shape.rate) if shape.frame_dim else 0.0
     wavlm = None
@@ -159,6 +162,9 @@ def build_model(
         except WavLMError as error:
             raise UserError(f"--wavlm {error}") from error
         settings["wavlm"] = wavlm.config.to_dict()
+        if args.lora > wavlm.config.hidden_size:
+            width = f"{wavlm.config.hidden_size}, the width of this WavLM"
+            raise UserError(f"--lora {args.lora}: must be at most {width}; 8 is usual")
     model = EmotionModel(ModelConfig(**settings), wavlm)
     set_checkpointing(model, args.gradient_checkpointing)
     return model
@@ -279,11 +285,11 @@ def compile_layers(model: EmotionModel) -> None:
 def param_groups(model: EmotionModel, args: argparse.Namespace) -> list[dict]:
     """AdamW groups of everything that some stage trains: WavLM and the rest, matrices and vectors.
 
-    WavLM trains at encoder_lr, the rest at lr; weight decay is on tensors of two dimensions or
-    more. AdamW leaves alone what has no gradient, so the groups serve all stages.
+    WavLM trains at encoder_lr, updates of --lora and the rest at lr; weight decay is on tensors of
+    two dimensions or more. AdamW leaves alone what has no gradient, so the groups serve all stages.
     """
     scale = args.global_batch_size / args.lr_reference_batch if args.lr_reference_batch else 1.0
-    rates = {"wavlm": args.encoder_lr * scale, "rest": args.lr * scale}
+    rates = {"wavlm": args.encoder_lr * scale} | dict.fromkeys(("lora", "rest"), args.lr * scale)
     decays = {"decayed": args.weight_decay, "not decayed": 0.0}
     groups = {
         (part, kind): {
@@ -298,6 +304,7 @@ def param_groups(model: EmotionModel, args: argparse.Namespace) -> list[dict]:
         ever_trained |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in ever_trained.items():
         part = "wavlm" if name.startswith("encoder.wavlm.") else "rest"
+        part = "lora" if name.endswith(LORA) else part
         kind = "decayed" if parameter.ndim >= 2 else "not decayed"
         groups[part, kind]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
@@ -613,7 +620,8 @@ def frozen_states(
         data.FROZEN_VERSION, dataset.pack.key, len(lengths), args.max_seconds, args.amp,
         args.feature_cache == "exact",
         weights_digest({k: p for k, p in wavlm.named_parameters() if not p.requires_grad}),
-        wavlm.frozen_blocks, wavlm.config.to_dict(), list(model.encoder.layers), framewise,
+        wavlm.frozen_blocks, wavlm.config.to_dict(), list(model.encoder.layers),
+        model.config.pooling,
     )  # fmt: skip
     num_bytes = np.full(
         len(lengths), cached_bytes(model, args, np.maximum(lengths, data.MIN_SAMPLES))

@@ -245,6 +245,7 @@ def finish(run: Run) -> None:
     if not files.writes:
         return
     files.write_vectors(vectors["test"])
+    files.write_ratings(fold)
     tests = [split for split in scores if split != "dev"]
     record = {f"{split}/{name}": x for split in tests for name, x in scores[split].items()}
     files.record("test", progress.step, {"epoch": progress.best_epoch} | record)
@@ -328,9 +329,10 @@ def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
     """The model before its first step, the same on every rank."""
     if not args.init_from:
         model = step.build_model(args, fold.shape)
-        if fold.dataset.prosody is not None:
-            train_rows = fold.splits["train"]
-            model.prosody.fit(torch.from_numpy(fold.dataset.prosody[train_rows]))
+        inputs = ((model.prosody, fold.dataset.prosody), (model.vectors, fold.dataset.vectors))
+        for module, values in inputs:
+            if module is not None:
+                module.fit(torch.from_numpy(values[fold.splits["train"]]))
         return model
     model, _ = runs.load_model(args.init_from, "--init_from")
     runs.check_unseen(args.init_from, fold.corpus, fold.splits)
@@ -341,6 +343,10 @@ def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
             f"--init_from: its model reads speaker vectors and frames of widths {expected}, "
             f"--speaker and --features_dir have {found} (0 = none)"
         )
+    expected = tuple(model.config.vector_dims)
+    if expected != fold.shape.vector_dims:
+        fault = f"its model reads vectors of widths {expected}, not {fold.shape.vector_dims}"
+        raise UserError(f"--init_from: {fault}: give its --vectors, in its order")
     step.set_checkpointing(model, args.gradient_checkpointing)
     return model
 

@@ -3,7 +3,7 @@
     from wavlm import load_wavlm
     model = load_wavlm("tiny")                       # random weights, no download
     model = load_wavlm("microsoft/wavlm-large")      # hub name, or a local Hugging Face directory
-    model.set_trainable("top:4")
+    model.set_trainable("top:4")                     # or add_lora(model, rank=8, alpha=8)
     states, frame_mask = model(input_values, attention_mask, layers=[6, 12, 18, 24])
 
 To use it elsewhere, copy this file. It needs torch and numpy; huggingface_hub and safetensors are
@@ -634,13 +634,17 @@ class WavLM(nn.Module):
         """Freeze all blocks below the lowest that trains; WavLMError for any other `what`.
 
         what: "none"; "all"; "transformer" (all but the CNN); "top:K" (the last K layers and the
-        final layer norm; the relative position table belongs to layer 1 and stays frozen with it).
+        final layer norm; the relative position table belongs to layer 1 and stays frozen with it);
+        "lora" (what `add_lora` has added, and nothing else; blocks from layer 1 on then train).
         Frozen blocks run under no_grad and in eval mode. masked_spec_embed never trains, nor does
         a final layer norm that is not applied.
         """
         num_layers = len(self.encoder.layers)
         frozen_blocks = {"all": 0, "transformer": 1, "none": num_layers + 2}
         frozen_blocks |= {f"top:{k}": num_layers + 2 - k for k in range(1, num_layers + 1)}
+        updates = [p for name, p in self.named_parameters() if name.endswith(LORA)]
+        if updates:
+            frozen_blocks["lora"] = 2
         if what not in frozen_blocks:
             raise WavLMError(
                 f"--unfreeze {what}: give none, all, transformer, or top:K with K between 1 and "
@@ -650,7 +654,10 @@ class WavLM(nn.Module):
         self.requires_grad_(False)
         for block in self._blocks()[self.frozen_blocks :]:
             for module in block:
-                module.requires_grad_(True)
+                module.requires_grad_(what != "lora")
+        if what == "lora":
+            for parameter in updates:
+                parameter.requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "WavLM":
@@ -706,6 +713,51 @@ def _init_weights(module: nn.Module, std: float) -> None:
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=std)
+
+
+# ---------------------------------------------------------------------------- low-rank updates
+LORA = (".lora_a", ".lora_b")  # how the names of their parameters end
+LORA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class LowRankLinear(nn.Module):
+    """A linear map with weight W + scale * B A, where W is that of `plain`; B starts at zero.
+
+    Hu et al. 2021 (arXiv 2106.09685): A (R, in) and B (out, R) train, W stays as it is.
+    """
+
+    def __init__(self, plain: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.scale = plain.weight, plain.bias, scale
+        self.lora_a = nn.Parameter(plain.weight.new_empty(rank, plain.in_features))
+        self.lora_b = nn.Parameter(plain.weight.new_zeros(plain.out_features, rank))
+        bound = plain.in_features**-0.5  # as in the authors' code
+        nn.init.uniform_(self.lora_a, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = F.linear(F.linear(x, self.lora_a) * self.scale, self.lora_b)
+        return F.linear(x, self.weight, self.bias) + update
+
+
+def add_lora(model: WavLM, rank: int, alpha: float) -> None:
+    """Gives q, k, v and out of every layer an update of this rank, times alpha / rank, which
+    changes nothing yet; `set_trainable("lora")` then trains the updates alone."""
+    for layer in model.encoder.layers:
+        for name in LORA_PROJECTIONS:
+            plain = getattr(layer.attention, name)
+            setattr(layer.attention, name, LowRankLinear(plain, rank, alpha / rank))
+
+
+@torch.no_grad()
+def merge_lora(model: WavLM) -> None:
+    """Adds the updates of `add_lora` to the weights: the model is an ordinary WavLM again."""
+    for layer in model.encoder.layers:
+        for name in LORA_PROJECTIONS:
+            updated = getattr(layer.attention, name)
+            plain = nn.Linear(*updated.weight.shape).to(updated.weight)  # width to width
+            plain.weight.copy_(updated.weight + updated.scale * updated.lora_b @ updated.lora_a)
+            plain.bias.copy_(updated.bias)
+            setattr(layer.attention, name, plain)
 
 
 # ---------------------------------------------------------------------------- weights on disk

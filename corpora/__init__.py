@@ -33,22 +33,26 @@ from corpora.base import (
 )
 from corpora.demo import read_demo
 from corpora.files import listed, read_files
-from corpora.iemocap import read_iemocap
-from corpora.manifest import read_csv
-from corpora.msp_podcast import read_msp_podcast
+from corpora.iemocap import iemocap_texts, read_iemocap
+from corpora.manifest import csv_texts, read_csv
+from corpora.msp_podcast import msp_podcast_texts, read_msp_podcast
 from util.files import UserError, replace_text
 
 __all__ = [
     "BLIND", "LABELS", "MAX_SKIPPED", "READERS", "TESTS", "Corpus", "Skipped", "Utterance",
     "check_skipped",
     "describe_splits", "is_table", "known_speaker", "listed", "make_splits", "natural",
-    "num_folds", "read_corpus", "read_csv", "read_files", "skipped_by_kind", "turn_order",
-    "write_skipped",
+    "num_folds", "read_corpus", "read_csv", "read_files", "read_texts", "skipped_by_kind",
+    "turn_order", "write_skipped",
 ]  # fmt: skip
 
 READERS = {  # --data: what reads --data_dir, and the range of its labels
     "iemocap": (read_iemocap, (1.0, 5.0)),
     "msp_podcast": (read_msp_podcast, (1.0, 7.0)),
+}
+TEXTS = {  # --data: what reads its transcripts, and where they are
+    "iemocap": (iemocap_texts, "Session*/dialog/transcriptions/*.txt"),
+    "msp_podcast": (msp_podcast_texts, "Transcripts/<utt_id>.txt"),
 }
 MAX_SKIPPED = 0.05  # share of utterances; with more left out, it is not the corpus [guess]
 SPLITS = ("train", "dev", "test")
@@ -116,6 +120,24 @@ def read_corpus(
         corpus.notes.append(f"speaker unknown: {unknown} utterances, {fault}")
     corpus.utterances.sort(key=turn_order)
     return corpus
+
+
+def read_texts(data: str, data_dir: str | None) -> dict[str, str]:
+    """utt_id -> what is said, "" if there is no transcript, of every utterance of --data.
+
+    No row needs a label. UserError if there is no transcript of more than MAX_SKIPPED of them.
+    """
+    if not (is_table(data) or data in TEXTS):
+        fix = f"give {' or '.join(TEXTS)}, or a .csv with a column text"
+        raise UserError(f"--data {data}: has no transcripts that are known here: {fix}")
+    corpus = read_corpus(data, data_dir, None, targets=())
+    read, place = TEXTS.get(data, (csv_texts, "a column text"))
+    found = read(corpus)
+    lacking = [u.utt_id for u in corpus.utterances if u.utt_id not in found]
+    if len(lacking) > MAX_SKIPPED * len(corpus.utterances):
+        count = f"{len(lacking)} of {len(corpus.utterances)} utterances have no transcript"
+        raise UserError(f"{data}: {count} ({', '.join(lacking[:3])}): expected {place}")
+    return {u.utt_id: " ".join(found.get(u.utt_id, "").split()) for u in corpus.utterances}
 
 
 def choose_targets(corpus: Corpus, targets: Sequence[str] | None) -> None:

@@ -9,12 +9,13 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from util.files import UserError
 
@@ -45,10 +46,10 @@ class Utterance:
     gender: str = ""
     emotion: str = ""
     dominance: float = math.nan
+    text: str | None = None  # what is said; None = not known, or see corpora.read_texts
     split: str = ""
     onset: float = 0.0  # position of the turn in its dialogue; only used to sort
     row: int = 0  # line of the manifest, the first one of several raters; 0 = no manifest
-    ratings: tuple[tuple, ...] = ()  # (rater, *LABELS) of each rater, where raters are known
 
     def place(self) -> str:
         """How messages name it."""
@@ -63,6 +64,16 @@ class Skipped(NamedTuple):
     reason: str
 
 
+def table_of_ratings(rows: Sequence[tuple] | np.ndarray = ()) -> pd.DataFrame:
+    """A line per rating of an utterance by one rater; each rater's first one counts.
+
+    rows: (utt_id, rater, *LABELS), NaN where a rating is missing.
+    """
+    table = pd.DataFrame(rows, columns=["utt_id", "rater", *LABELS])
+    table[list(LABELS)] = table[list(LABELS)].astype(np.float64)
+    return table.drop_duplicates(["utt_id", "rater"])
+
+
 @dataclass
 class Corpus:
     """All utterances, sorted by turn_order: the rows of a dialogue are its turns."""
@@ -73,6 +84,8 @@ class Corpus:
     utterances: list[Utterance]
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was changed or ignored, with counts
+    # who rated what, where raters are known; read when asked for, as some have a million rows
+    ratings: Callable[[], pd.DataFrame] = table_of_ratings
     targets: tuple[str, ...] = ()  # the LABELS that are used, in this order; set by read_corpus
     seconds: np.ndarray | None = None  # (N,) durations, known after load_audio
     audio: list[str] = field(default_factory=list)  # digests of the samples, known after it, too

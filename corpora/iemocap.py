@@ -1,34 +1,43 @@
 """IEMOCAP as released (Busso et al. 2008): Session*/dialog/EmoEvaluation and Session*/sentences."""
 
+import functools
 import math
 import re
 from pathlib import Path
 
-from corpora.base import Corpus, Utterance, to_float, to_label
+from corpora.base import Corpus, Utterance, table_of_ratings, to_float, to_label
 from util.files import UserError
 
 # [onset - end] utt_id emotion [valence, arousal, dominance]
 TURN = re.compile(r"\[([\d.]+) - ([\d.]+)\]\t([\w.-]+)\t(\w+)\t\[(.+), (.+), (.+)\]\s*")
+# A-E3: val 2; act 3; dom 3; of an evaluator. A-F1 and A-M1 are the actors on themselves: they know
+# what they meant, and the released labels are without them
+RATING = re.compile(r"A-(E\d+):\s*val([^;]*);\s*act([^;]*);\s*dom([^;]*);")
 SPEAKER = re.compile(r"_([FM])\d{3}")
+SPOKEN = re.compile(r"([\w.-]+) +\[[\d. -]+\]:(.*)")  # utt_id [onset-end]: words
 
 
 def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemocap") -> Corpus:
     """The corpus below `root`. Utterances of emotion `xxx` (no majority) have valid ratings."""
     if (root / "IEMOCAP_full_release").is_dir():
         root = root / "IEMOCAP_full_release"
-    corpus, annotated = Corpus(name, root, label_range, []), set()
+    corpus, annotated, ratings = Corpus(name, root, label_range, []), set(), []
     # *.txt of this folder only: its subfolders repeat every turn once per evaluator
     tables = without_forks(root, "Session*/dialog/EmoEvaluation/*.txt")
     if not tables:
         raise UserError(f"{root}: no Session*/dialog/EmoEvaluation/*.txt (set --data_dir)")
     for table in tables:
         session, dialog = table.parents[2].name, table.stem
-        lines = table.read_text("utf-8", errors="replace").splitlines()
+        lines, utt_id = table.read_text("utf-8", errors="replace").splitlines(), ""
         for row, line in enumerate(lines, 1):
+            rating = RATING.match(line)
+            if rating and utt_id:
+                values = (to_float(text.strip()) for text in rating.groups()[1:])
+                ratings.append((utt_id, rating[1], *values))
             # neither a turn nor a damaged one: header, blank, or an evaluator's C-/A- line
             if not line.startswith("[") and not SPEAKER.search(line):
                 continue
-            match = TURN.fullmatch(line)
+            match, utt_id = TURN.fullmatch(line), ""
             genders = SPEAKER.findall(match[3]) if match else []
             if not genders:
                 corpus.skip(f"{table.name} row {row}", table, "annotation not understood")
@@ -52,10 +61,21 @@ def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemo
                 corpus.skip(utt_id, wav, reason)
             else:
                 corpus.utterances.append(u)
+    corpus.ratings = functools.partial(table_of_ratings, ratings)
     for wav in without_forks(root, "Session*/sentences/wav/*/*.wav"):
         if wav.stem not in annotated:
             corpus.skip(wav.stem, wav, "no annotation")
     return corpus
+
+
+def iemocap_texts(corpus: Corpus) -> dict[str, str]:
+    """utt_id -> its words in Session*/dialog/transcriptions, with marks such as [LAUGHTER]."""
+    texts = {}
+    for table in without_forks(corpus.root, "Session*/dialog/transcriptions/*.txt"):
+        for line in table.read_text("utf-8", errors="replace").splitlines():
+            if match := SPOKEN.fullmatch(line.strip()):
+                texts[match[1]] = match[2]
+    return texts
 
 
 def without_forks(root: Path, pattern: str) -> list[Path]:

@@ -7,6 +7,7 @@ its row. Only rows without any label are skipped.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from corpora.base import (
     known_speaker,
     read_table,
     require,
+    table_of_ratings,
     to_float,
 )  # fmt: skip
 from util.files import UserError
@@ -53,7 +55,7 @@ OTHER_NAMES = {  # of a column, without case, blanks, - and _
 NAMES = ("session", "dialog", "speaker", "gender", "emotion")  # columns of free text
 TIMES = ("start", "end", "duration")
 TIME_WORDS = {"start": {"start", "begin", "onset"}, "end": {"end", "stop", "offset"}}
-COLUMNS = ("utt_id", "path", *LABELS, *TIMES, "split", "rater", *NAMES)
+COLUMNS = ("utt_id", "path", *LABELS, *TIMES, "split", "rater", *NAMES, "text")
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("dev", "development", "val", "valid", "validation"), "dev"),
@@ -87,7 +89,7 @@ def read_csv(
     if targets is None:
         targets = [label for label in LABELS if label in columns]
     point_decimals(path, table, [columns[c] for c in (*targets, *TIMES) if c in columns], corpus)
-    ratings: dict[str, list[Utterance]] = {}  # utt_id -> its row, or that of each rater
+    ratings: dict[str, dict[str, Utterance]] = {}  # utt_id -> rater -> row
     unlabelled: list[Utterance] = []
     sessions: dict[str, str] = {}  # dialog -> session
     folders: dict[str, Path | None] = {}  # of audio files, see audio_file
@@ -106,17 +108,28 @@ def read_csv(
         if "session" in cells and sessions.setdefault(u.dialog, u.session) != u.session:
             # the dialogues of each session are numbered anew
             u = dataclasses.replace(u, dialog=f"{u.session}_{u.dialog}")
-        ratings.setdefault(u.utt_id, []).append(u)
+        ratings.setdefault(u.utt_id, {})[cells.get("rater", "")] = u
     check_splits(path, table, columns)
     check_range(corpus, path, ratings, targets, label_range)
     for u in unlabelled:
         if "rater" not in columns or u.utt_id not in ratings:
             corpus.skip(u.utt_id, u.path, "no label")
-    corpus.utterances = with_onsets([mean_rating(rows) for rows in ratings.values()])
+    corpus.utterances = with_onsets([mean_rating([*rows.values()]) for rows in ratings.values()])
     several = sum(len(rows) > 1 for rows in ratings.values())
     if several:
+        rated = [
+            (utt_id, rater, *(getattr(u, label, math.nan) for label in LABELS))
+            for utt_id, rows in ratings.items()
+            for rater, u in rows.items()
+        ]
+        corpus.ratings = functools.partial(table_of_ratings, rated)
         corpus.notes.append(f"several raters: {several} utterances, the mean of them is taken")
     return corpus
+
+
+def csv_texts(corpus: Corpus) -> dict[str, str]:
+    """utt_id -> its cell in the column text, if there is one."""
+    return {u.utt_id: u.text for u in corpus.utterances if u.text is not None}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -260,11 +273,10 @@ def read_row(
         raise UserError(f"session {names['session']!r} is unknown, but each session is a fold")
     names = {column: name if known_speaker(name) else "" for column, name in names.items()}
     names["dialog"] = names["dialog"] or utt_id
-    rating = (cells["rater"], *labels.values()) if "rater" in cells else ()
     return Utterance(
         utt_id, audio_file(cells["path"], root, folders), **labels, start=start,
         end=None if math.isnan(end) else end, onset=times["start"], split=SPLITS.get(split, ""),
-        row=row, ratings=(rating,) if rating else (), **names,
+        row=row, text=cells.get("text"), **names,
     )  # fmt: skip
 
 
@@ -304,13 +316,13 @@ def resolved(folder: str, root: Path) -> Path | None:
     return path if path.is_relative_to(root) else None
 
 
-def check_rating(u: Utterance, others: list[Utterance], rater: str | None) -> None:
+def check_rating(u: Utterance, others: dict[str, Utterance], rater: str | None) -> None:
     """UserError if `u` is no other rater's row of the same utterance."""
-    first = others[0]
+    first = next(iter(others.values()))
     used = f"utt_id {u.utt_id} is already used in row {first.row}"
     if rater is None:
         raise UserError(f"{used} (a column rater would make it another rating)")
-    if is_missing(rater) or rater in {name for other in others for name, *_ in other.ratings}:
+    if is_missing(rater) or rater in others:
         raise UserError(f"{used}, with rater {rater!r}: give each rater a name and one row")
     for column in ("path", "start", "end", "session", "speaker", "split"):
         if getattr(u, column) != getattr(first, column):
@@ -318,14 +330,14 @@ def check_rating(u: Utterance, others: list[Utterance], rater: str | None) -> No
 
 
 def mean_rating(rows: list[Utterance]) -> Utterance:
-    """The utterance with the mean of its raters' labels, and their ratings."""
+    """The utterance with the mean of its raters' labels."""
     if len(rows) == 1:
         return rows[0]
     means = {}
     for label in LABELS:
         given = [getattr(u, label) for u in rows if not math.isnan(getattr(u, label))]
         means[label] = float(np.mean(given)) if given else math.nan
-    return dataclasses.replace(rows[0], **means, ratings=tuple(u.ratings[0] for u in rows))
+    return dataclasses.replace(rows[0], **means)
 
 
 def with_onsets(utterances: list[Utterance]) -> list[Utterance]:
@@ -367,7 +379,7 @@ def check_splits(path: Path, table: Table, columns: dict[str, int]) -> None:
 def check_range(
     corpus: Corpus,
     path: Path,
-    ratings: dict[str, list[Utterance]],
+    ratings: dict[str, dict[str, Utterance]],
     targets: Sequence[str],
     label_range: tuple[float, float] | None,
 ) -> None:
@@ -376,7 +388,7 @@ def check_range(
     labels = [
         (getattr(u, target), target, u.row)
         for rows in ratings.values()
-        for u in rows
+        for u in rows.values()
         for target in targets
         if not math.isnan(getattr(u, target))
     ]

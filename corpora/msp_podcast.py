@@ -1,8 +1,11 @@
-"""MSP-Podcast (Lotfian & Busso 2019) with its own splits.
+"""MSP-Podcast (Lotfian & Busso 2019) with its own splits and, from labels_detailed, its raters.
 
 Test1 is the test split; Test2 is scored apart; Test3, which has no labels, is predicted.
 """
 
+import functools
+import json
+import logging
 import math
 import os
 import re
@@ -10,13 +13,27 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from corpora.base import BLIND, Corpus, Utterance, read_table, require, to_label
+import pandas as pd
+
+from corpora.base import (
+    BLIND,
+    Corpus,
+    Utterance,
+    read_table,
+    require,
+    table_of_ratings,
+    to_label,
+)
 from util.files import UserError
+
+log = logging.getLogger("vatune")
 
 SPLITS = {
     "train": "train", "development": "dev", "validation": "dev", "test1": "test",
     "test2": "test2", "test3": BLIND,
 }  # fmt: skip
+# "WORKER00000012; Neutral; Concerned; A:4.0; V:3.0; D:4.0;", in a cell of labels_detailed.csv
+DETAIL = r"([^;]*);.*?\bA:([^;]*);\s*V:([^;]*);(?:\s*D:([^;]*))?"
 
 
 def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
@@ -62,6 +79,7 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
             blind = Utterance(Path(name).stem, folder / name, math.nan, math.nan, split=BLIND)
             corpus.utterances.append(replace(blind, dialog=blind.utt_id))
             named.add(name)
+    corpus.ratings = functools.partial(read_detailed, table.parent)
     splits = Counter(u.split for u in corpus.utterances)
     test2, test3 = splits["test2"], splits[BLIND]
     for count, note in (
@@ -73,3 +91,51 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
         if count:
             corpus.notes.append(note)
     return corpus
+
+
+def msp_podcast_texts(corpus: Corpus) -> dict[str, str]:
+    """utt_id -> its words in Transcripts/<utt_id>.txt."""
+    texts = {}
+    for u in corpus.utterances:
+        path = corpus.root / "Transcripts" / f"{u.utt_id}.txt"
+        if path.is_file():
+            texts[u.utt_id] = path.read_text("utf-8-sig", errors="replace")
+    return texts
+
+
+def read_detailed(folder: Path) -> pd.DataFrame:
+    """What each worker rated, as table_of_ratings; without rows where a release lacks it.
+
+    labels_detailed.csv has a line per file and worker, with the ratings in columns or together in
+    one cell (DETAIL); labels_detailed.json is {file: {worker: {"EmoAct": ...}}}. One that is
+    neither is named in the log; the labels are those of labels_consensus.csv in any case.
+    """
+    paths = [folder / f"labels_detailed.{suffix}" for suffix in ("csv", "json")]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        return table_of_ratings()
+    columns = ["EmoVal", "EmoAct", "EmoDom"]
+    try:
+        if paths[0].suffix == ".json":
+            content = json.loads(paths[0].read_text("utf-8"))
+            table = pd.DataFrame(
+                {"FileName": name, "worker": worker} | rating
+                for name, workers in content.items()
+                for worker, rating in workers.items()
+            )
+        else:
+            table = pd.read_csv(paths[0], dtype=str, keep_default_na=False)
+            if not {"EmoVal", "EmoAct"} <= {*table}:
+                cells = table.iloc[:, 1].str.extract(DETAIL)
+                table[["worker", "EmoAct", "EmoVal", "EmoDom"]] = cells
+        workers = [name for name in table if re.search("worker|rater|annotator", name.lower())]
+        if "FileName" not in table or not workers:
+            raise ValueError("no column of files or of workers")
+        table = table.reindex(columns=["FileName", workers[0], *columns])
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        fault = str(error).partition("\n")[0]
+        log.warning(f"{paths[0].name} is not understood, its raters are not used: {fault}")
+        return table_of_ratings()
+    table[columns] = table[columns].apply(pd.to_numeric, errors="coerce")
+    table["FileName"] = table["FileName"].astype(str).str.rsplit(".", n=1).str[0]  # utt_id
+    return table_of_ratings(table.to_numpy())

@@ -31,6 +31,7 @@ def grid(cuda: bool, quick: bool) -> list[list[str]]:
     variations = [
         *(["--unfreeze", what] for what in ("none", "top:2", "transformer", "all")),
         ["--unfreeze", "none", "--augment"],
+        ["--lora", "8"],
         *([*everything, "--attention", kind] for kind in ("sdpa", "eager")),
         [*everything, "--gradient_checkpointing"],
         [*everything, "--gradient_checkpointing", "--attention", "eager"],

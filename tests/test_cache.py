@@ -30,7 +30,9 @@ def flags(corpus, deep_wavlm, tmp_path, no_pictures):
     return [*flags, "--layers", "1", "2", "3", "--cache_dir", str(tmp_path / "cache")]
 
 
-@pytest.mark.parametrize("more", [[], ["--pooling", "attention", "--context", "2"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--pooling", "attention", "--context", "2"], ["--pooling", "stats"]]
+)
 def test_a_step_from_the_cache_is_the_step_from_audio_in_every_stage(flags, more):
     runs = {}
     for how in ("off", "exact", "on"):

@@ -20,10 +20,21 @@ BELOW = {  # what a module may import of ours
     "corpora": BASE,
     "model": BASE,
 }
-for name in ("data", "util.runs", "util.log", "step", "flags", "memory", "report", "train"):
+for name in (
+    "util.intervals",
+    "data",
+    "util.runs",
+    "util.log",
+    "step",
+    "flags",
+    "memory",
+    "report",
+    "train",
+):
     BELOW[name] = set(BELOW)  # all that stand before it
 BELOW["predict"] = BELOW["train"] - {"step", "flags", "memory"}
 BELOW["faces"] = {"util.files", "util.audio", "corpora"}
+BELOW["text"] = {"util.files", "corpora"}
 
 
 def module_of(path):

@@ -413,9 +413,10 @@ def test_a_manifest_is_read_by_any_usual_name_of_its_columns(tmp_path, text, exp
     assert {name: getattr(u, name) for name in expected} == pytest.approx(expected)
     if "rater" in text:
         assert [u.utt_id for u in corpus.utterances] == ["a", "b"]
-        np.testing.assert_array_equal(
-            [ratings[:2] for _, *ratings in u.ratings], [[1, 1], [5, np.nan], [3, 3]]
-        )
+        rated = corpus.ratings().query("utt_id == 'a'")
+        assert rated["rater"].tolist() == [*"ABC"]
+        values = rated[["valence", "arousal"]]
+        np.testing.assert_array_equal(values, [[1, 1], [5, np.nan], [3, 3]])
 
 
 # ---------------------------------------------------------------- published corpora: an edited tree

@@ -23,6 +23,7 @@ def parse_args(argv=None, world_size=None):
     p.add_argument("--out", default="runs")
     p.add_argument("--name", default="stub")
     p.add_argument("--fold", type=int, default=1)
+    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--resume", action="store_true")
@@ -243,6 +244,30 @@ def test_folds_go_on_when_nobody_reads_the_output_any_more(box):
     assert {a["fold"] for a in box.attempts()} == {1, 2, 3}
 
 
+def test_every_seed_runs_every_fold_in_a_directory_of_its_own(box):
+    argv = ("--folds", "1-2", "--seeds", "0,7", *CPU, "--name", "a b")
+    code, output = box.run(*argv, STUB_CODES='{"2": 1}')
+    assert code == 1
+    common = ["--device", "cpu", "--name", "a b", "--seed"]
+    found = sorted(a["argv"] for a in box.attempts())
+    assert found == [
+        [*common, str(seed), "--name", f"a b/seed{seed}", "--fold", str(fold)]
+        for seed in (0, 7)
+        for fold in (1, 2)
+    ]
+    runs = box.path / "runs" / "a b"
+    assert all((runs / f"seed{seed}/fold1/result.json").exists() for seed in (0, 7))
+    assert "hello from fold 2" in (runs / "seed7" / "fold2.log").read_text()
+    assert "seed7/fold2 failed with exit code 1 " in output
+    assert "seed0/fold2 is missing; the end of runs/a b/seed0/fold2.log:" in output
+    asked, _, failed = output.partition("'--failed', '")
+    assert asked.endswith("report ['--folds', '1,2', '--seeds', '0,7', ")
+    assert sorted(failed.partition("'")[0].split(",")) == ["seed0/fold2", "seed7/fold2"]
+    # the same command with --resume
+    assert box.run(*argv, "--resume", STUB_CODES='{"2": 1}', STUB_RESUMES="1")[0] == 0
+    assert all("--resume" in a["argv"] for a in box.attempts()[4:])
+
+
 # ---------------------------------------------------------------------------------------------
 # Flags
 
@@ -254,7 +279,9 @@ def test_folds_go_on_when_nobody_reads_the_output_any_more(box):
         "--folds 'a[$(touch oops)]; touch oops'", "--folds 1 --jobs 0", "--folds 1 --retries x",
         "--folds 1 --preset demo", "--folds 1 -- --fold 2", "--folds 1 --gpus 0,0",
         "--folds 1 --gpus '0;1'", "--folds 1 --gpus 0,1 --nproc_per_fold 3",
-        "--folds 1 --gpus 0,1 --jobs 2",
+        "--folds 1 --gpus 0,1 --jobs 2", "--folds 1 --seeds ''", "--folds 1 --seeds 4-0",
+        "--folds 1 --seeds 0,0", "--folds 1 --seeds 07", "--folds 1 --seeds x",
+        "--folds 1 --seeds 0 -- --seed 1", "--folds 1 --seeds 0 -- --seed=1",
     ],
 )  # fmt: skip
 def test_wrong_launch_flags_exit_with_code_2_in_one_line_and_start_nothing(box, flags):
@@ -280,6 +307,9 @@ def test_the_real_flags_py_and_util_answer_what_launch_asks(box):
     code, output = box.run("--folds", "1", *CPU, "--name", "real", PYTHONPATH=str(ROOT))
     assert code == 0, output
     assert (box.path / "runs/real/fold1/result.json").exists()
+    argv = ("--folds", "1", "--seeds", "3", *CPU, "--name", "real")
+    assert box.run(*argv, PYTHONPATH=str(ROOT))[0] == 0
+    assert (box.path / "runs/real/seed3/fold1/result.json").exists()
 
 
 def test_help_prints_the_usage_of_launch_and_of_train(box):

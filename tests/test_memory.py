@@ -74,7 +74,7 @@ def features(tmp_path_factory):
         ["--unfreeze", "all", "--gradient_accumulation_steps", "3"],
         ["--unfreeze", "all", "--pooling", "attention", "--layers", "1", "2"],
         ["--unfreeze", "all", "--context", "2", "--feedback"],
-        ["--encoder", "convnext", "--base_channels", "16"],
+        ["--encoder", "convnext", "--base_channels", "16", "--pooling", "stats"],
         ["--encoder", "baseline", "--base_channels", "16"],
         ["--encoder", "transformer", "--d_model", "128", "--features_dir"],
         ["--encoder", "lightweight_transformer", "--d_model", "256", "--features_dir"],

@@ -15,6 +15,7 @@ from model import (
     LogMel,
     Mamba,
     ModelConfig,
+    Pooling,
     concordance,
     dialogue_scan,
     loss_from_sums,
@@ -136,7 +137,7 @@ def alone(batch, i, length):
     return parts | {"chunk_index": torch.zeros(1, 1, dtype=torch.long)}
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention"])
+@pytest.mark.parametrize("pooling", ["mean", "attention", "stats"])
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_padded_utterance_gives_the_same_prediction_as_alone(encoder, pooling):
     model = small_model(encoder, pooling=pooling).eval()
@@ -147,6 +148,46 @@ def test_a_padded_utterance_gives_the_same_prediction_as_alone(encoder, pooling)
         for i, length in enumerate(lengths):
             pred = model(alone(together, i, length))
             torch.testing.assert_close(pred, batched[i : i + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_stats_pooling_is_numpys_mean_and_deviation_of_the_real_frames_of_each_layer():
+    rng, lengths = np.random.default_rng(0), [7, 12, 1]
+    layers = rng.normal(3, 2, (2, 3, 12, 5)).astype("float32")  # of three utterances
+    mask = torch.arange(12) < torch.tensor(lengths).unsqueeze(1)
+    pooling = Pooling("stats", 2, 5)
+    with torch.no_grad():
+        pooling.layer_weights.copy_(torch.tensor([0.3, -0.5]))
+    with torch.autocast("cpu", torch.bfloat16):  # moments stay in float32
+        prepared = pooling.prepare([torch.from_numpy(layer) for layer in layers], mask)
+    pooled = pooling(prepared, mask)
+    assert pooled.shape == (3, 10) and prepared.dtype == torch.float32
+    weights = np.exp([0.3, -0.5]) / np.exp([0.3, -0.5]).sum()
+
+    def normal(x):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+
+    for i, length in enumerate(lengths):
+        moments = []
+        for layer in layers:
+            frames = layer[i, :length]
+            moments.append(np.r_[normal(frames.mean(0)), normal(frames.std(0))])
+        expected = torch.from_numpy(weights @ moments).float()
+        torch.testing.assert_close(pooled[i].detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_stats_pooling_has_a_finite_gradient_on_constant_frames_and_on_a_single_one(amp):
+    frames = torch.randn(3, 4, 6)
+    frames[0] = 2.5
+    frames.requires_grad_()
+    mask = torch.tensor([[True] * 4, [True, False, False, False], [True, True, False, False]])
+    pooling = Pooling("stats", 1, 6)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        pooled = pooling(pooling.prepare([frames], mask), mask)
+    (pooled * torch.randn(12)).sum().backward()
+    assert pooled.isfinite().all() and frames.grad.isfinite().all()
+    assert (pooled[:2, 6:] == 0).all()  # nothing deviates
+    assert (frames.grad[~mask] == 0).all() and (frames.grad[2, :2] != 0).any()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -196,7 +237,7 @@ def test_groups_of_like_length_change_neither_predictions_nor_gradients(encoder)
         {"pooling": "attention", "ema_alpha": -1.0, "feedback": True},
         {"film": False, "d_state": 0},
         {"mamba_layers": 0},
-        {"encoder": "convnext"},
+        {"encoder": "convnext", "pooling": "stats", "speaker_dim": 192},
         {"encoder": "baseline"},
         {"encoder": "transformer"},
         {"encoder": "lightweight_transformer", "pooling": "attention"},
@@ -434,6 +475,29 @@ def test_undefined_prosody_becomes_the_train_mean():
     holed = row.clone()
     holed[0, 7] = torch.nan
     torch.testing.assert_close(model.prosody(holed), model.prosody(row))
+
+
+def test_a_gate_weighs_the_slice_that_was_named_and_none_weighs_nothing():
+    shape = {"prosody_dim": 88, "vector_dims": (2, 3), "pooling": "stats", "d_state": 0}
+    model = small_model(gates=("vectors", "none"), **shape).eval()
+    speech = 2 * model.encoder.width
+    slices = {"speech": (0, speech), "prosody": (speech, speech + 64)}
+    slices["vectors"] = (speech + 64, speech + 69)
+    assert model.width == speech + 69 and model.heads["arousal"].gate is None
+    default = small_model(**shape).heads
+    for head, name in (
+        (model.heads["valence"], "vectors"),
+        (default["valence"], "prosody"),
+        (default["arousal"], "speech"),
+    ):
+        start, stop = slices[name]
+        assert head.gated.nonzero().flatten().tolist() == list(range(start, stop))
+    x = torch.randn(4, model.width)
+    head = model.heads["arousal"]
+    torch.testing.assert_close(head(x), head.net(x).sigmoid())
+    batch = small_batch([9_000, 4_000]) | {"vectors": torch.randn(2, 5)}
+    model.train()(batch).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "wavlm" not in n)
 
 
 def test_film_is_the_identity_at_the_start():

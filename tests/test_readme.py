@@ -43,7 +43,8 @@ TRAIN = "--max_steps 2 --wavlm small_wavlm --device cpu --num_workers 0"
 QUICK = {
     r"train\.py(?= -)": TRAIN,
     r"launch\.sh .* --(?= )": TRAIN,
-    r"memory\.py(?= -)": "--encoder baseline --base_channels 8",
+    r"memory\.py(?= -(?!.*--lora))": "--encoder baseline --base_channels 8",
+    r"memory\.py(?= -.*--lora)": "--wavlm small_wavlm",
 }
 # What a reader puts in place of a word. Three folds are all that the stand-ins have
 MEANT = {
@@ -59,6 +60,7 @@ NOT_RUN = {
     "python tests/bench_": "minutes to hours",
     "python memory.py --calibrate": "half a minute; tests/test_memory.py calls it",
     "python faces.py": "needs a vision model; tests/test_faces.py calls it",
+    "python text.py": "needs a text model; tests/test_text.py calls it",
 }
 # Files that a command writes without a flag that names them
 WRITES = {"berlin.py": ["emodb/manifest.csv"], "logmel.py": ["features/03a00Wa.npy"]}

@@ -21,7 +21,7 @@ from matplotlib.image import imread
 import report
 import train
 from model import metrics
-from util import files, runs
+from util import files, intervals, runs
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("valence", "arousal")
@@ -196,12 +196,12 @@ def test_dialogues_are_drawn_where_fewer_than_five_speakers_are_known(
     rows = pd.DataFrame({"utt_id": [f"u{i}" for i in range(12)]})
     rows["speaker"] = [speakers[i % len(speakers)] for i in range(12)]
     rows["dialog"] = [dialogs[i % len(dialogs)] for i in range(12)]
-    ids, clusters = report.cluster_ids(rows)
+    ids, clusters = intervals.cluster_ids(rows)
     assert clusters == drawn and len(set(ids.tolist())) == count
 
 
 def test_bootstrap_interval_covers_the_true_ccc_about_95_times_in_100(monkeypatch):
-    monkeypatch.setattr(report, "RESAMPLES", 500)
+    monkeypatch.setattr(intervals, "RESAMPLES", 500)
     rng = np.random.default_rng(2)
     # 40 speakers x 5 utterances, speaker offsets in label and prediction; population moments:
     # var y = 1 + 0.5, var p = 0.64 (1 + 0.5) + 0.36 + 0.2, cov = 0.8 (1 + 0.5), equal means
@@ -211,8 +211,8 @@ def test_bootstrap_interval_covers_the_true_ccc_about_95_times_in_100(monkeypatc
     for _ in range(trials // 2):  # two targets are two trials
         y = rng.normal(size=(200, 2)) + np.sqrt(0.5) * rng.normal(size=(40, 2))[ids]
         p = 0.8 * y + 0.6 * rng.normal(size=(200, 2)) + np.sqrt(0.2) * rng.normal(size=(40, 2))[ids]
-        cccs = report.resampled_cccs(torch.tensor(p), torch.tensor(y), ids)
-        interval = report.intervals(cccs, TARGETS)
+        cccs = intervals.resampled_cccs(torch.tensor(p), torch.tensor(y), ids)
+        interval = intervals.intervals(cccs, [*report.cccs_of(TARGETS)])
         hits += sum(interval[f"ccc_{t}"][0] <= truth <= interval[f"ccc_{t}"][1] for t in TARGETS)
     assert 0.88 <= hits / trials <= 0.99
 
@@ -221,8 +221,8 @@ def paired_plainly(one, two, ids):
     """Interval of the difference of two mean CCCs in a plain loop over the same draws."""
     (preds_one, labels), (preds_two, _) = one, two
     size = int(ids.max()) + 1
-    draws, differences = np.random.default_rng(report.SEED), []
-    for _ in range(report.RESAMPLES // 100):
+    draws, differences = np.random.default_rng(intervals.SEED), []
+    for _ in range(intervals.RESAMPLES // 100):
         for times in draws.multinomial(size, np.full(size, 1 / size), size=100):
             rows = np.repeat(np.arange(len(ids)), times[ids])
             scores = [metrics(p[rows], labels[rows], TARGETS) for p in (preds_one, preds_two)]
@@ -240,7 +240,7 @@ def change_predictions(directory, **columns):
 def test_paired_differences_are_those_of_a_plain_loop_over_the_utterances_of_both(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(report, "RESAMPLES", 200)
+    monkeypatch.setattr(intervals, "RESAMPLES", 200)
     for name, fold in itertools.product(("one", "two"), (1, 2, 3)):
         write_fold(tmp_path / name, fold, (0.5, 0.5), speakers=4, utterances=12)
     for fold in (1, 2, 3):
@@ -260,7 +260,7 @@ def test_paired_differences_are_those_of_a_plain_loop_over_the_utterances_of_bot
         rows = pd.concat(runs.read_predictions(path, TARGETS) for path in paths)
         rows = rows[rows["utt_id"] != "u1-3"].sort_values("utt_id")
         tables.append(rows)
-    ids, _ = report.cluster_ids(tables[0])
+    ids, _ = intervals.cluster_ids(tables[0])
     pairs = [runs.tensors(rows, TARGETS) for rows in tables]
     scores = [metrics(*pair, TARGETS)["ccc_mean"] for pair in pairs]
     expected = [scores[0] - scores[1], *paired_plainly(*pairs, ids)]

@@ -112,8 +112,8 @@ TRANSFORMER = ["--encoder", "transformer", "--d_model", "64", "--num_layers", "1
 
 
 class Place:
-    """A manifest, its clips, frames and speaker vectors in a folder that can be moved or changed,
-    with a run that was stopped and the undisturbed one."""
+    """A manifest, its clips, frames and vectors in a folder that can be moved or changed, with a
+    run that was stopped and the undisturbed one."""
 
     def __init__(self, corpus, small_wavlm, root):
         self.root, self.given = root / "here", []
@@ -122,7 +122,7 @@ class Place:
         self.flags += [*TRANSFORMER, "--unfreeze", "none"]
         shutil.copytree(corpus.parent, self.root, ignore=shutil.ignore_patterns("cache"))
         rng = np.random.default_rng(0)
-        for folder, shape in (("frames", (200, 96)), ("voices", (8,))):
+        for folder, shape in (("frames", (200, 96)), ("voices", (8,)), ("words", (5,))):
             (self.root / folder).mkdir()
             for path in self.root.glob("*.wav"):
                 array = rng.standard_normal(shape).astype(np.float32)
@@ -135,6 +135,7 @@ class Place:
 
     def options(self, root):
         folders = ["--features_dir", str(root / "frames"), "--speaker", str(root / "voices")]
+        folders += ["--vectors", str(root / "words"), "--gates", "vectors", "none"]
         return [*self.flags, "--data", str(root / "corpus.csv"), *folders]
 
     def resume(self, root):
@@ -187,13 +188,18 @@ def reverse_rows(root):
 
 
 def add_a_row(root):
-    for name in ("frames", "voices"):
+    for name in ("frames", "voices", "words"):
         shutil.copy(root / name / "s3d2t3.npy", root / name / "news3d2t3.npy")
     edit("s3d2t3,", lambda line: f"{line}\nnew{line}")(root)
 
 
 def repeat_a_clip(root):
     shutil.copy(root / "s3d0t0.wav", root / "s3d0t1.wav")
+
+
+def say_something_else(root):
+    path = root / "words/s2d0t1.npy"
+    np.save(path, np.load(path) + 1e-6)
 
 
 def repeat_a_voice(root):
@@ -212,6 +218,7 @@ def repeat_a_voice(root):
         (backwards, r"whose audio has changed: 1 \(as s2d1t1\)"),
         (repeat_a_clip, r"whose audio has changed: 1 \(as s3d0t1\)"),
         (reverse_frames, r"whose features has changed: 1 \(as s1d0t0\)"),
+        (say_something_else, r"whose vectors has changed: 1 \(as s2d0t1\)"),
         (repeat_a_voice, r"whose speaker vector has changed: 1 \(as s1d0t1\)"),
     ],
 )
@@ -229,7 +236,7 @@ def test_a_run_does_not_go_on_with_other_data_and_says_what_differs(
 
 def test_data_that_was_only_moved_goes_on_to_the_same_end(place, tmp_path):
     there = tmp_path / "there"
-    for name in ("", "frames", "voices"):  # other times of change, too
+    for name in ("", "frames", "voices", "words"):  # other times of change, too
         (there / name).mkdir()
         for path in (place.root / name).iterdir():
             if path.is_file():

@@ -361,7 +361,7 @@ def caches(args):
     return sorted(Path(args.cache_dir).glob("hidden-*"))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention"])
+@pytest.mark.parametrize("pooling", ["mean", "attention", "stats"])
 def test_a_frozen_run_from_the_cache_learns_what_one_from_audio_learns(flags, pooling, tmp_path):
     flags = [*flags, "--unfreeze", "none", "--pooling", pooling, "--cache_dir", str(tmp_path)]
     on, off = (parse_args([*flags, "--name", how, "--feature_cache", how]) for how in ("on", "off"))
@@ -379,8 +379,8 @@ def test_the_cache_serves_all_folds_and_no_other_encoder(flags, tmp_path):
     count = 0
     for more, new in (
         ([], 1), (["--fold", "2"], 0), (["--lr", "0.5", "--batch_size", "4"], 0),
-        (["--layers", "2"], 1), (["--pooling", "attention"], 1), (["--amp", "bf16"], 1),
-        (["--max_seconds", "0.9"], 1),
+        (["--layers", "2"], 1), (["--pooling", "attention"], 1), (["--pooling", "stats"], 1),
+        (["--amp", "bf16"], 1), (["--max_seconds", "0.9"], 1),
     ):  # fmt: skip
         args = parse_args([*flags, *more, "--overwrite"])
         assert main(args) == 0
@@ -827,7 +827,9 @@ def test_batch_sizes_are_derived_from_each_other():
         (["--resume", "--overwrite"], "exclude each other"),
         (["--amp", "fp16", "--device", "cpu"], "needs a GPU"),
         (["--ema_alpha", "2"], "--ema_alpha: 2 must be in 0..1"),
-        (["--name", "a/b"], "--name"),
+        (["--name", "a/b"], "--name a/b: must not contain /"),
+        (["--name", "a/seed1"], "must not contain / (but for NAME/seed0"),
+        (["--name", "/seed1", "--seed", "1"], "--name /seed1: must not contain /"),
         (["--epochs", "0"], "--epochs: 0 must be at least 1"),
         (["--label_range", "5", "1"], "LO must be below HI"),
         (["--feature_cache", "on", "--augment"], "remove one of the two"),
@@ -901,6 +903,17 @@ def test_a_model_that_starts_from_another_keeps_its_flags(
     except SystemExit as end:
         assert end.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_model_of_older_code_is_a_start_without_the_flags_that_it_did_not_know(flags, finished):
+    older = Path(flags[-1]).parent / "older"
+    shutil.copytree(finished[1], older)
+    known = json.loads((older / "args.json").read_text())
+    del known["lora"], known["pooling"]
+    (older / "args.json").write_text(json.dumps(known))
+    assert parse_args([*flags, "--init_from", str(older)]).pooling == "mean"
+    with pytest.raises(SystemExit):
+        parse_args([*flags, "--init_from", str(older), "--pooling", "attention"])
 
 
 def manifest(corpus, path, prefix="", suffix=""):

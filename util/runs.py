@@ -43,6 +43,7 @@ from util.files import (
     replacing,
     without_nan,
 )
+from wavlm import LORA
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -51,11 +52,12 @@ log = logging.getLogger("vatune")
 
 # train.py's flags that belong to a model, also when it is trained further
 MODEL_FLAGS = {f.name for f in dataclasses.fields(ModelConfig)} | {
-    "prosody", "speaker", "no_film", "wavlm_revision", "wavlm_dropout", "max_seconds", "context",
+    "prosody", "speaker", "vectors", "no_film", "wavlm_revision", "wavlm_dropout", "max_seconds",
+    "context",
 }  # fmt: skip
 # What a TensorBoard raises that is installed but does not work
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
-WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel
+WAVLM = "encoder.wavlm."  # where WavLM's weights are in an EmotionModel, and those of --lora
 
 # Columns of predictions_<split>.csv
 TEXTS = ("utt_id", "dialog", "speaker", "emotion")
@@ -73,7 +75,7 @@ def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Pat
 
 def all_weights(weights: dict[str, Tensor], encoder: str, directory: Path) -> dict[str, Tensor]:
     """The weights, and those of a WavLM that did not train, which are in frozen.pt."""
-    if encoder == "wavlm" and not any(name.startswith(WAVLM) for name in weights):
+    if encoder == "wavlm" and not any(map(is_wavlms_own, weights)):
         return weights | read_checkpoint(directory / "frozen.pt")["model"]
     return weights
 
@@ -163,7 +165,7 @@ def check_resumable(flags: dict, last: dict, files: "RunFiles", frozen: bool) ->
     """
     needed, directory = [], files.directory
     if "data" in last:  # the content counts, wherever it is now
-        places = {"data", "features_dir"}
+        places = {"data", "features_dir", "vectors"}
         if "speaker vector" in files.data.partition("\n")[0]:
             places.add("speaker")
         flags = {flag: value for flag, value in flags.items() if flag not in places}
@@ -208,13 +210,18 @@ def check_resumable(flags: dict, last: dict, files: "RunFiles", frozen: bool) ->
         )
 
 
+def is_wavlms_own(name: str) -> bool:
+    """True for a weight of WavLM, False for one of --lora's updates, or of anything else."""
+    return name.startswith(WAVLM) and not name.endswith(LORA)
+
+
 def wavlm_weights(model: EmotionModel) -> dict[str, Tensor]:
-    return {k: v for k, v in model.state_dict().items() if k.startswith(WAVLM)}
+    return {k: v for k, v in model.state_dict().items() if is_wavlms_own(k)}
 
 
 def other_weights(model: EmotionModel) -> dict[str, Tensor]:
     """All weights except those of a WavLM that has not trained, which are in frozen.pt, once."""
-    return {k: v for k, v in model.state_dict().items() if not k.startswith(WAVLM)}
+    return {k: v for k, v in model.state_dict().items() if not is_wavlms_own(k)}
 
 
 def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
@@ -306,7 +313,8 @@ def differences(before: str, now: str) -> str:
         changed = both[one != two]
         if len(changed):
             example = first = changed[0]
-            if column not in ("audio", "features", "speaker vector"):  # whose digests say nothing
+            digests = ("audio", "features", "speaker vector", "vectors")
+            if column not in digests:  # which say nothing
                 example = f"{first}, {one[first]} before and {two[first]} now"
             found.append(f"utterances whose {column} has changed: {len(changed)} (as {example})")
     return ", ".join(found) or "rows are in another order"
@@ -525,6 +533,17 @@ class RunFiles:
         table[predicted(targets)] = fold.in_label_scale(preds).double().numpy().round(6)
         replace_text(self.directory / f"predictions_{split}.csv", table.to_csv(index=False))
 
+    def write_ratings(self, fold: Fold) -> None:
+        """ratings_test.csv of the test split, a line per rater, where the corpus has several."""
+        if not self.writes:
+            return
+        ids = [fold.corpus.utterances[row].utt_id for row in fold.splits["test"]]
+        ratings = fold.corpus.ratings()
+        ratings = ratings[ratings["utt_id"].isin(ids)]
+        if len(ratings):
+            text = ratings[["utt_id", "rater", *fold.corpus.targets]].to_csv(index=False)
+            replace_text(self.directory / "ratings_test.csv", text)
+
     def write_challenge(self, split: str, fold: Fold, preds: Tensor) -> None:
         """<split>.csv of preds (n, E) in [0, 1], see challenge_table."""
         if self.writes:
@@ -637,6 +656,23 @@ def read_predictions(path: Path, targets: Sequence[str]) -> pd.DataFrame:
         fault = f"{columns[column]} {rows[columns[column]][row]!r} is not a finite number"
         raise UserError(f"{path} row {row + 2}: {fault}")  # row 1 is the header
     return rows.assign(**{name: numbers[name] for name in columns})
+
+
+def read_ratings(directory: Path, targets: Sequence[str]) -> pd.DataFrame:
+    """Ratings of the test split: utt_id and rater as strings, targets as float64, NaN where a cell
+    is empty. No rows where raters are not known. UserError if they are damaged."""
+    path = directory / "ratings_test.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=["utt_id", "rater", *targets])
+    try:
+        ratings = pd.read_csv(path, dtype={"utt_id": str, "rater": str}, keep_default_na=False,
+            na_values=[""], index_col=False)  # fmt: skip
+        ratings = ratings[["utt_id", "rater", *targets]].astype(dict.fromkeys(targets, np.float64))
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if np.isinf(ratings[[*targets]].to_numpy()).any():
+        raise UserError(f"{path}: a rating is infinite")
+    return ratings
 
 
 def read_vectors(directory: Path, count: int) -> np.ndarray:
