@@ -36,7 +36,7 @@ from corpora.files import listed, read_files
 from corpora.iemocap import iemocap_texts, read_iemocap
 from corpora.manifest import csv_texts, read_csv
 from corpora.msp_podcast import msp_podcast_texts, read_msp_podcast
-from util.files import UserError, replace_text
+from util.files import UserError, replace_text, without_gc
 
 __all__ = [
     "BLIND", "LABELS", "MAX_SKIPPED", "READERS", "TESTS", "Corpus", "Skipped", "Utterance",
@@ -63,6 +63,7 @@ def is_table(data: str) -> bool:
     return Path(data).suffix.lower() in (".csv", ".tsv", ".tab", ".txt")
 
 
+@without_gc()
 def read_corpus(
     data: str,
     data_dir: str | None,

@@ -138,6 +138,7 @@ def keep_usable(corpus: Corpus, targets: Sequence[str]) -> None:
     """
     lo, hi = corpus.label_range
     margin, outside, kept = (hi - lo) / 4, Counter[float](), {}
+    others = [label for label in LABELS if label not in targets]
     for u in corpus.utterances:
         labels = {target: getattr(u, target) for target in targets}
         wrong = [x for x in labels.values() if x < lo or x > hi]
@@ -153,10 +154,12 @@ def keep_usable(corpus: Corpus, targets: Sequence[str]) -> None:
         if reason:
             corpus.skip(u.utt_id, u.path, reason)
             continue
-        outside.update(wrong)
-        clipped = {target: float(np.clip(x, lo, hi)) for target, x in labels.items()}
-        others = dict.fromkeys(LABELS, math.nan)
-        kept[u.utt_id] = dataclasses.replace(u, **(others | clipped))
+        kept[u.utt_id] = u
+        if wrong or not all(math.isnan(getattr(u, label)) for label in others):
+            outside.update(wrong)
+            clipped = {target: float(np.clip(x, lo, hi)) for target, x in labels.items()}
+            labels = dict.fromkeys(others, math.nan) | clipped
+            kept[u.utt_id] = dataclasses.replace(u, **labels)
     corpus.utterances = list(kept.values())
     for value, count in sorted(outside.items()):
         corpus.notes.append(f"label {value:g} outside {lo:g}..{hi:g} clipped: {count} utterances")

@@ -41,6 +41,7 @@ from util.files import (
     optional_module,
     replace_text,
     replacing,
+    without_gc,
     without_nan,
 )
 from wavlm import LORA
@@ -233,7 +234,7 @@ def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) 
     directory = Path(init_from)
     directory = directory if directory.is_dir() else directory.parent
     seen = read_json(directory / "splits.json")
-    pairs = [(theirs, ours) for ours in splits for theirs in ("train", "dev")]
+    pairs, folders = [(theirs, ours) for ours in splits for theirs in ("train", "dev")], {}
     for theirs, ours in pairs:
         if ours in ("train", theirs):
             continue
@@ -242,7 +243,7 @@ def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) 
         leaked = []
         for row in splits[ours]:
             utterance = corpus.utterances[row]
-            path, start, end = audio_source(utterance)
+            path, start, end = audio_source(utterance, folders)
             known = sources.get(utterance.utt_id)
             renamed = known is not None and Path(known[0]).name == Path(path).name
             if renamed or (path, start, end) in places:
@@ -254,15 +255,28 @@ def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) 
             )
 
 
-def audio_source(utterance: Utterance) -> tuple[str, float, float | None]:
-    """(resolved path, start, end in seconds): what an utterance is cut from."""
-    return str(utterance.path.resolve()), utterance.start, utterance.end
+def audio_source(
+    utterance: Utterance, folders: dict[Path, Path]
+) -> tuple[str, float, float | None]:
+    """(resolved path, start, end in seconds): what an utterance is cut from.
+
+    `folders`: those of other utterances, resolved.
+    """
+    path = utterance.path
+    if path.is_symlink() or path.name in ("", ".."):
+        path = path.resolve()
+    else:
+        if path.parent not in folders:
+            folders[path.parent] = path.parent.resolve()
+        path = folders[path.parent] / path.name
+    return str(path), utterance.start, utterance.end
 
 
 # ---------------------------------------------------------------------------------------------
 # The data of a run
 
 
+@without_gc()
 def data_table(fold: Fold) -> str:
     """CSV of all that the data decides about a run: a line per utterance, with digests instead of
     paths, so that moved files are the same data."""
@@ -500,14 +514,13 @@ class RunFiles:
         status |= {"host": platform.node(), "pid": os.getpid(), "launcher": os.getppid()}
         self.write_json("status.json", status)
 
+    @without_gc()
     def write_splits(self, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
         """splits.json: per split {utt_id: (audio path, start, end)}; data.csv; skipped.csv."""
-        sources = {
-            split: {
-                corpus.utterances[row].utt_id: audio_source(corpus.utterances[row]) for row in rows
-            }
-            for split, rows in splits.items()
-        }
+        sources, folders = {}, {}
+        for split, rows in splits.items():
+            utterances = [corpus.utterances[row] for row in rows]
+            sources[split] = {u.utt_id: audio_source(u, folders) for u in utterances}
         self.write_json("splits.json", sources)
         if self.writes:
             replace_text(self.directory / "data.csv", self.data)
