@@ -65,7 +65,6 @@ from corpora import (
     turn_order,
 )
 from model import AUTOCAST, EmotionModel, track_dialogues
-from report import COLOURS, new_figure
 from util import distributed
 from util.audio import NO_DECODER, seconds_of
 from util.checkpoints import read_checkpoint, save_checkpoint
@@ -79,6 +78,7 @@ from util.files import (
     say,
     weights_digest,
 )
+from util.pictures import COLOURS, new_figure
 from util.runs import MODEL_FLAGS, challenge_table, load_model, predicted, read_json
 from wavlm import merge_lora, save_wavlm
 

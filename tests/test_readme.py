@@ -61,6 +61,7 @@ NOT_RUN = {
     "python memory.py --calibrate": "half a minute; tests/test_memory.py calls it",
     "python faces.py": "needs a vision model; tests/test_faces.py calls it",
     "python text.py": "needs a text model; tests/test_text.py calls it",
+    "#!/bin/bash\n# ladder.sh": "five experiments; the slow test below runs it",
 }
 # Files that a command writes without a flag that names them
 WRITES = {"berlin.py": ["emodb/manifest.csv"], "logmel.py": ["features/03a00Wa.npy"]}
@@ -297,6 +298,19 @@ def test_every_command_runs_and_leaves_what_it_promises(clone, command, monkeypa
     for text in expected:
         assert re.search(text, said), f"{command}\n{said}"
     assert files or expected, f"{command}: nothing is known of what it does"
+
+
+@pytest.mark.slow
+def test_the_ladder_of_the_docs_ends_in_one_report_with_a_gain_over_the_base_at_each_step(clone):
+    (script,) = [text for text in fences("bash", USAGE) if "# ladder.sh" in text]
+    (clone.directory / "ladder.sh").write_text(script)
+    flags = f"--data manifest.csv {TRAIN} --unfreeze all"
+    said = clone.run(f"VECTORS=vectors bash ladder.sh steps 1-3 0-1 {flags}")
+    table = said[said.index("less the baseline") :]
+    for name in ("stats", "balance", "vectors", "lora"):
+        assert re.search(rf"runs/steps-{name} .*\[[-+]", table), (name, table)
+    assert "Ensemble: mean of the test predictions of 10 runs" in said
+    assert (clone.directory / "runs/steps-ladder/report.html").exists()
 
 
 def test_one_process_and_two_print_the_same_losses_as_the_readme_says(clone):
