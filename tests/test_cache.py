@@ -31,7 +31,12 @@ def flags(corpus, deep_wavlm, tmp_path, no_pictures):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--pooling", "attention", "--context", "2"], ["--pooling", "stats"]]
+    "more",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--pooling", "attention", "--context", "2"],
+        ["--pooling", "stats"],
+    ],
 )
 def test_a_step_from_the_cache_is_the_step_from_audio_in_every_stage(flags, more):
     runs = {}

@@ -625,7 +625,10 @@ def stall_and_stop(which, training):
         register_module_forward_pre_hook(stall)
 
 
-@pytest.mark.parametrize(("ranks", "training"), [(1, True), (2, True), (2, False)])
+@pytest.mark.parametrize(
+    ("ranks", "training"),
+    [pytest.param(1, True, marks=pytest.mark.slow), (2, True), (2, False)],
+)
 def test_a_signal_while_the_loader_stalls_ends_all_ranks_with_a_checkpoint_within_10_seconds(
     flags, tmp_path, ranks, training
 ):

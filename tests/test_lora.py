@@ -158,6 +158,7 @@ def test_a_run_whose_updates_begin_later_resumes_bit_for_bit(flags, tmp_path):
     assert_same_outcome(whole, parted)
 
 
+@pytest.mark.slow
 def test_two_ranks_that_accumulate_give_the_losses_and_weights_of_one(flags, tmp_path):
     flags = [*flags, *NO_DROPOUT, *LORA_4, "--global_batch_size", "16", "--epochs", "1"]
     alone = parse_args([*flags, "--batch_size", "16", "--name", "alone"])
@@ -170,7 +171,9 @@ def test_two_ranks_that_accumulate_give_the_losses_and_weights_of_one(flags, tmp
     assert_same(weights_of(alone), weights_of(ranks), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]])
+@pytest.mark.parametrize(
+    "more", [pytest.param([], marks=pytest.mark.slow), ["--gradient_checkpointing"]]
+)
 def test_the_planned_peak_is_the_profilers_account_of_a_real_step(more):
     words = ["--wavlm", "tiny", "--prosody", "none", "--batch_size", "4", "--max_seconds", "2.5"]
     args = parse_args([*words, "--device", "cpu", "--amp", "off", "--lora", "8", *more], 1)

@@ -275,8 +275,8 @@ def promised(command):
 
 def slow_if_alike(command):
     """Commands that differ from their neighbours in flags of the model or the preset alone."""
-    names = "berlin-cnn|berlin-convnext|retried|one_gpu|full|resumable|frozen|verify"
-    alike = re.search(rf"--name ({names})\b", command)
+    names = r"berlin-\w+|retried|one_gpu|full|resumable|frozen|verify"
+    alike = re.search(rf"--name ({names})\b|runs/berlin|logmel.py", command)
     return pytest.param(command, marks=SLOW) if alike else command
 
 

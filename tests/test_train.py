@@ -168,7 +168,7 @@ def test_the_second_forward_of_exact_ccc_draws_the_dropout_of_the_first(flags):
 @pytest.mark.parametrize(
     "extra",
     [
-        ["--epochs", "1"],
+        pytest.param(["--epochs", "1"], marks=pytest.mark.slow),
         ["--epochs", "1", "--context", "2"],
         ["--unfreeze", "1:none,2:all,3:top:1", "--epochs", "3", "--batch_size", "2"],
     ],
@@ -236,7 +236,13 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+SLOWER = ("plain", "dialogues", "accumulated bf16")  # tests/test_resume.py kills runs like these
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(s, marks=pytest.mark.slow) if s in SLOWER else s for s in SETTINGS],
+)
 def test_a_run_stopped_by_sigterm_resumes_bit_for_bit(flags, setting, tmp_path):
     flags = [*flags, *SETTINGS[setting]]
     whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
@@ -361,7 +367,9 @@ def caches(args):
     return sorted(Path(args.cache_dir).glob("hidden-*"))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention", "stats"])
+@pytest.mark.parametrize(
+    "pooling", [pytest.param("mean", marks=pytest.mark.slow), "attention", "stats"]
+)
 def test_a_frozen_run_from_the_cache_learns_what_one_from_audio_learns(flags, pooling, tmp_path):
     flags = [*flags, "--unfreeze", "none", "--pooling", pooling, "--cache_dir", str(tmp_path)]
     on, off = (parse_args([*flags, "--name", how, "--feature_cache", how]) for how in ("on", "off"))

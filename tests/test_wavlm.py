@@ -531,6 +531,7 @@ def test_bfloat16_autocast_on_cpu_stays_close_to_float32(stable, attention):
     assert error.square().mean().sqrt() < 0.02 * exact[3][frame_mask].square().mean().sqrt()
 
 
+@pytest.mark.slow
 def test_a_layer_compiles_as_one_graph_that_serves_every_length():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
