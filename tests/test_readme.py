@@ -64,7 +64,11 @@ NOT_RUN = {
     "#!/bin/bash\n# ladder.sh": "five experiments; the slow test below runs it",
 }
 # Files that a command writes without a flag that names them
-WRITES = {"berlin.py": ["emodb/manifest.csv"], "logmel.py": ["features/03a00Wa.npy"]}
+WRITES = {
+    "berlin.py": ["emodb/manifest.csv"],
+    "logmel.py": ["features/03a00Wa.npy"],
+    "melstats.py": ["mel-berlin/03a00Wa.npy"],
+}
 # What it must say where it writes nothing
 SAYS = {
     "data.py": r"fold 1\nsplit .*\ntrain ",

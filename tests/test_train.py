@@ -913,8 +913,10 @@ def test_a_model_that_starts_from_another_keeps_its_flags(
     assert said in capsys.readouterr().err
 
 
-def test_a_model_of_older_code_is_a_start_without_the_flags_that_it_did_not_know(flags, finished):
-    older = Path(flags[-1]).parent / "older"
+def test_a_model_of_older_code_is_a_start_without_the_flags_that_it_did_not_know(
+    flags, finished, tmp_path
+):
+    older = tmp_path / "older"
     shutil.copytree(finished[1], older)
     known = json.loads((older / "args.json").read_text())
     del known["lora"], known["pooling"]
