@@ -432,6 +432,15 @@ def utterance_vectors(corpus: Corpus, directory: str, cache_dir: str | Path) -> 
     return cached_array(Path(cache_dir) / f"vectors-{key}", build)
 
 
+def all_vectors(
+    corpus: Corpus, directories: Sequence[str], cache_dir: str | Path
+) -> tuple[np.ndarray | None, tuple[int, ...]]:
+    """((N, V) those of every --vectors DIR side by side, the width of each); None of none."""
+    vectors = [utterance_vectors(corpus, directory, cache_dir) for directory in directories]
+    widths = tuple(of_directory.shape[1] for of_directory in vectors)
+    return np.hstack(vectors) if vectors else None, widths
+
+
 class FrameFeatures:
     """Frozen features, one <utt_id>.npy (T, D) per utterance. `dim` = D, `lengths` (N,) frames.
 
@@ -964,9 +973,9 @@ def load_fold(args: argparse.Namespace) -> Fold:
         if holds_vectors(args.speaker):
             paths = npy_files(corpus, args.speaker, "--speaker")
             digests["speaker vector"] = [array_digest(open_npy(path, 1, None)) for path in paths]
-    vectors = [utterance_vectors(corpus, path, args.cache_dir) for path in args.vectors or ()]
-    if vectors:
-        digests["vectors"] = [array_digest(row) for row in np.hstack(vectors)]
+    vectors, vector_dims = all_vectors(corpus, args.vectors or (), args.cache_dir)
+    if vectors is not None:
+        digests["vectors"] = [array_digest(row) for row in vectors]
     dataset = Batches(
         labels=corpus.labels(corpus.targets),
         pack=None if features else pack,
@@ -976,7 +985,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
         max_seconds=args.max_seconds,
         augment=args.augment,
         seed=args.seed,
-        vectors=np.hstack(vectors) if vectors else None,
+        vectors=vectors,
     )
     if dataset.num_cut:
         what = "training takes a random window of them, evaluation the beginning"
@@ -993,7 +1002,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
             frame_dim=0 if features is None else features.dim,
             length=int(dataset.lengths.max()),
             rate=dataset.rate,
-            vector_dims=tuple(of_directory.shape[1] for of_directory in vectors),
+            vector_dims=vector_dims,
         ),
         digests=digests,
     )

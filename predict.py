@@ -248,14 +248,11 @@ def build_inputs(
     if reads_speaker:
         device = str(next(model.parameters()).device)
         speaker = data.speaker_embeddings(named, pack, kind, cache_dir, device)
-    vectors = []
-    if model.config.vector_dims:
-        vectors = [data.utterance_vectors(named, path, cache_dir) for path in args.vectors]
-        expected = tuple(model.config.vector_dims)
-        found = tuple(of_directory.shape[1] for of_directory in vectors)
-        if found != expected:
-            fault = f"widths {found}, but the run was trained on {expected}"
-            raise UserError(f"--vectors: {fault}: give its directories, in its order")
+    expected = tuple(model.config.vector_dims)
+    vectors, found = data.all_vectors(named, args.vectors if expected else (), cache_dir)
+    if found != expected:
+        fault = f"widths {found}, but the run was trained on {expected}"
+        raise UserError(f"--vectors: {fault}: give its directories, in its order")
     return data.Batches(
         labels=np.zeros((len(corpus.utterances), len(model.config.targets)), dtype=np.float32),
         pack=None if features else pack,
@@ -265,7 +262,7 @@ def build_inputs(
         max_seconds=args.window or args.max_seconds or flags["max_seconds"],
         augment=False,
         seed=0,
-        vectors=np.hstack(vectors) if vectors else None,
+        vectors=vectors,
     )
 
 

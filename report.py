@@ -24,7 +24,6 @@ import base64
 import contextlib
 import io
 import json
-import logging
 import math
 import re
 import statistics
@@ -61,8 +60,6 @@ from util.runs import (
     read_vectors,
     tensors,
 )
-
-log = logging.getLogger("vatune")
 
 MIN_UTTERANCES = 10  # a CCC of fewer is not shown [guess]
 MAX_GROUPS = 20  # rows of a breakdown; a corpus may have a thousand speakers
@@ -330,7 +327,7 @@ def test_rows(e: Experiment) -> pd.DataFrame:
 
 def paired_difference(one: Experiment, two: Experiment) -> dict | str:
     """Pooled CCCs of `one` minus those of `two` on the seeds, test utterances and targets of both,
-    not.
+    or why not.
 
     {"to": name of `two`, "n", "clusters", "ccc_valence": (difference, low, high), ...}
     """
@@ -379,7 +376,7 @@ def against_frozen(run: Path) -> str:
     The baseline is the fold with the best dev CCC among those of the same --out and number with
     WavLM frozen that agree in all flags that both know, but for FREE_IN_BASELINE.
     """
-    flags = read_json(run / "args.json")
+    flags, targets = read_json(run / "args.json"), targets_of(run)
     out = run.parents[1 + str(flags.get("name")).count("/")]
     results = [*out.glob(f"*/{run.name}/result.json"), *out.glob(f"*/seed*/{run.name}/result.json")]
     baselines, refused = [], []
@@ -397,7 +394,7 @@ def against_frozen(run: Path) -> str:
             refused.append((len(differ), f" ({path.parent} differs in {', '.join(differ)})"))
             continue
         with contextlib.suppress(UserError):  # damaged
-            figures, _ = read_run(path.parent, targets_of(run))
+            figures, _ = read_run(path.parent, targets)
             baselines.append((figures["dev/ccc_mean"], path.parent))
     if not baselines:
         nearest = min(refused)[1] if refused else ""
@@ -406,7 +403,6 @@ def against_frozen(run: Path) -> str:
             "with --unfreeze none --name frozen makes one, then report.py compares the two"
         )
     baseline = max(baselines)[1]
-    targets = targets_of(run)
     one, two = (
         run_alone(str(path), {1: read_run(path, targets)}, targets) for path in (run, baseline)
     )
@@ -491,7 +487,7 @@ class Ensemble:
     mean: Experiment  # of their predictions; its difference is that to the best single one
     best: Experiment  # the one with the highest mean dev CCC
     best_dev_ccc: float
-    difference: dict[int, dict]  # of each fold
+    fold_differences: dict[int, dict]  # the same of each fold
 
 
 def mean_run(
@@ -654,7 +650,7 @@ def ensemble_sections(ensemble: Ensemble) -> list[Section]:
     rows, titles = [], cccs_of(mean.targets)
     for (_, fold), figures in mean.folds.items():
         row = {"fold": fold} | {title: figures[f"test/{key}"] for key, title in titles.items()}
-        row["mean less the best"] = signed(ensemble.difference[fold]["ccc_mean"])
+        row["mean less the best"] = signed(ensemble.fold_differences[fold]["ccc_mean"])
         rows.append(row)
     row = {"fold": "mean"} | {title: mean.mean[f"test/{key}"] for key, title in titles.items()}
     title = f"Ensemble: mean of the test predictions of {len(ensemble.members)} runs"
@@ -946,21 +942,22 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"{' and '.join(e.name for e in experiments)}: no target in common")
     if args.baseline not in (None, *args.runs):
         raise UserError(f"--baseline {args.baseline}: not one of the RUNs")
-    compared = {id(e): e for e in experiments}
+    pairs = []  # (experiment, the same on the targets that all have)
     for e, run in zip(experiments, args.runs):
-        if set(e.targets) != set(shared):  # the comparison is on what all have
+        rival = e
+        if set(e.targets) != set(shared):
             rival = read_experiment(run, args.folds, args.seeds, args.failed, shared)
             left_out = in_words([target for target in e.targets if target not in shared])
             rival.notes.append(f"{left_out} is left out: another run has none")
-            compared[id(e)] = rival
+        pairs.append((e, rival))
     baseline = None
     if args.baseline:
-        baseline = compared[id(experiments[args.runs.index(args.baseline)])]
+        _, baseline = pairs[args.runs.index(args.baseline)]
     else:
-        experiments.sort(key=lambda e: mean_ccc(compared[id(e)]), reverse=True)  # missing ones last
-    rivals = [compared[id(e)] for e in experiments]
+        pairs.sort(key=lambda pair: mean_ccc(pair[1]), reverse=True)  # missing ones last
+    experiments, rivals = map(list, zip(*pairs))
     first = baseline or rivals[0]
-    for e, rival in zip(experiments, rivals):
+    for e, rival in pairs:
         if rival is not first:
             e.difference = rival.difference = paired_difference(rival, first)
     sections = comparison_sections(rivals, baseline) if several else fold_sections(experiments[0])
@@ -970,7 +967,7 @@ def main(args: argparse.Namespace) -> int:
         sections += ensemble_sections(ensemble)
         figures.append(as_figures(ensemble.mean) | {
             "members": ensemble.members, "best": ensemble.best.name,
-            "best_dev_ccc": ensemble.best_dev_ccc, "folds_difference": ensemble.difference,
+            "best_dev_ccc": ensemble.best_dev_ccc, "folds_difference": ensemble.fold_differences,
         })  # fmt: skip
     sections += separation_sections(experiments)
     out = args.out or (Path() if several else None)

@@ -192,14 +192,19 @@ def check_attention(model: EmotionModel, args: argparse.Namespace, device: torch
         error = attention_error(heads, wavlm.config.hidden_size // heads, dtype, device)
         reason = f"it differs from eager attention by {error:.0e} of the largest value"
     except Exception as fault:  # of a kernel: anything
-        error, reason = math.inf, f"{type(fault).__name__}: {' '.join(str(fault).split())[:160]}"
-    if not error <= ATTENTION_TOLERANCE[dtype]:
+        error, reason = math.inf, in_one_line(fault)
+    if not error <= TOLERANCE[dtype]:
         wavlm.attention = "sdpa"
         log.info(f"--attention fused does not work on {device}, sdpa is used: {reason}")
 
 
-# of output and gradients, relative to the largest of each; float32 may be TF32 [guess]
-ATTENTION_TOLERANCE = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
+def in_one_line(fault: Exception) -> str:
+    """Kind and text of what a kernel or a compiler raised."""
+    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:160]}"
+
+
+# of a trial's results, relative to the largest of each; float32 may be TF32 [guess]
+TOLERANCE = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
 
 
 @torch.enable_grad()
@@ -253,10 +258,10 @@ def check_compile(
     compile_layers(model)
     try:
         error = float((trial() - expected).abs().max() / expected.abs().max())
-        if not error <= ATTENTION_TOLERANCE[AUTOCAST[args.amp]]:
+        if not error <= TOLERANCE[AUTOCAST[args.amp]]:
             reason = f"it differs from the plain layers by {error:.0e} of the largest value"
     except Exception as fault:  # of dynamo, inductor, triton, a C compiler: no common base class
-        reason = f"{type(fault).__name__}: {' '.join(str(fault).split())[:160]}"
+        reason = in_one_line(fault)
     if distributed.any_rank(bool(reason)):
         model.zero_grad()
         torch.compiler.set_stance("force_eager")

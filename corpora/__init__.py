@@ -40,10 +40,9 @@ from util.files import UserError, replace_text, without_gc
 
 __all__ = [
     "BLIND", "LABELS", "MAX_SKIPPED", "READERS", "TESTS", "Corpus", "Skipped", "Utterance",
-    "check_skipped",
-    "describe_splits", "is_table", "known_speaker", "listed", "make_splits", "natural",
-    "num_folds", "read_corpus", "read_csv", "read_files", "read_texts", "skipped_by_kind",
-    "turn_order", "write_skipped",
+    "check_skipped", "describe_splits", "is_table", "known_speaker", "listed", "make_splits",
+    "natural", "num_folds", "read_corpus", "read_csv", "read_files", "read_texts",
+    "skipped_by_kind", "turn_order", "write_skipped",
 ]  # fmt: skip
 
 READERS = {  # --data: what reads --data_dir, and the range of its labels
@@ -215,8 +214,8 @@ def make_splits(corpus: Corpus, fold: int) -> dict[str, np.ndarray]:
         of_row = [split_of.get(u.session, "train") for u in corpus.utterances]
     if not 1 <= fold <= folds:
         raise UserError(f"--fold {fold}: {corpus.name} has folds 1..{folds}")
-    names = dict.fromkeys((*SPLITS, *TESTS))
-    splits = {s: np.flatnonzero(np.array(of_row) == s).astype(np.int64) for s in names}
+    every = dict.fromkeys((*SPLITS, *TESTS))  # test is in both
+    splits = {s: np.flatnonzero(np.array(of_row) == s).astype(np.int64) for s in every}
     splits = {s: rows for s, rows in splits.items() if s in SPLITS or len(rows)}
     found: dict[str, str] = {}  # speaker -> split
     for split in SPLITS:

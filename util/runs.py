@@ -234,10 +234,10 @@ def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) 
     directory = Path(init_from)
     directory = directory if directory.is_dir() else directory.parent
     seen = read_json(directory / "splits.json")
-    pairs, folders = [(theirs, ours) for ours in splits for theirs in ("train", "dev")], {}
+    later = [split for split in splits if split != "train"]
+    pairs = [(theirs, ours) for ours in later for theirs in ("train", "dev") if theirs != ours]
+    folders = {}
     for theirs, ours in pairs:
-        if ours in ("train", theirs):
-            continue
         sources = seen.get(theirs, {})
         places = {tuple(source) for source in sources.values()}
         leaked = []
