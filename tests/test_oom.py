@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import quick_flags
-from fault_kills import run_ranks
+from helpers import run_ranks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import data

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import quick_flags, save_narrow_wavlm
-from fault_kills import EVERYTHING, Run, assert_same_outcome, raise_on, real_fp16, run_ranks
+from helpers import EVERYTHING, Run, assert_same_outcome, raise_on, real_fp16, run_ranks
 
 from train import cli
 from util.checkpoints import read_checkpoint, save_checkpoint

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from fault_kills import OnLine, run_ranks
+from helpers import OnLine, run_ranks
 
 import data
 import predict

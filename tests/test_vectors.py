@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from conftest import quick_flags
-from fault_kills import Run, assert_same_outcome, run_ranks
+from helpers import Run, assert_same_outcome, run_ranks
 from test_predict import predicted, rows, streamed, values
 from test_resume import prepare
 

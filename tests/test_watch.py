@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from fault_kills import raise_on
+from helpers import raise_on
 from torch.utils.data import DataLoader
 
 from train import main, parse_args
