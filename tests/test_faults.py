@@ -301,7 +301,7 @@ def test_a_run_stopped_while_it_evaluates_resumes_bit_for_bit(flags, tmp_path, w
 def on_batch(number, training, act):
     """Calls `act` before the `number`th batch of training or of evaluation, whose batches become
     small."""
-    data.EVAL_SECONDS, batches = 2, []
+    data.EVAL_SECONDS, batches = 1, []
 
     def count(module, inputs):
         if type(module).__name__ == "WavLMEncoder" and module.training == training:
