@@ -244,9 +244,8 @@ def main() -> None:
                 entries.append(json.loads(line[0].removeprefix("RESULT ")))
                 print(contestant, entries[-1], flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(
-        f"\n{args.wavlm}, {args.steps} steps of {args.batch_size} utterances, amp {args.amp}, {args.unfreeze}"
-    )
+    job = f"{args.wavlm}, {args.unfreeze}, amp {args.amp}"
+    print(f"\n{job}, {args.steps} steps of {args.batch_size} utterances")
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| job | s | audio-s/s | peak GiB | loss | train.py is faster by |")
     print("|---|---|---|---|---|---|")
