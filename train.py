@@ -46,7 +46,7 @@ from util import distributed, exits, pictures, runs, trials
 from util import log as logs
 from util.checkpoints import read_checkpoint
 from util.distributed import Ranks, Stopped
-from util.files import UserError, open_standard_streams
+from util.files import UserError, open_standard_streams, without_gc
 from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
@@ -89,6 +89,24 @@ def main(args: argparse.Namespace) -> int:
     distributed.stop_signals.clear()
     distributed.raised_signals.clear()
     distributed.handle_signals(at_once=True)  # before the first step there is nothing to save
+    run = set_up(args)
+    if run is None:
+        return 0
+    if train(run):
+        distributed.wait_for_ranks()  # torchrun kills the others once one exits: rank 0 has saved
+        log.info(f"stopped by a signal at step {run.progress.step}: continue with --resume")
+        return distributed.RETRY_EXIT_CODE
+    finish(run)
+    distributed.end_ranks()
+    return 0
+
+
+@without_gc()
+def set_up(args: argparse.Namespace) -> Run | None:
+    """The run before its first step, or back where last.pt was written (all ranks participate).
+
+    None if there is nothing to do: --dry_run, or --resume of a complete run.
+    """
     given = dict(vars(args))
     ranks = distributed.find_ranks(args.device)
     logs.start_logging(None, console=ranks.rank == 0)
@@ -111,7 +129,7 @@ def main(args: argparse.Namespace) -> int:
         distributed.wait_for_ranks()  # they have read last.pt
         if not (args.keep_last or last["args"].get("keep_last")):
             files.remove_last()
-        return 0
+        return None
     batch_note = memory.choose_batch(args, fold, model, ranks, last)
     planned = None  # only rank 0 writes of it
     if ranks.rank == 0:
@@ -135,16 +153,9 @@ def main(args: argparse.Namespace) -> int:
     if planned:
         log.info(planned.line() + batch_note)
     if args.dry_run:
-        return 0
+        return None
     begin(run, last)
-    last = None  # as large as the model and its optimizer
-    if train(run):
-        distributed.wait_for_ranks()  # torchrun kills the others once one exits: rank 0 has saved
-        log.info(f"stopped by a signal at step {run.progress.step}: continue with --resume")
-        return distributed.RETRY_EXIT_CODE
-    finish(run)
-    distributed.end_ranks()
-    return 0
+    return run
 
 
 def train(run: Run) -> bool:

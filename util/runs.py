@@ -41,7 +41,6 @@ from util.files import (
     optional_module,
     replace_text,
     replacing,
-    without_gc,
     without_nan,
 )
 from wavlm import LORA
@@ -267,7 +266,6 @@ def audio_source(
 # The data of a run
 
 
-@without_gc()
 def data_table(fold: Fold) -> str:
     """CSV of all that the data decides about a run: a line per utterance, with digests instead of
     paths, so that moved files are the same data."""
@@ -491,7 +489,6 @@ class RunFiles:
         status |= {"host": platform.node(), "pid": os.getpid(), "launcher": os.getppid()}
         self.write_json("status.json", status)
 
-    @without_gc()
     def write_splits(self, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
         """splits.json: per split {utt_id: (audio path, start, end)}; data.csv; skipped.csv."""
         sources, folders = {}, {}
