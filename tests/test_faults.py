@@ -1,6 +1,7 @@
 """Faults done to real runs: damage, full disks, signals, dead and hung ranks and workers, two runs
 in one directory. Their kills at random moments, in numbers, are fault_kills.py's."""
 
+import functools
 import importlib
 import multiprocessing
 import os
@@ -57,14 +58,6 @@ def assert_saved_at_its_last_step(run):
     assert step_of(run) == run.status()["step"] == run.records()[-1]["step"]
 
 
-def error_of(run):
-    """The one line that the console has of what ended the run."""
-    said = run.console()
-    assert "Traceback" not in said and said.count("train.py: error: ") == 1, said
-    (line,) = said.split("train.py: error: ")[1].strip().splitlines()
-    return line
-
-
 def gone(directory, seconds=2):
     return wait_for(lambda: not processes_of(directory), seconds)
 
@@ -101,32 +94,21 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(flags, tmp_path, m
     assert ("fsync", str(run.directory)) in calls[at + 2 :]
 
 
-def damages(seed, count):
-    """{name: function that does it to a file}; `count` flipped bits and truncations."""
-    rng = random.Random(seed)
-
-    def flip(path):
-        content = bytearray(path.read_bytes())
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        path.write_bytes(content)
-
-    def cut(path):
-        os.truncate(path, rng.randrange(1, path.stat().st_size))
-
-    return {
-        **{f"flipped bit {i}": flip for i in range(count)},
-        **{f"truncated {i}": cut for i in range(count)},
-        "empty": lambda path: os.truncate(path, 0),
-        "missing": Path.unlink,
-        "text": lambda path: path.write_text("not a checkpoint " * 99),
-        "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
-    }
+DAMAGES = {  # content, a place in it, that of another run -> content, or None for no file
+    "flipped": lambda x, at, _: x[:at] + bytes([x[at] ^ 1 << at % 8]) + x[at + 1 :],
+    "cut": lambda x, at, _: x[:at],
+    "empty": lambda *_: b"",
+    "missing": lambda *_: None,
+    "text": lambda *_: b"not a checkpoint " * 99,
+    "longer": lambda x, *_: x + b"x",
+    "of another run": lambda x, at, other: other,
+}
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_no_damage_to_a_checkpoint_is_silent(flags, tmp_path, capsys, count):
     """Either the run ends like an undamaged one, from previous.pt, or it is refused in a line."""
-    flags = [*flags, "--unfreeze", "1:none,2:all", "--save_every", "1"]
+    flags, rng = [*flags, "--unfreeze", "1:none,2:all", "--save_every", "1"], random.Random(0)
     whole, stopped = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "stopped")
     other = Run([*flags, "--seed", "1"], tmp_path / "other")
     with raise_on(r"^step +4/"):
@@ -134,36 +116,33 @@ def test_no_damage_to_a_checkpoint_is_silent(flags, tmp_path, capsys, count):
     assert whole.train() == other.train() == 0
     capsys.readouterr()
 
-    def resumed(*damaged, until="done in"):
-        directory = tmp_path / "case"
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.copytree(tmp_path / "stopped", directory)
-        victim = Run(flags, directory)
-        for name, harm in damaged:
-            harm(victim.directory / name)
+    def resumed(damaged, until="done in"):
+        shutil.rmtree(tmp_path / "case", ignore_errors=True)
+        shutil.copytree(tmp_path / "stopped", tmp_path / "case")
+        victim = Run(flags, tmp_path / "case")
+        for name, kind in damaged.items():
+            path = victim.directory / name
+            content, theirs = path.read_bytes(), (other.directory / name).read_bytes()
+            changed = DAMAGES[kind](content, rng.randrange(1, len(content)), theirs)
+            path.unlink() if changed is None else path.write_bytes(changed)
         with raise_on(until):
             code = victim.train("--resume")
         return victim, code, capsys.readouterr()
 
-    kinds = damages(0, count)
-    for i, (kind, harm) in enumerate(kinds.items()):
+    kinds = ["flipped", "cut"] * count + ["empty", "missing", "text", "longer"]
+    for i, kind in enumerate(kinds):
         to_the_end = i == 0 or count > 1  # the others begin from the same older checkpoint
-        until = "done in" if to_the_end else "^vatune"
-        victim, code, said = resumed(("last.pt", harm), until=until)
+        victim, code, said = resumed({"last.pt": kind}, "done in" if to_the_end else "^vatune")
         assert code == (0 if to_the_end else 75), (kind, said.err)
         assert "last.pt" in said.out and "continuing from" in said.out, kind
         if to_the_end:
             assert_same_outcome(whole, victim)
-
-    def swap(path):
-        shutil.copy(other.directory / path.name, path)
-
-    harms = damages(1, count) | {"swapped": swap}
-    cases = [[("last.pt", swap)], [("last.pt", Path.unlink), ("previous.pt", harms["empty"])]]
-    cases += [[("last.pt", harms["truncated 0"]), ("previous.pt", harms["flipped bit 0"])]]
-    cases += [[(name, harm)] for name in ("best.pt", "frozen.pt") for harm in harms.values()]
+    cases = [{"last.pt": "of another run"}, {"last.pt": "missing", "previous.pt": "empty"}]
+    cases += [{"last.pt": "cut", "previous.pt": "flipped"}]
+    cases += [{"frozen.pt": kind} for kind in ("flipped", "missing", "of another run")]
+    cases += [{"best.pt": kind} for kind in [*kinds, "of another run"]]
     for case in cases:
-        _, code, said = resumed(*case)
+        _, code, said = resumed(case)
         assert code == 2 and len(said.err.strip().splitlines()) == 1, (case, said.err)
         assert "start anew with --overwrite" in said.err, case
     print(f"{len(kinds)} fell back to previous.pt, {len(cases)} were refused, 0 silent")
@@ -284,18 +263,40 @@ def test_a_broken_tensorboard_is_one_line_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("line", "epoch"),
-    [(r"^step +3/", 0), (r"^step +6/", 1), (r"^best epoch . . dev", 2)],
-    ids=["first evaluation", "last evaluation", "test"],
+    ("where", "epochs"),
+    [
+        ("torch.from_numpy", None),
+        ("fcntl.lockf", None),
+        ("torch.optim.AdamW", None),
+        ("torch.utils.tensorboard.SummaryWriter", None),
+        (r"^step +3/", 0),  # in the first evaluation
+        (r"^step +6/", 1),  # in the last one
+        (r"^best epoch . . dev", 2),  # in the test
+    ],
 )
-def test_a_run_stopped_while_it_evaluates_resumes_bit_for_bit(flags, tmp_path, whole, line, epoch):
+def test_a_run_stopped_in_its_start_or_an_evaluation_ends_like_one_that_was_not(
+    flags, tmp_path, monkeypatch, whole, where, epochs
+):
+    """SIGTERM in the first call of a library's function, or after a line of the log."""
+
+    def stop(*args, **named):
+        patch.undo()
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args, **named)
+
     parted = Run(flags, tmp_path)
-    with raise_on(line):
-        assert parted.train() == 75
-    assert parted.checkpoint()["progress"]["epoch"] == epoch
-    assert parted.status()["exit_code"] == 75
+    with monkeypatch.context() as patch, raise_on(where):
+        if epochs is None:
+            module, _, attribute = where.rpartition(".")
+            real = getattr(importlib.import_module(module), attribute)
+            patch.setattr(where, stop)
+        assert parted.train("--resume") == 75
+    if epochs is not None:
+        assert parted.checkpoint()["progress"]["epoch"] == epochs
+        assert parted.status()["exit_code"] == 75
     assert parted.train("--resume") == 0
     assert_same_outcome(whole, parted)
+    assert not list(parted.directory.glob(".*"))
 
 
 def on_batch(number, training, act):
@@ -323,36 +324,6 @@ def test_ranks_stop_together_in_the_middle_of_an_evaluation(flags, tmp_path):
     parted = Run([*flags, "--batch_size", "4", "--epochs", "1"], tmp_path, 2)
     assert parted.in_ranks(fault=(stop_in_evaluation,)) == [75, 75]
     assert parted.checkpoint()["progress"]["epoch"] == 0 and step_of(parted) == 3
-
-
-@pytest.mark.parametrize(
-    "phase",
-    [
-        "torch.from_numpy",
-        "fcntl.lockf",
-        "torch.optim.AdamW",
-        "torch.utils.tensorboard.SummaryWriter",
-    ],
-)
-def test_a_signal_in_a_start_is_75_and_the_next_start_is_like_the_first(
-    flags, tmp_path, monkeypatch, whole, phase
-):
-    """SIGTERM in the first call of a library's function."""
-    module, _, attribute = phase.rpartition(".")
-    real = getattr(importlib.import_module(module), attribute)
-
-    def stopping(*args, **named):
-        patch.undo()
-        signal.raise_signal(signal.SIGTERM)
-        return real(*args, **named)
-
-    parted = Run(flags, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(phase, stopping)
-        assert parted.train("--resume") == 75
-    assert parted.train("--resume") == 0
-    assert_same_outcome(whole, parted)
-    assert not list(parted.directory.glob(".*"))
 
 
 def test_a_signal_while_a_cache_fills_leaves_no_half_of_it(flags, tmp_path, monkeypatch):
@@ -546,36 +517,6 @@ def test_a_hung_rank_is_noticed_within_its_time_out(two_ranks):
     gone(two_ranks.log.parent)
 
 
-def signal_workers(pattern, number):
-    """A signal to the loader's workers when a line is logged."""
-
-    def send():
-        for worker in multiprocessing.active_children():
-            os.kill(worker.pid, number)
-
-    OnLine(pattern, send).__enter__()
-
-
-@pytest.mark.parametrize(
-    ("line", "number"),
-    [
-        (r"^step +4/", signal.SIGKILL),
-        (r"^step +4/", signal.SIGSTOP),
-        (r"^epoch +1 . dev", signal.SIGSTOP),  # between two epochs, in which they wait
-    ],
-    ids=["dead", "stopped", "stopped between two epochs"],
-)
-def test_a_dead_or_stalled_worker_is_one_line_that_names_it(flags, tmp_path, line, number):
-    more = ["--num_workers", "1", "--timeout", "2", *LONG, "--eval_every", "1"]
-    victim = Run([*flags, *more], tmp_path)
-    assert victim.in_ranks(fault=(signal_workers, line, number)) == [1]
-    dead = r"DataLoader.*worker (\d+ is|\(pid\(s\) \d+\) exited) "  # torch has two sentences
-    said = error_of(victim)
-    assert re.search(dead + ".*--resume.*--num_workers 0.*--shm-size", said), said
-    assert victim.status()["exit_code"] == 1
-    gone(tmp_path)
-
-
 def stall_and_stop(training):
     """In rank 1, SIGSTOP to the workers once they have read some batches, and SIGTERM to the rank
     when it waits for more."""
@@ -621,26 +562,6 @@ def test_shared_memory_that_is_too_small_is_told_before_workers_start(
     free = r"--num_workers 2: .* need up to \d+ MiB of /dev/shm \(1 MiB free\)"
     assert re.search(free + ".*give --num_workers 0.*docker run --shm-size", said), said
     assert run.train("--num_workers", "0", "--overwrite", "--max_steps", "1") == 0
-
-
-def end_shared_memory():
-    """No more of it from the fourth batch of a worker on, as torch says it."""
-    share, shared = torch.Tensor.share_memory_, []
-
-    def failing(tensor):
-        shared.append(1)
-        if len(shared) > 20:
-            raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
-        return share(tensor)
-
-    torch.Tensor.share_memory_ = failing
-
-
-def test_shared_memory_that_ends_on_the_way_is_told_at_once(flags, tmp_path):
-    victim = Run([*flags, "--num_workers", "1", *LONG], tmp_path)
-    assert victim.in_ranks(fault=(end_shared_memory,)) == [2]
-    wanted = "No space left on device: give --num_workers 0, or more shared memory"
-    assert wanted in error_of(victim) and "docker run --shm-size" in error_of(victim)
 
 
 @pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
@@ -692,19 +613,30 @@ def test_a_rank_whose_data_is_bad_says_so_and_all_ranks_end(
     assert "Traceback" not in victim.console()
 
 
-# --- what is not finite
+# --- what ends a run
 
 
-def test_a_loss_that_is_not_finite_ends_both_ranks_and_names_the_utterances_of_both(
-    flags, tmp_path
-):
-    more = ["--batch_size", "4", "--lr", "1e30", "--encoder_lr", "1e30", "--warmup", "0"]
-    victim = Run([*flags, *more, "--log_every", "100", "--save_every", "1"], tmp_path, 2)
-    assert victim.in_ranks() == [1, 1]
-    told = victim.console().split("train.py: error: step 1: ")[1].splitlines()[0]
-    assert len([word for word in told.split() if word.startswith("s")]) >= 8 and "scale 1" in told
-    assert victim.status()["exit_code"] == 1
-    assert not list(victim.directory.glob("*.pt"))
+def signal_workers(pattern, number):
+    """A signal to the loader's workers when a line is logged."""
+
+    def send():
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, number)
+
+    OnLine(pattern, send).__enter__()
+
+
+def end_shared_memory():
+    """No more of it from the fourth batch of a worker on, as torch says it."""
+    share, shared = torch.Tensor.share_memory_, []
+
+    def failing(tensor):
+        shared.append(1)
+        if len(shared) > 20:
+            raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
+        return share(tensor)
+
+    torch.Tensor.share_memory_ = failing
 
 
 def spoil_a_gradient():
@@ -720,27 +652,8 @@ def spoil_a_gradient():
     register_module_forward_hook(spoil)
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_ends_both_and_is_never_saved(flags, tmp_path):
-    victim = Run([*flags, "--batch_size", "4", "--save_every", "1"], tmp_path, 2)
-    assert victim.in_ranks(fault=(spoil_a_gradient,)) == [1, 1]
-    said = victim.console()
-    assert "Traceback" not in said and "train.py: error: step 3: loss " in said
-    assert "gradient norm nan, weight norm nan, norm of AdamW's moments nan, scale 1 on s" in said
-    for path in victim.directory.glob("*.pt"):
-        assert all(weight.isfinite().all() for weight in victim.weights(path.name).values())
-    assert step_of(victim) == 2
-
-
-@pytest.mark.parametrize(
-    ("where", "said"),
-    [
-        ("weight", r"weight norm inf, norm of AdamW's moments [\d.e-]+,"),
-        ("moment", r"weight norm [\d.e-]+, norm of AdamW's moments inf,"),
-    ],
-)
-def test_what_is_not_finite_is_named_weights_apart_from_moments(
-    flags, tmp_path, capsys, where, said
-):
+def spoil_after_a_step(where):
+    """Infinity in a weight, or in one of its moments, after the second step."""
     steps = []
 
     def spoil(optimizer, *_):
@@ -752,20 +665,64 @@ def test_what_is_not_finite_is_named_weights_apart_from_moments(
             target = weight if where == "weight" else optimizer.state[weight]["exp_avg"]
             target.data.flatten()[0] = float("inf")
 
-    hook = register_optimizer_step_post_hook(spoil)
-    try:
-        assert Run([*flags, "--save_every", "1"], tmp_path).train() == 1
-    finally:
-        hook.remove()
-    assert re.search(rf"step 2: loss .*{said}", capsys.readouterr().err)
+    register_optimizer_step_post_hook(spoil)
 
 
-def test_twenty_skipped_steps_in_a_row_are_an_error(flags, tmp_path, monkeypatch, capsys):
-    """test_resume has a run that skips fewer."""
-    real_fp16(monkeypatch.setattr, init_scale=2.0**127, backoff_factor=0.9999)
-    more = ["--amp", "fp16", "--device", "auto", "--epochs", "8", "--eval_every", "8"]
-    assert Run([*flags, *more], tmp_path).train() == 1
-    assert re.search(r"step 20: loss .* scale 1.*e\+38 on s3", capsys.readouterr().err)
+WORKER = "--num_workers 1 --timeout 2 --eval_every 1 --epochs 2000"
+# torch has two sentences
+DEAD = (
+    r"DataLoader.*worker (\d+ is|\(pid\(s\) \d+\) exited) .*--resume.*--num_workers 0.*--shm-size"
+)
+HUGE = "--save_every 1 --batch_size 4 --log_every 100 --warmup 0 --lr 1e30 --encoder_lr 1e30"
+NUMBER = r"[\d.e-]+"
+SCALER = {"init_scale": 2.0**127, "backoff_factor": 0.9999}
+ENDS = {  # ranks, flags, fault, exit code, step of last.pt or -1 for any, message
+    "dead worker": (1, WORKER, (signal_workers, r"^step +4/", signal.SIGKILL), 1, -1, DEAD),
+    "stopped worker": (1, WORKER, (signal_workers, r"^step +4/", signal.SIGSTOP), 1, -1, DEAD),
+    "stopped worker between two epochs, which waits": (
+        1, WORKER, (signal_workers, r"^epoch +1 . dev", signal.SIGSTOP), 1, -1, DEAD,
+    ),
+    "no shared memory left": (
+        1, WORKER, (end_shared_memory,), 2, -1,
+        "No space left on device: give --num_workers 0, or more shared memory.*--shm-size",
+    ),
+    "loss, with the utterances of both ranks": (
+        2, HUGE, None, 1, 0, r"step 1: loss .*scale 1 on (s\dd\dt\d\W+){7}s"
+    ),
+    "gradient of one rank": (
+        2, "--save_every 1 --batch_size 4", (spoil_a_gradient,), 1, 2, "step 3: loss .*gradient "
+        "norm nan, weight norm nan, norm of AdamW's moments nan, scale 1 on s",
+    ),
+    "weight": (
+        1, "--save_every 1", (spoil_after_a_step, "weight"), 1, 1,
+        f"step 2: loss .*weight norm inf, norm of AdamW's moments {NUMBER},",
+    ),
+    "moment": (
+        1, "--save_every 1", (spoil_after_a_step, "moment"), 1, 1,
+        f"step 2: loss .*weight norm {NUMBER}, norm of AdamW's moments inf,",
+    ),
+    "twenty skipped steps in a row": (  # test_resume has a run that skips fewer
+        1, "--amp fp16 --device auto --epochs 8 --eval_every 8",
+        (functools.partial(real_fp16, setattr, **SCALER),), 1, -1,
+        r"step 20: loss .* scale 1.*e\+38 on s3",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_what_ends_a_run_is_one_line_and_leaves_a_sound_checkpoint(flags, tmp_path, kind):
+    ranks, words, fault, code, step, said = ENDS[kind]
+    victim = Run([*flags, *words.split()], tmp_path, ranks)
+    assert victim.in_ranks(fault=fault, seconds=60) == [code] * ranks, victim.console()
+    lines = victim.console().partition("train.py: error: ")[2].strip().splitlines()
+    assert "Traceback" not in victim.console() and len(lines) == ranks, victim.console()
+    assert re.search(said, lines[0]), lines[0]
+    assert victim.status()["exit_code"] == code
+    for path in victim.directory.glob("*.pt"):
+        assert all(weight.isfinite().all() for weight in victim.weights(path.name).values())
+    saved = step_of(victim) if (victim.directory / "last.pt").exists() else 0
+    assert step in (saved, -1)
+    gone(tmp_path)
 
 
 # --- collectives

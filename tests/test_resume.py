@@ -176,7 +176,7 @@ def add_a_row(root):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (edit(lambda t: t.assign(valence=1 - t["valence"])), "valence has changed: 72 (as s1d0t0,"),
+        (edit(lambda t: t.assign(valence=1 - t["valence"])), "valence has changed: 72 (as s3d0t0,"),
         (cell("s1d0t0", "arousal", 0.123), "arousal has changed: 1 (as s1d0t0, 0."),
         (cell("s3d2t3", "dialog", "3-3"), "dialog has changed: 1 "),
         (edit(lambda t: t[::-1]), "rows are in another order"),  # which is that of the turns

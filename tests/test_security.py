@@ -16,15 +16,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import OnLine, Run
+from conftest import quick_flags
+from helpers import ROOT, OnLine, Run
 
 import data
 import predict
 import report
 import train
 from util.files import run_script
-
-REPO = Path(__file__).resolve().parents[1]
 
 # pattern -> a line that it must find
 BANNED_IN_PROGRAMS = {
@@ -51,8 +50,8 @@ EXEMPT = ("test_security.py", "test_input_faults.py", "warm_python.py")
 
 
 def tracked_files():
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, check=True)
-    return [REPO / name for name in names.stdout.decode().split("\0") if name]
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    return [ROOT / name for name in names.stdout.decode().split("\0") if name]
 
 
 def test_no_tracked_file_contains_a_call_that_could_run_what_it_reads():
@@ -124,15 +123,10 @@ def run(tmp_path, monkeypatch, capfd):
     return run
 
 
-@pytest.fixture(scope="module")
-def train_flags(corpus, small_wavlm):
-    """Flags of a run of one step."""
-    return [
-        "--data", corpus, "--wavlm", small_wavlm, "--layers", "1", "2", "--prosody", "none",
-        "--unfreeze", "all", "--max_steps", "1", "--batch_size", "8", "--d_hidden", "16",
-        "--d_state", "8", "--mamba_layers", "1", "--num_workers", "0", "--device", "cpu",
-        "--cache_dir", corpus.parent / "cache",
-    ]  # fmt: skip
+@pytest.fixture
+def train_flags(corpus, small_wavlm, no_pictures):
+    """Flags of a run of one step, in the working directory."""
+    return [*quick_flags(corpus, small_wavlm, Path()), "--max_steps", "1"]
 
 
 @pytest.mark.parametrize("hashed", [False, True])
@@ -151,8 +145,7 @@ def test_a_hostile_checkpoint_is_refused_by_whatever_loads_one(
         best.write_bytes(best.read_bytes() + hashlib.sha256(best.read_bytes()).digest())
     last.write_bytes(best.read_bytes())
     (last.parent / "args.json").write_text("{}")
-    flags = vars(train.parse_args([str(flag) for flag in train_flags]))
-    (tmp_path / "args.json").write_text(json.dumps(flags))  # beside best.pt
+    (tmp_path / "args.json").write_text(json.dumps(vars(train.parse_args(train_flags))))
     audio = corpus.parent / "s1d0t0.wav"
     for named, script, *argv in (
         ("--checkpoint", "predict.py", "--checkpoint", tmp_path, audio, "--out", "out.csv"),
@@ -245,7 +238,7 @@ def tell_listeners():
 
 
 def test_ranks_of_one_machine_listen_on_its_loopback_alone(tmp_path, train_flags):
-    run = Run([str(flag) for flag in train_flags], tmp_path, 2)
+    run = Run(train_flags, tmp_path, 2)
     assert run.in_ranks(fault=(tell_listeners,)) == [0, 0], run.console()
     found = re.findall("listens on (.*)", run.console())
     assert len(found) >= 2 and set(found) == {"0100007F"}, found  # 127.0.0.1
