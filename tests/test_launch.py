@@ -308,7 +308,7 @@ def test_the_real_flags_py_and_util_answer_what_launch_asks(box):
     assert (box.path / "runs/real/seed3/fold1/result.json").exists()
 
 
-def test_shellcheck_finds_nothing():
+def test_shellcheck_finds_nothing():  # also in the script for the first GPU
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
     subprocess.run(["shellcheck", ROOT / "launch.sh", ROOT / "tests/gpu.sh"], check=True)

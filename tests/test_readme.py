@@ -273,14 +273,18 @@ def promised(command):
     return files + [f"{args.out}/{args.name}/fold{fold}/result.json" for fold in folds]
 
 
-def slow_if_alike(command):
-    """Commands that differ from their neighbours in flags of the model or the preset alone."""
-    names = r"berlin-\w+|retried|one_gpu|full|resumable|frozen|verify"
-    alike = re.search(rf"--name ({names})\b|runs/berlin|logmel.py", command)
-    return pytest.param(command, marks=SLOW) if alike else command
+def is_alike(command):
+    """Does it differ from a neighbour in flags of the model or the preset alone?"""
+    names = r"berlin-\w+|retried|one_gpu|full|ddp|resumable|frozen|verify"
+    others = r"runs/berlin|logmel.py|report.py runs/folds$|--lora 8 --gradient_checkpointing"
+    return re.search(rf"--name ({names})\b|{others}", command)
 
 
-@pytest.mark.parametrize("command", [slow_if_alike(command) for command in COMMANDS])
+ALIKE = [command for command in COMMANDS if is_alike(command)]
+TRIED = [pytest.param(c, marks=SLOW) if c in ALIKE else c for c in COMMANDS]
+
+
+@pytest.mark.parametrize("command", TRIED)
 def test_every_command_runs_and_leaves_what_it_promises(clone, command, monkeypatch):
     monkeypatch.chdir(clone.directory)
     command, began = shrunk(command), time.time()
@@ -298,6 +302,14 @@ def test_every_command_runs_and_leaves_what_it_promises(clone, command, monkeypa
     for text in expected:
         assert re.search(text, said), f"{command}\n{said}"
     assert files or expected, f"{command}: nothing is known of what it does"
+
+
+def test_the_flags_of_commands_that_are_tried_with_slow_alone_exist(clone, monkeypatch):
+    monkeypatch.chdir(clone.directory)
+    shutil.copy("manifest.csv", "emodb/manifest.csv")  # berlin.py's
+    assert len(ALIKE) > 10
+    for command in ALIKE:
+        promised(shrunk(command))  # a wrong flag exits
 
 
 @pytest.mark.slow
