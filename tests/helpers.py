@@ -22,7 +22,6 @@ import torch
 from matplotlib.figure import Figure
 
 import train
-from util.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
@@ -243,7 +242,7 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def checkpoint(self, name="last.pt"):
-        return read_checkpoint(self.directory / name)
+        return torch.load(self.directory / name, weights_only=True)
 
     def weights(self, name="last.pt"):
         return self.checkpoint(name)["model"]
