@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> int:
     batch_note = memory.choose_batch(args, fold, model, ranks, last)
     planned = None  # only rank 0 writes of it
     if ranks.rank == 0:
-        planned = memory.plan(args, fold.shape, model.config, ranks.world_size)
+        planned = memory.Planner(args, fold.shape, ranks.world_size).plan(args)
     run = Run(
         args=args,
         given=given,
