@@ -49,11 +49,12 @@ ALLOCATOR_SLACK = 0.02  # of the peak, lost in the allocator's segments [guess]
 FITS, TIGHT = 0.90, 0.97  # shares of the card: clips of many lengths fragment what is reserved
 CUBLAS_BYTES, HOPPER_CUBLAS_BYTES = 8_519_680, 2**25  # per thread: forward's and backward's [P]
 BATCHES = (1, 4, 8, 16, 32, 64)
+LESS_MEMORY = "lower --max_seconds, unfreeze less, or give --gradient_checkpointing"
 PADDED = 1.06  # seconds with padding per second of audio, in batches of like length [measured]
 UTILIZATION = (0.1, 0.5)  # share of a card's published peak that training reaches [guess]
 CPU_TFLOPS = 0.05  # of one core, float32 [guess]
 
-# GiB, dense half-precision and TF32 (float32 if a card has no TF32) TFLOPS [P: vendors]
+# GiB, and TFLOPS in dense half precision and in TF32 (float32 without it) [P: vendors]
 GPUS = {
     "t4": (15, 65, 8.1), "v100": (32, 125, 15.7), "rtx2080ti": (11, 53.8, 13.4),
     "rtx3090": (24, 71, 35.6), "rtx4090": (24, 165, 82.6), "rtx5090": (32, 210, 105),
@@ -352,8 +353,8 @@ def largest_batch(
             return found
     raise UserError(
         f"--batch_size auto: {size} utterances of {shape.length / shape.rate:g} s need "
-        f"{found.needed_gib:.1f} GiB, more than {FITS:.0%} of {planner.capacity_gib:.1f}: lower "
-        "--max_seconds, unfreeze less, or give --gradient_checkpointing"
+        f"{found.needed_gib:.1f} GiB, more than {FITS:.0%} of {planner.capacity_gib:.1f}: "
+        f"{LESS_MEMORY}"
     )
 
 
@@ -418,8 +419,7 @@ def auto_batch(
     UserError if nothing fits.
     """
     world_size, device = ranks.world_size, ranks.device
-    fault = "--batch_size auto: nothing fits: lower --max_seconds, unfreeze less, or give "
-    fault += "--gradient_checkpointing"
+    fault = f"--batch_size auto: nothing fits: {LESS_MEMORY}"
     try:
         size = largest_batch(args, shape, world_size, largest).batch_size
     except UserError as error:
@@ -490,29 +490,28 @@ def known_gpu(name: str) -> str | None:
     return next((gpu for gpu in GPUS if re.search(rf"\b{spaced(gpu)}\b", name.lower())), None)
 
 
-def device_here(args: argparse.Namespace) -> torch.device | None:
-    """The device that --gpu or --device names; None if it is not in this machine."""
+def device_name(args: argparse.Namespace) -> str:
+    """Name of the device that --device or --gpu means; an RTX 4090 if there is none."""
     if not uses_cuda(args.device):
-        return torch.device("cpu")
-    return torch.device("cuda") if torch.cuda.is_available() and not args.gpu else None
+        return distributed.device_name(torch.device("cpu"))
+    if torch.cuda.is_available() and not args.gpu:
+        return distributed.device_name(torch.device("cuda"))
+    return args.gpu or "rtx4090"
 
 
 def machine(args: argparse.Namespace) -> Machine:
-    """What --calibrate found here, else the published peak of --gpu or of the device here."""
-    device, gpu = device_here(args), args.gpu
-    if device:
-        name = distributed.device_name(device)
-        known = runs.read_json(Path(args.cache_dir) / "machine.json").get(name)
-        if known:
-            return Machine(**known)
-        if device.type == "cpu":
-            peak = CPU_TFLOPS * torch.get_num_threads()
-            return Machine("this CPU", peak, peak, UTILIZATION, "a guess: --calibrate")
-        gpu = known_gpu(name)
-    gpu = gpu or "rtx4090"
+    """What --calibrate found here, else the published peak of the card."""
+    name = device_name(args)
+    known = runs.read_json(Path(args.cache_dir) / "machine.json").get(name)
+    if known:
+        return Machine(**known)
+    if not uses_cuda(args.device):
+        peak = CPU_TFLOPS * torch.get_num_threads()
+        return Machine("this CPU", peak, peak, UTILIZATION, "a guess: --calibrate")
+    gpu = known_gpu(name) or "rtx4090"
     low, high = UTILIZATION
     source = f"{low:.0%} to {high:.0%} of its published peak (--calibrate narrows it)"
-    return Machine(gpu, GPUS[gpu][1], GPUS[gpu][2], UTILIZATION, source)
+    return Machine(gpu, *GPUS[gpu][1:], UTILIZATION, source)
 
 
 def achieved(
@@ -564,14 +563,12 @@ def calibrate(args: argparse.Namespace) -> None:
 def finished_speed(args: argparse.Namespace) -> float | None:
     """Seconds of audio per second of a finished run below --out, on this device and with these
     settings; None without one."""
-    device, out = device_here(args), Path(args.out)
-    if device is None:
-        return None
+    out = Path(args.out)
     for path in (*out.glob("*/fold*/result.json"), *out.glob("*/seed*/fold*/result.json")):
         result, given = runs.read_json(path), runs.read_json(path.with_name("args.json"))
         given["wavlm"] = KNOWN_SHAPES.get(given.get("wavlm"), given.get("wavlm"))
         same = all(given.get(name) == getattr(args, name) for name in SPEED_FLAGS)
-        if same and result.get("device") == distributed.device_name(device):
+        if same and result.get("device") == device_name(args):
             return result.get("audio_seconds_per_second")
     return None
 
