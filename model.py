@@ -14,11 +14,8 @@ References: WavLM arXiv:2110.13900; FiLM arXiv:1709.07871; Mamba arXiv:2312.0075
 ConvNeXt arXiv:2201.03545; CCC: Lin, Biometrics 45 (1989), with 1/n moments.
 """
 
-import functools
-import importlib.util
-import logging
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from util.files import UserError, described
+from util.files import UserError
 from wavlm import WavLM, WavLMConfig, add_lora, autocast_off
-
-log = logging.getLogger("vatune")
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 ENCODERS = ("wavlm", "convnext", "baseline", "transformer", "lightweight_transformer")
@@ -466,10 +461,12 @@ class Mamba(nn.Module):
 
     Parameter names are mamba-ssm's, so weights can be exchanged. Ours also takes the state to
     start from: conv (C, d_inner, d_conv - 1) and ssm (C, d_inner, d_state); None = zeros.
+    `scan` is selective_scan or mamba_ssm's, which util/trials.py puts there if it works.
     """
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
         super().__init__()
+        self.scan = selective_scan
         self.d_state = d_state
         self.d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
@@ -504,7 +501,7 @@ class Mamba(nn.Module):
         inputs = (x, dt, a, b, c, self.D.float(), z, self.dt_proj.bias.float())
         # mamba_ssm's takes no state, and no gradient flows through the one that it returns
         if state is None and turns > 1:
-            y, ssm_state = dialogue_scan(x.device, x.dtype)(*inputs)
+            y, ssm_state = self.scan(*inputs)
         else:
             y, ssm_state = selective_scan(*inputs, ssm_state)
         return self.out_proj(y.transpose(1, 2).to(hidden.dtype)), (conv_state, ssm_state)
@@ -531,61 +528,6 @@ def selective_scan(
         states.append(state)
     y = torch.einsum("ckis,cks->cki", torch.stack(states, dim=1), c)
     return ((y + d * x) * F.silu(z)).transpose(1, 2), state
-
-
-@functools.cache
-def dialogue_scan(device: torch.device, dtype: torch.dtype) -> Callable:
-    """The scan of whole dialogues: mamba_ssm's if it is installed and passes a trial, else ours.
-
-    A package that was built for another torch, CUDA or GPU may be imported and yet fail when it is
-    called, or give wrong numbers. The log says which scan is used.
-    """
-    if device.type == "meta" or importlib.util.find_spec("mamba_ssm") is None:
-        return selective_scan
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-        scan = functools.partial(selective_scan_fn, delta_softplus=True, return_last_state=True)
-        error = scan_error(scan, device, dtype)
-        if error <= SCAN_TOLERANCE[dtype]:
-            log.info(f"dialogues are scanned by mamba_ssm, within {error:.0e} of PyTorch")
-            return scan
-        reason = (
-            f"mamba-ssm differs from PyTorch by {error:.0e}, more than {SCAN_TOLERANCE[dtype]:.0e}"
-        )
-    except Exception as failure:  # a broken package may raise anything
-        reason = described("mamba-ssm", "mamba_ssm", failure)
-    remedy = f"README: a mamba-ssm for torch {torch.__version__}"
-    log.info(f"dialogues are scanned in PyTorch: {reason} ({remedy})")
-    return selective_scan
-
-
-# of output, last state and gradients, relative to the largest value of each; mamba-ssm's reference
-# is within 2e-7, 6e-4 and 6e-3 [measured, CPU]
-SCAN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-
-
-@torch.enable_grad()
-def scan_error(scan: Callable, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest difference of a scan on `device` from ours on the CPU, forward and backward."""
-    generator = torch.Generator().manual_seed(0)  # not the run's
-    shapes = [(2, 32, 9), (2, 32, 9), (32, 16), (2, 16, 9), (2, 16, 9), (32,), (2, 32, 9), (32,)]
-    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
-    inputs[2] = -inputs[2].exp()  # a
-    weight = torch.randn(2, 32, 9, generator=generator)
-    results = []
-    for function, where in ((selective_scan, torch.device("cpu")), (scan, device)):
-        leaves = [
-            # a, d and dt_bias stay in float32
-            x.to(where, torch.float32 if i in (2, 5, 7) else dtype, copy=True).requires_grad_()
-            for i, x in enumerate(inputs)
-        ]
-        with autocast_off(leaves[0]):
-            y, state = function(*leaves)
-            gradients = torch.autograd.grad((y.float() * weight.to(where)).sum(), leaves)
-        results.append([x.detach().float().cpu() for x in (y, state, *gradients)])
-    errors = [(got - want).abs().max() / want.abs().max() for want, got in zip(*results)]
-    return float(torch.stack(errors).max())  # NaN if one is
 
 
 class Updater(nn.Module):

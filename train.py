@@ -118,6 +118,7 @@ def set_up(args: argparse.Namespace) -> Run | None:
     torch.manual_seed(args.seed)
     model = step.start_model(args, fold).to(ranks.device)
     trials.check_attention(model, args, ranks.device)
+    trials.check_scan(model, args, ranks.device)
     if args.compile:
         trials.check_compile(model, fold.dataset, args, ranks.device)
     last = None

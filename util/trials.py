@@ -5,15 +5,18 @@ once, in the run's precision, against plain torch, and says in one line of the l
 """
 
 import argparse
+import functools
+import importlib.util
 import logging
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import data
-from model import AUTOCAST, EmotionModel
+from model import AUTOCAST, EmotionModel, selective_scan
 from step import autocast, inference, set_trainable, stages, to_device
 from util import distributed
 from wavlm import PADDING_BIAS, attend, dense_table
@@ -63,8 +66,66 @@ def attention_error(heads: int, width: int, dtype: torch.dtype, device: torch.de
         position = leaves[4] if kind == "fused" else dense_table(leaves[4], frames)
         out = attend(*leaves[:4], position, key_bias, 0.0, kind).float() * is_real
         results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
-    errors = [(a - b).abs().max() / a.abs().max() for a, b in zip(*results)]
+    return deviation(*results)
+
+
+def deviation(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Largest difference, relative to the largest value of each tensor; NaN if a value is."""
+    errors = [(a - b).abs().max() / a.abs().max() for a, b in zip(expected, found)]
     return float(torch.stack(errors).float().max())
+
+
+def check_scan(model: EmotionModel, args: argparse.Namespace, device: torch.device) -> None:
+    """Scans complete dialogues by mamba_ssm if it is installed and works on the device; the log
+    says which scan is used.
+
+    A package that was built for another torch, CUDA or GPU may be imported and yet fail when it is
+    called, or give wrong numbers. With feedback no dialogue is scanned at once.
+    """
+    unused = model.updater is None or not len(model.updater.blocks) or args.feedback
+    if unused or importlib.util.find_spec("mamba_ssm") is None:
+        return
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        scan = functools.partial(selective_scan_fn, delta_softplus=True, return_last_state=True)
+        for dtype in {AUTOCAST[args.amp], torch.float32}:  # training's and evaluation's
+            error = scan_error(scan, device, dtype)
+            if not error <= SCAN_TOLERANCE[dtype]:
+                raise RuntimeError(f"it differs from PyTorch's by {error:.0e} of the largest value")
+    except Exception as fault:  # a broken package may raise anything
+        remedy = f"README: a mamba-ssm for torch {torch.__version__}"
+        reason = in_one_line(fault)
+        log.info(f"dialogues are scanned in PyTorch, not by mamba_ssm: {reason} ({remedy})")
+        return
+    for block in model.updater.blocks:
+        block.scan = scan
+    log.info(f"dialogues are scanned by mamba_ssm, within {error:.0e} of PyTorch")
+
+
+# mamba-ssm's reference is within 2e-7, 6e-4 and 6e-3 [measured, CPU]
+SCAN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@torch.enable_grad()
+def scan_error(scan: Callable, device: torch.device, dtype: torch.dtype) -> float:
+    """Largest difference of a scan on `device` from ours on the CPU, forward and backward."""
+    generator = torch.Generator().manual_seed(0)  # not the run's
+    shapes = [(2, 32, 9), (2, 32, 9), (32, 16), (2, 16, 9), (2, 16, 9), (32,), (2, 32, 9), (32,)]
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    inputs[2] = -inputs[2].exp()  # a
+    weight = torch.randn(2, 32, 9, generator=generator)
+    results = []
+    for function, where in ((selective_scan, torch.device("cpu")), (scan, device)):
+        leaves = [
+            # a, d and dt_bias stay in float32
+            x.to(where, torch.float32 if i in (2, 5, 7) else dtype, copy=True).requires_grad_()
+            for i, x in enumerate(inputs)
+        ]
+        y, state = function(*leaves)
+        gradients = torch.autograd.grad((y.float() * weight.to(where)).sum(), leaves)
+        results.append([x.detach().float().cpu() for x in (y, state, *gradients)])
+    return deviation(*results)
 
 
 def check_compile(
