@@ -832,6 +832,8 @@ def find_file(name: str, files: Sequence[str], revision: str | None) -> Path | N
     if Path(name).exists():
         paths = (Path(name) / file for file in files)
         return next((path for path in paths if path.is_file()), None)
+    if name.count("/") > 1:  # a path rather than a name of the hub
+        raise unusable(name, "no such file or directory")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -73,6 +73,7 @@ def features(tmp_path_factory):
         ["--unfreeze", "all", "--gradient_accumulation_steps", "3"],
         ["--unfreeze", "all", "--pooling", "attention", "--layers", "1", "2"],
         ["--unfreeze", "all", "--context", "2", "--feedback"],
+        ["--lora", "8", "--gradient_checkpointing"],
         ["--encoder", "convnext", "--base_channels", "16", "--pooling", "stats"],
         ["--encoder", "baseline", "--base_channels", "16"],
         ["--encoder", "transformer", "--d_model", "128", "--features_dir"],
@@ -219,17 +220,13 @@ def test_gradients_are_there_beside_activations_with_accumulation_and_ranks():
         assert kinds_at_peak(other)["gradients"] == pytest.approx(4 * 318.5e6, rel=0.01)
 
 
-def test_autocast_keeps_a_half_copy_of_every_matrix_that_trains():
+def test_autocast_keeps_half_copies_of_matrices_and_checkpointing_the_inputs_of_layers():
     words = [*LARGE, "--unfreeze", "transformer", "--max_seconds", "8"]
     kinds, off = (kinds_at_peak(step_of(*words, "--amp", amp)) for amp in ("fp16", "off"))
     assert kinds["autocast copies"] == pytest.approx(2 * 311e6, rel=0.08)
     assert off["autocast copies"] == 0 and off["activations"] > 1.4 * kinds["activations"]
-
-
-def test_checkpointing_keeps_the_input_of_every_layer():
-    words = [*LARGE, "--unfreeze", "transformer", "--max_seconds", "8", "--gradient_checkpointing"]
-    column = KINDS.index("activations")
-    few, many = (step_of(*words, "--layers", n).timeline[:, column].max() for n in ("12", "24"))
+    words, column = [*words, "--gradient_checkpointing", "--layers"], KINDS.index("activations")
+    few, many = (step_of(*words, layer).timeline[:, column].max() for layer in ("12", "24"))
     assert many - few == pytest.approx(12 * 8 * 399 * 1024 * 2, rel=0.05)  # in half precision
 
 
