@@ -301,20 +301,18 @@ class Planner:
         Below them, where the frozen CNN's slices are not full, from the line to the smallest size:
         the highest moment is a convex function of the size, so that errs on the safe side.
         """
-        few = self.args.context * math.ceil(8 / self.args.context)
-        given = self.args
-        if given.batch_size == "auto":
-            given = with_flags(given, global_batch_size=None)
+        given = with_flags(self.args, global_batch_size=None)
+        one, few = given.context, given.context * math.ceil(8 / given.context)
         traced = {
             size: self.peaks(with_batch(given, size, self.world_size), unfreeze)
-            for size in (given.context, few, 4 * few)
+            for size in (one, few, 4 * few)
         }
 
         def at(size: int) -> Plan:
-            low, high = (given.context, few) if size < few else (few, 4 * few)
+            low, high = (one, few) if size < few else (few, 4 * few)
             share = (size - low) / (high - low)
-            one, two = traced[low], traced[high]
-            return self.as_plan(size, {p: one[p] + share * (two[p] - one[p]) for p in one}, {})
+            peaks = {p: a + share * (traced[high][p] - a) for p, a in traced[low].items()}
+            return self.as_plan(size, peaks, {})
 
         return at
 
@@ -325,9 +323,7 @@ class Planner:
 
 def batch_sizes(args: argparse.Namespace, world_size: int, largest: int = 1024) -> list[int]:
     """Micro-batches of complete chunks of turns; those that divide --global_batch_size, if given.
-
-    UserError if there is none.
-    """
+    UserError if there is none."""
     sizes = list(range(args.context, largest + 1, args.context))
     if args.global_batch_size:
         sizes = [size for size in sizes if args.global_batch_size % (size * world_size) == 0]
@@ -381,10 +377,8 @@ def random_step(
 
 
 def probe(model: EmotionModel, args: argparse.Namespace, shape: data.InputShape) -> bool:
-    """True if steps of the longest utterances run in every stage, and a batch of evaluation.
-
-    All ranks participate. The weights are put back.
-    """
+    """True if steps of the longest utterances run in every stage, and a batch of evaluation (all
+    ranks participate). The weights are put back."""
     before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
     fits = True
     try:
@@ -517,11 +511,8 @@ def machine(args: argparse.Namespace) -> Machine:
 def achieved(
     found: Plan, stage: str, audio_speed: float, ranks: distributed.Ranks
 ) -> dict[str, float]:
-    """What a speed in seconds of audio per second is in operations: "tflops" of all ranks, and
-    "peak_share" of a card whose published peak is known.
-
-    Those of a step's longest utterances are taken, and of exact CCC's first forward none.
-    """
+    """A speed in seconds of audio per second as "tflops" of all ranks, with padding and without
+    exact CCC's first forward, and as "peak_share" of a card whose published peak is known."""
     tera = np.array(found.flops[stage]) * audio_speed / 1e12
     speeds = {"tflops": float(tera.sum())}
     gpu = known_gpu(distributed.device_name(ranks.device)) if ranks.cuda else None
@@ -534,13 +525,12 @@ def calibrate(args: argparse.Namespace) -> None:
     """Measures a real step of two layers of WavLM-Large here, and keeps the rates in
     --cache_dir."""
     device = torch.device("cuda" if uses_cuda(args.device) else "cpu")
-    shape, rates = data.InputShape(0, 0, 5 * data.SAMPLE_RATE, data.SAMPLE_RATE), []
+    rates = []
     for amp in ("fp16" if device.type == "cuda" else "bf16", "off"):
-        setting = with_flags(
-            args, wavlm="large", layers=[2], unfreeze="transformer", amp=amp, prosody="none",
-            speaker="none", encoder="wavlm", gradient_accumulation_steps=1, batch_size=4,
-            global_batch_size=4,
-        )  # fmt: skip
+        words = "--wavlm large --layers 2 --unfreeze transformer --prosody none --batch_size 4"
+        words += f" --max_seconds 5 --device {device} --amp {amp}"
+        setting = flags.parse_args(words.split(), 1)
+        shape = shape_of(setting)
         model = step.build_model(setting, shape).to(device)
         optimizer = step.build_optimizer(model, setting)
         seconds = []
@@ -607,10 +597,8 @@ def clips(args: argparse.Namespace, from_data: bool) -> Clips:
 
 
 def fold_flops(planner: Planner, unfreeze: str, audio: Clips) -> np.ndarray:
-    """(2,) operations of a fold in half and in single precision, on each rank.
-
-    Those per second of the longest utterances, times seconds of audio with padding.
-    """
+    """(2,) operations of a fold in half and in single precision, on each rank: those per second of
+    the longest utterances, times seconds of audio with padding."""
     args, longest = planner.args, planner.shape.length / planner.shape.rate
     trained, evaluated = args.batch_size * longest, evaluation_size(planner.shape) * longest
     total = np.zeros(2)

@@ -269,10 +269,8 @@ class ConvEncoder(nn.Module):
 
 
 class FeatureTransformer(nn.Module):
-    """A pre-norm Transformer over feature files.
-
-    The lightweight one averages pairs of frames and has a quarter of the width: 1/30 of the cost.
-    """
+    """A pre-norm Transformer over feature files; the lightweight one averages pairs of frames and
+    has a quarter of the width, at 1/30 of the cost."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -324,10 +322,8 @@ def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
 
 
 def mean_and_deviation(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (B, D) each, of x (B, T, D) over real frames; float32, 1/n.
-
-    A deviation below 1e-4 counts as 1e-4 without gradient, which would be infinite at 0.
-    """
+    """Mean and standard deviation, (B, D) each, of x (B, T, D) over real frames; float32, 1/n. A
+    deviation below 1e-4 counts as 1e-4 without gradient, which would be infinite at 0."""
     with autocast_off(x):
         x, real = x.float(), mask.unsqueeze(2)
         count = real.sum(1)
@@ -380,10 +376,8 @@ class Pooling(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Vectors (B, width), standardised with the train split's moments; NaN becomes the train mean.
-
-    The moments are buffers, so a checkpoint holds them.
-    """
+    """Vectors (B, width), standardised with the train split's moments, which a checkpoint holds;
+    NaN becomes the train mean."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -392,10 +386,8 @@ class Standardise(nn.Module):
 
     @torch.no_grad()
     def fit(self, values: Tensor) -> None:
-        """Takes mean and std from values (n, width) of the train split, over the defined ones.
-
-        What is constant there keeps its unit: elsewhere it may differ, and must not become huge.
-        """
+        """Takes mean and std from values (n, width) of the train split, over the defined ones. What
+        is constant there keeps its unit: elsewhere it may differ, and must not become huge."""
         mean = values.nanmean(0)
         std = (values - mean).square().nanmean(0).sqrt()
         self.mean.copy_(mean.nan_to_num(0.0))
@@ -425,10 +417,8 @@ class Prosody(Standardise):
 
 
 class SpeakerFiLM(nn.Module):
-    """Scale and shift of the pooled speech (B, D) by the speaker embedding, arXiv:1709.07871.
-
-    Without speaker embeddings the condition is one learned vector, the same for all.
-    """
+    """Scale and shift of the pooled speech (B, D) by the speaker embedding (arXiv:1709.07871), or
+    without those by one learned vector, the same for all."""
 
     def __init__(self, speaker_dim: int, d_speaker: int, d_hidden: int, width: int) -> None:
         super().__init__()
@@ -553,10 +543,8 @@ class Updater(nn.Module):
 
 
 class Head(nn.Module):
-    """One target in [0, 1] from (..., inputs): a gate, then three layers.
-
-    The gate weighs the inputs in the slice `gated` against all others; None = no gate.
-    """
+    """One target in [0, 1] from (..., inputs): a gate that weighs the inputs in the slice `gated`
+    against all others (None = no gate), then three layers."""
 
     def __init__(self, inputs: int, gated: slice | None, d_hidden: int, dropout: float) -> None:
         super().__init__()
@@ -787,9 +775,7 @@ def cat_padded(parts: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def track_dialogues(model: EmotionModel, turns: Tensor, dialogs: Sequence[Hashable]) -> Tensor:
     """preds (n, E), float32 on CPU, of turns (n, U); those of one dialog, in order, share a state.
-
-    Dialogues are tracked 64 at a time, in the order of their first turn.
-    """
+    Dialogues are tracked 64 at a time."""
     rows = {}
     for i, dialog in enumerate(dialogs):
         rows.setdefault(dialog, []).append(i)

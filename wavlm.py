@@ -7,8 +7,8 @@
     states, frame_mask = model(input_values, attention_mask, layers=[6, 12, 18, 24])
 
 To use it elsewhere, copy this file. It needs torch and numpy; huggingface_hub and safetensors are
-imported only when weights are read or written. Two sections at the end may be deleted: forms of
-checkpoints other than Hugging Face's, and attention on a CPU.
+imported only when weights are read or written. Attention on a CPU is a section of its own at the
+end, which may be deleted.
 
 Not here: LayerDrop (a rank that skips a layer breaks DDP), SpecAugment (masked_spec_embed is only
 kept to be saved again), adapters, task heads. The caller gives each utterance zero mean and unit
@@ -95,7 +95,7 @@ class WavLMConfig:
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any], source: str = "WavLM config") -> "WavLMConfig":
+    def from_dict(cls, raw: dict[str, Any], source: object = "WavLM config") -> "WavLMConfig":
         """Config from the dict of a config.json, all of which is kept to be saved again.
 
         WavLMError, which names `source`, for a value that this file has no code for.
@@ -156,11 +156,8 @@ def autocast_off(x: Tensor) -> torch.autocast:
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """norm(x) in x's dtype, statistics in float32.
-
-    Under autocast a module would cast x to float32, keep that copy for backward and return
-    float32, which every linear map after it casts and keeps once more.
-    """
+    """norm(x) in x's dtype, statistics in float32. Under autocast a module would keep a float32
+    copy of x for backward, and return another that every linear map after it casts and keeps."""
     if x.dtype == norm.weight.dtype:
         return norm(x)
     with autocast_off(x):
@@ -169,10 +166,10 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 class ConvLayer(nn.Module):
-    """One strided convolution, (B, T, C) to (B, T', C'), as matrix products over rows of frames.
+    """One strided convolution, (B, T, C) to (B, T', C'), as matrix products over rows of frames:
+    nothing is copied or transposed, 1.7 times as fast as nn.Conv1d on a CPU [measured].
 
-    norm is "layer" (over channels), "group" (over time) or None. With channels last, nothing is
-    copied or transposed: 1.7 times as fast as nn.Conv1d on a CPU [measured].
+    norm: "layer" (over channels), "group" (over time) or None.
     """
 
     def __init__(self, config: WavLMConfig, index: int, norm: str | None) -> None:
@@ -266,10 +263,8 @@ class PositionConv(nn.Module):
 
 # ---------------------------------------------------------------------------- attention
 class Attention(nn.Module):
-    """Self-attention with a gated relative position bias: gate[b, h, i] * table[h, i, j].
-
-    The gate is a function of the layer's input; the table is layer 1's and shared by all layers.
-    """
+    """Self-attention with a gated relative position bias: gate[b, h, i] * table[h, i, j], a gate of
+    the layer's input and a table that layer 1 has for all layers."""
 
     def __init__(self, config: WavLMConfig, has_table: bool) -> None:
         super().__init__()
@@ -345,10 +340,8 @@ def attend(
 
 
 def dense_table(position: Tensor, num_frames: int) -> Tensor:
-    """(H, T, W) from position (H, T + W - 1): row i, column j holds the bias of distance j - i.
-
-    W columns, not T: the memory-efficient kernel wants row strides that are multiples of 8.
-    """
+    """(H, T, W) from position (H, T + W - 1): row i, column j holds the bias of distance j - i. W
+    columns, not T: the memory-efficient kernel wants row strides that are multiples of 8."""
     # size, not shape: torch 2.11 fails to compile a shape with a length it knows (the heads)
     rows_reversed = position.unfold(1, position.size(1) - num_frames + 1, 1)
     return rows_reversed.flip(1).contiguous()  # flip alone may give columns the stride of rows
@@ -372,9 +365,7 @@ def antidiagonal_sums(x: Tensor) -> Tensor:
 
 class KernelAttention(torch.autograd.Function):
     """The "fused" attention on CUDA: the memory-efficient kernel, its bias rebuilt in backward.
-
-    Deterministic: keys are not split (num_splits_key), so no two blocks add to one gradient.
-    """
+    Deterministic: keys are not split, so no two blocks of the kernel add to one gradient."""
 
     @staticmethod
     def forward(
@@ -412,10 +403,8 @@ class KernelAttention(torch.autograd.Function):
 
 
 class GeluLinear(torch.autograd.Function):
-    """linear(gelu(x), weight, bias) that keeps x for backward, but not gelu(x).
-
-    gelu is computed again in backward, under 1 % of a layer's time [measured, CPU].
-    """
+    """linear(gelu(x), weight, bias) that keeps x for backward and computes gelu(x) again, in under
+    1 % of a layer's time [measured, CPU]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -591,10 +580,8 @@ class WavLM(nn.Module):
         return torch.cat([self.feature_extractor(x) for x in input_values.split(rows)])
 
     def _biases(self, x: Tensor, frame_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What every layer adds to its scores: (position bias before gating, that of padding).
-
-        x has the dtype that linear layers compute in: the weights' dtype or autocast's.
-        """
+        """What every layer adds to its scores: (position bias before gating, that of padding); x
+        has the dtype that linear layers compute in: the weights' dtype or autocast's."""
         num_frames = x.shape[1]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_blocks < 3):
             position = self.encoder.layers[0].attention.position_bias(num_frames)
@@ -713,10 +700,8 @@ LORA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class LowRankLinear(nn.Module):
-    """A linear map with weight W + scale * B A, where W is that of `plain`; B starts at zero.
-
-    Hu et al. 2021 (arXiv 2106.09685): A (R, in) and B (out, R) train, W stays as it is.
-    """
+    """A linear map with weight W + scale * B A (arXiv 2106.09685), W that of `plain`: A (R, in) and
+    B (out, R), which starts at zero, train, and W stays as it is."""
 
     def __init__(self, plain: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
@@ -767,7 +752,7 @@ def load_wavlm(name: str, revision: str | None = None, dropout: float | None = N
     checkpoint = read_checkpoint(name, revision)
     if checkpoint.prefix or checkpoint.naming != "transformers":
         log.info(
-            f"{checkpoint.where}: a complete WavLM, names of {checkpoint.naming} with prefix "
+            f"{checkpoint.path}: a complete WavLM, names of {checkpoint.naming} with prefix "
             f"{checkpoint.prefix!r}; dropout {config.hidden_dropout:g}"
         )
     with torch.device("meta"):
@@ -781,7 +766,7 @@ def load_wavlm(name: str, revision: str | None = None, dropout: float | None = N
         model.to_empty(device="cpu").load_state_dict(state)  # copies, to float32
     except RuntimeError as error:  # names or shapes
         found = f"weights do not fit the config: {str(error).partition(':')[2][:400]}"
-        raise unusable(checkpoint.where, found) from error
+        raise unusable(checkpoint.path, found) from error
     return model
 
 
@@ -797,11 +782,9 @@ def read_config(
 
 
 def save_wavlm(model: WavLM, directory: str | Path) -> None:
-    """Write config.json and model.safetensors, which `load_wavlm` and transformers load.
-
-    After `truncate`, transformers' hidden_states[-1] is our last state; its last_hidden_state is
-    not, since it applies the final layer norm.
-    """
+    """Write config.json and model.safetensors, which `load_wavlm` and transformers load. After
+    `truncate` the last state is transformers' hidden_states[-1], not its last_hidden_state, which
+    is after the final layer norm."""
     from safetensors.torch import save_file
 
     directory = Path(directory)
@@ -812,19 +795,18 @@ def save_wavlm(model: WavLM, directory: str | Path) -> None:
     (directory / "config.json").write_text(config, encoding="utf-8")
 
 
-def find_config(name: str, revision: str | None) -> tuple[dict[str, Any], str]:
-    """(the config.json of a WavLM or what stands for it, where it was found)."""
+def find_config(name: str, revision: str | None) -> tuple[dict[str, Any], Path]:
+    """(the config.json of a WavLM or what stands for it, the file that it is from)."""
     folder = folder_of(name)
     path = find_file(folder, ("config.json",), revision)
     if path is None or name != folder:
         checkpoint = read_checkpoint(name, revision)
         if path is None or checkpoint.cfg:
-            return config_from_weights(checkpoint), checkpoint.where
-    where = f"{folder}/config.json"
-    raw = read_json(path, where)
+            return config_from_weights(checkpoint), checkpoint.path
+    raw = read_json(path)
     if raw.get("model_type") != "wavlm":
-        raise unusable(where, f"model_type is {raw.get('model_type')!r}, not 'wavlm'")
-    return raw, where
+        raise unusable(path, f"model_type is {raw.get('model_type')!r}, not 'wavlm'")
+    return raw, path
 
 
 def find_file(name: str, files: Sequence[str], revision: str | None) -> Path | None:
@@ -852,29 +834,29 @@ def folder_of(name: str) -> str:
     return str(Path(name).parent) if Path(name).is_file() else name
 
 
-def read_json(path: Path, where: str) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise unusable(where, error) from error
+        raise unusable(path, error) from error
     if not isinstance(content, dict):
-        raise unusable(where, "not a JSON object")
+        raise unusable(path, "not a JSON object")
     return content
 
 
-def unusable(where: str, found: object, remedy: str = "") -> WavLMError:
+def unusable(source: str | Path, found: object, remedy: str = "") -> WavLMError:
     """The error for a checkpoint that is not there or not a WavLM, in one line."""
     remedy = remedy or (
         f"give {', '.join(SIZES)}, a directory with config.json and model.safetensors, a "
         "checkpoint file, or a hub name like microsoft/wavlm-large"
     )
-    return WavLMError(f"{where}: {' '.join(str(found).split())} ({remedy})")
+    return WavLMError(f"{source}: {' '.join(str(found).split())} ({remedy})")
 
 
 class Checkpoint(NamedTuple):
     """The tensors of a WavLM on disk; most formats read one when it is used."""
 
-    where: str  # for messages
+    path: Path
     state: dict[str, Tensor]  # by names of transformers
     naming: str  # whose names they had, a value of MARKS
     prefix: str  # what stood before those names
@@ -887,25 +869,24 @@ def read_checkpoint(name: str, revision: str | None) -> Checkpoint:
     path = Path(name) if folder != name else find_file(folder, WEIGHTS, revision)
     if path is None:
         raise unusable(name, f"no {WEIGHTS[0]} or {WEIGHTS[1]} in this directory")
-    where = f"{folder}/{path.name}"
     if path.suffix != ".json":
-        return find_wavlm(*read_tensors(path, where), where)
+        return find_wavlm(path, *read_tensors(path))
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(read_json(path, where).get("weight_map", {}).values())):
+    for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
         shard_path = find_file(folder, (shard,), revision)
         if shard_path is None:
-            raise unusable(where, f"{shard} is missing", "copy every file that this one names")
-        tensors |= read_tensors(shard_path, f"{folder}/{shard}")[0]
-    return find_wavlm(tensors, {}, where)
+            raise unusable(path, f"{shard} is missing", "copy every file that this one names")
+        tensors |= read_tensors(shard_path)[0]
+    return find_wavlm(path, tensors, {})
 
 
-def read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by name, cfg of fairseq or {}) of a file."""
     with open(path, "rb") as file:
         head = file.read(40)
     if head.startswith(b"version https://git-lfs"):
         found = "a Git LFS pointer, not the file that it stands for"
-        raise unusable(where, found, "run `git lfs pull` in its directory")
+        raise unusable(path, found, "run `git lfs pull` in its directory")
     try:
         if head[8:9] == b"{":
             from safetensors.torch import load_file
@@ -922,7 +903,7 @@ def read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, A
             reason = f"{type(error).__name__} {str(error).partition('. ')[0]}"
             found = f"damaged, cut short or no checkpoint: {reason}"
             remedy = "copy or download it again"
-        raise unusable(where, found, remedy) from error
+        raise unusable(path, found, remedy) from error
     cfg = content.get("cfg") if isinstance(content, dict) else None
     return dict(flat_tensors(content)), cfg if isinstance(cfg, dict) else {}
 
@@ -984,16 +965,16 @@ FROM_CFG = {  # our field: that of fairseq
 PUBLISHED_CNN = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 
 
-def find_wavlm(tensors: dict[str, Tensor], cfg: dict[str, Any], where: str) -> Checkpoint:
+def find_wavlm(path: Path, tensors: dict[str, Tensor], cfg: dict[str, Any]) -> Checkpoint:
     """The only WavLM among the tensors, without what does not belong to it."""
     plain = {re.sub(WRAPPERS, "", name): name for name in tensors}
     marked = [(name, mark) for name in plain for mark in MARKS if f".{name}".endswith(f".{mark}")]
     if not marked:
         names = ", ".join([*tensors][:3]) or "none"
-        raise unusable(where, f"no WavLM in it; its tensors are {names} ...")
+        raise unusable(path, f"no WavLM in it; its tensors are {names} ...")
     if len(marked) > 1:
         prefixes = ", ".join(repr(name.removesuffix(mark)) for name, mark in marked)
-        raise unusable(where, f"more than one model in it: {prefixes}", "save the WavLM alone")
+        raise unusable(path, f"more than one model in it: {prefixes}", "save the WavLM alone")
     ((name, mark),) = marked
     prefix = name.removesuffix(mark)
     state = {}
@@ -1009,8 +990,8 @@ def find_wavlm(tensors: dict[str, Tensor], cfg: dict[str, Any], where: str) -> C
         elif name.startswith(PARTS):
             state[name] = tensors[original]
     if ".attention." in "".join(state) and "gru_rel_pos_const" not in "".join(state):
-        raise unusable(where, "a HuBERT or wav2vec 2.0, not a WavLM: it has no gated position bias")
-    return Checkpoint(where, state, MARKS[mark], plain[prefix + mark].removesuffix(mark), cfg)
+        raise unusable(path, "a HuBERT or wav2vec 2.0, not a WavLM: it has no gated position bias")
+    return Checkpoint(path, state, MARKS[mark], plain[prefix + mark].removesuffix(mark), cfg)
 
 
 def config_from_weights(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -1019,13 +1000,13 @@ def config_from_weights(checkpoint: Checkpoint) -> dict[str, Any]:
     Shapes do not show strides, max_bucket_distance and whether norms come first; without a cfg they
     are taken to be those of the published WavLMs.
     """
-    where, state, naming, _, cfg = checkpoint
+    path, state, naming, _, cfg = checkpoint
     if naming == "transformers":
-        raise unusable(where, "no config.json beside it", "copy it from where the weights are from")
+        raise unusable(path, "no config.json beside it", "copy it from where the weights are from")
 
     def shape(name: str) -> torch.Size:
         if name not in state:
-            raise unusable(where, f"incomplete, without {name}")
+            raise unusable(path, f"incomplete, without {name}")
         return state[name].shape
 
     num_convs = sum(name.endswith(".conv.weight") for name in state)
@@ -1035,7 +1016,7 @@ def config_from_weights(checkpoint: Checkpoint) -> dict[str, Any]:
     for group, times in re.findall(r"\[(.*?)\](?: *\* *(\d+))?", layers):
         cnn += re.findall(r"(\d+), *(\d+)\)", group) * int(times or 1)
     if [int(kernel) for kernel, _ in cnn] != [conv[2] for conv in convs]:
-        raise unusable(where, "the strides of its CNN are unknown", "put a config.json beside it")
+        raise unusable(path, "the strides of its CNN are unknown", "put a config.json beside it")
     width, group_width, kernel = shape(
         "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
     )
@@ -1083,10 +1064,6 @@ class Block(NamedTuple):
     keep: Tensor | None  # dropout: 1 = kept, 0 = dropped
 
 
-def spans(count: int, length: int) -> Iterator[slice]:
-    return (slice(i, min(i + length, count)) for i in range(0, count, length))
-
-
 def attention_blocks(
     inputs: tuple[Tensor | None, ...], dropout: float, seed: int
 ) -> Iterator[Block]:
@@ -1109,7 +1086,9 @@ def attention_blocks(
         heads = min(num_heads, max(1, CPU_BLOCK // count**2))
         rows = min(count, max(1, CPU_BLOCK // (heads * count)))
         buffers = q.new_empty(3, heads * rows * count)
-        for h, r in itertools.product(spans(num_heads, heads), spans(count, rows)):
+        head_spans = [slice(i, min(i + heads, num_heads)) for i in range(0, num_heads, heads)]
+        row_spans = [slice(i, min(i + rows, count)) for i in range(0, count, rows)]
+        for h, r in itertools.product(head_spans, row_spans):
             shape = (h.stop - h.start, r.stop - r.start, count)
             probs, scratch, keep = (x[: math.prod(shape)].view(shape) for x in buffers)
             first = last + 1 - count + r.start
@@ -1124,9 +1103,7 @@ def attention_blocks(
 
 class BlockAttention(torch.autograd.Function):
     """The "fused" attention on a CPU: scores exist in two cache-sized buffers and nowhere else.
-
-    Rows of padding come out as 0 and take no gradient.
-    """
+    Rows of padding come out as 0 and take no gradient."""
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
@@ -1191,10 +1168,8 @@ class Dropout(nn.Dropout):
 
 
 def keep_mask(bits: np.random.SFC64, dropout: float, out: Tensor) -> Tensor:
-    """Fills the contiguous `out` with 1 (kept) and 0 (dropped), in steps of 2^-16 in probability.
-
-    torch's draw takes seven times as long on a CPU [measured].
-    """
+    """Fills the contiguous `out` with 1 (kept) and 0 (dropped), in steps of 2^-16 in probability;
+    torch's draw takes seven times as long on a CPU [measured]."""
     if not out.is_meta:
         words = bits.random_raw(-(-out.numel() // 4)).view(np.int16)[: out.numel()]
         torch.ge(torch.from_numpy(words), round(dropout * 65_536) - 32_768, out=out.view(-1))
