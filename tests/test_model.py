@@ -83,26 +83,19 @@ def test_ccc_pcc_and_rmse_equal_their_closed_forms():
         metrics(torch.zeros(0, 2), torch.zeros(0, 2), TARGETS)
 
 
-def test_sums_of_parts_give_the_ccc_of_the_batch_and_the_mean_of_part_cccs_does_not():
+def test_exchanged_sums_give_the_ccc_and_the_gradient_of_the_batch_and_mean_ccc_does_not():
     torch.manual_seed(0)
     labels = torch.rand(32, 2)
-    preds = (labels + 0.3 * torch.randn(32, 2)).clamp(0, 1)
-    at_once = concordance(moment_sums(preds, labels))
-    parts = [moment_sums(p, y) for p, y in zip(preds.split(4), labels.split(4))]
-    torch.testing.assert_close(concordance(sum(parts)), at_once)
-    assert (torch.stack([concordance(part) for part in parts]).mean(0) - at_once).abs().max() > 0.02
-
-
-def test_gradient_through_exchanged_sums_is_the_gradient_of_the_batch():
-    torch.manual_seed(0)
-    labels = torch.rand(32, 2)
-    preds = torch.rand(32, 2, requires_grad=True)
-    loss_from_sums(moment_sums(preds, labels), "ccc", (0.5, 0.5), 0.1).backward()
+    preds = (labels + 0.3 * torch.randn(32, 2)).clamp(0, 1).requires_grad_()
+    sums, weights = moment_sums(preds, labels), (0.5, 0.5)
+    loss_from_sums(sums, "ccc", weights, 0.1).backward()
     at_once, preds.grad = preds.grad, None
-    total = moment_sums(preds, labels).detach()
-    for p, y in zip(preds.split(4), labels.split(4)):
-        part = moment_sums(p, y)
-        loss_from_sums(total + part - part.detach(), "ccc", (0.5, 0.5), 0.1).backward()
+    parts = [moment_sums(p, y) for p, y in zip(preds.split(4), labels.split(4))]
+    total, mean = sum(parts).detach(), torch.stack([concordance(part) for part in parts]).mean(0)
+    torch.testing.assert_close(concordance(total), concordance(sums))
+    assert (mean - concordance(sums)).abs().max() > 0.02
+    for part in parts:
+        loss_from_sums(total + part - part.detach(), "ccc", weights, 0.1).backward()
     torch.testing.assert_close(preds.grad, at_once, rtol=1e-5, atol=1e-8)
 
 
