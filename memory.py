@@ -8,7 +8,7 @@
 The bytes are those of step.train_step on the meta device (util/tracing.py), so a changed model is
 planned with no line changed here. In every phase of a step they are linear in the batch size: two
 traces give the line, and one more confirms the batch it proposes. The hours are the floating-point
-operations of that step at a machine's rate. Also here: the search behind --batch_size auto.
+operations of that step at a machine's rate. Nothing here is tried on the device but --calibrate.
 
 tests/bench_memory.py compares plans with real steps. GiB = 2^30 bytes.
 Tags: [measured] by us, [P] published, [guess].
@@ -318,7 +318,7 @@ class Planner:
 
 
 # ---------------------------------------------------------------------------------------------
-# --batch_size auto
+# The largest batch, for --batch_size auto
 
 
 def batch_sizes(args: argparse.Namespace, world_size: int, largest: int = 1024) -> list[int]:
@@ -374,85 +374,6 @@ def random_step(
         step.train_step(model, batches, optimizer, scaler, args, Progress())
 
     distributed.guard_memory(update, model, step.zero_sums(device, args))
-
-
-def probe(model: EmotionModel, args: argparse.Namespace, shape: data.InputShape) -> bool:
-    """True if steps of the longest utterances run in every stage, and a batch of evaluation (all
-    ranks participate). The weights are put back."""
-    before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
-    fits = True
-    try:
-        for stage in step.stages(args.unfreeze):
-            optimizer = step.build_optimizer(model, with_flags(args, unfreeze=stage))
-            for _ in range(2):  # the second has all optimizer states
-                random_step(model, optimizer, args, shape, stage)
-        encode(model, args, shape)
-    except (RuntimeError, MemoryError) as error:  # in a step: StepTooLarge, on all ranks
-        if not distributed.is_out_of_memory(error):
-            raise
-        fits = False
-    finally:
-        optimizer = None  # makes room
-        model.zero_grad()
-        model.load_state_dict(before)
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-    return not distributed.any_rank(not fits)
-
-
-def auto_batch(
-    model: EmotionModel,
-    args: argparse.Namespace,
-    shape: data.InputShape,
-    ranks: distributed.Ranks,
-    largest: int,
-) -> tuple[int, str]:
-    """(micro-batch up to `largest`, how it was found) for --batch_size auto.
-
-    The plan proposes, a probe confirms, all ranks take the smallest (all ranks participate).
-    UserError if nothing fits.
-    """
-    world_size, device = ranks.world_size, ranks.device
-    fault = f"--batch_size auto: nothing fits: {LESS_MEMORY}"
-    try:
-        size = largest_batch(args, shape, world_size, largest).batch_size
-    except UserError as error:
-        size, fault = 0, str(error)
-    size = proposed = min(distributed.gather(size))
-    while size:
-        trial = with_batch(args, size, world_size)
-        trial.gradient_accumulation_steps = min(2, trial.gradient_accumulation_steps)
-        distributed.reset_peak(device)
-        if probe(model, trial, shape):
-            peak = distributed.peak_gib(device)
-            distributed.reset_peak(device)
-            return size, f" | batch {size}, planned as {proposed} and probed at {peak:.2f} GiB"
-        smaller = [n for n in batch_sizes(args, world_size, size) if n <= 0.85 * size]
-        size = max(smaller, default=0)
-    raise UserError(fault)
-
-
-def choose_batch(
-    args: argparse.Namespace,
-    fold: data.Fold,
-    model: EmotionModel,
-    ranks: distributed.Ranks,
-    last: dict | None,
-) -> str:
-    """Sets the batch sizes that are not known yet; returns how one was found, for the log.
-
-    `last`: content of last.pt, whose run had found its micro-batch. All ranks participate.
-    """
-    if last:
-        total = last["global_batch_size"]
-        flags.split_batch(args, last["batch_size"], ranks.world_size, total=total)
-    elif args.batch_size == "auto":
-        largest = len(fold.splits["train"]) // (flags.AUTO_STEPS * ranks.world_size)
-        largest = max(args.context, largest)
-        size, note = auto_batch(model, args, fold.shape, ranks, largest)
-        flags.split_batch(args, size, ranks.world_size)
-        return note
-    return ""
 
 
 # ---------------------------------------------------------------------------------------------

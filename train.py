@@ -131,7 +131,7 @@ def set_up(args: argparse.Namespace) -> Run | None:
         if not (args.keep_last or last["args"].get("keep_last")):
             files.remove_last()
         return None
-    batch_note = memory.choose_batch(args, fold, model, ranks, last)
+    batch_note = trials.choose_batch(args, fold, model, ranks, last)
     planned = None  # only rank 0 writes of it
     if ranks.rank == 0:
         planned = memory.Planner(args, fold.shape, ranks.world_size).plan(args)

@@ -17,7 +17,7 @@ import train
 from data import InputShape
 from memory import FITS, Planner
 from model import AUTOCAST, ENCODERS
-from util import distributed, tracing
+from util import distributed, tracing, trials
 from util.distributed import GIB
 from util.files import UserError
 from util.runs import read_records
@@ -288,7 +288,7 @@ def tried(args, largest=100):
     """auto_batch on a model of its own: (size, what it said, the model)."""
     shape = memory.shape_of(args)
     model = step.build_model(args, shape)
-    return *memory.auto_batch(model, args, shape, distributed.find_ranks("cpu"), largest), model
+    return *trials.auto_batch(model, args, shape, distributed.find_ranks("cpu"), largest), model
 
 
 def test_auto_takes_what_plan_and_probe_agree_on_and_leaves_the_model_as_it_was():

@@ -2,6 +2,7 @@
 
 A kernel or a compiler may be missing, or wrong, on a GPU that nobody here has seen. Each trial runs
 once, in the run's precision, against plain torch, and says in one line of the log what it found.
+The batch of --batch_size auto, which memory.py plans, is tried as well.
 """
 
 import argparse
@@ -16,15 +17,23 @@ import torch
 from torch import Tensor
 
 import data
+import flags
+import memory
 from model import AUTOCAST, EmotionModel, selective_scan
-from step import autocast, inference, set_trainable, stages, to_device
+from step import autocast, build_optimizer, inference, set_trainable, stages, to_device
 from util import distributed
+from util.files import UserError
 from wavlm import PADDING_BIAS, attend, dense_table
 
 log = logging.getLogger("vatune")
 
 # of a trial's results, relative to the largest of each; float32 may be TF32 [guess]
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
+
+
+def in_one_line(fault: Exception) -> str:
+    """Kind and text of what a kernel or a compiler raised."""
+    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:160]}"
 
 
 def check_attention(model: EmotionModel, args: argparse.Namespace, device: torch.device) -> None:
@@ -184,6 +193,80 @@ def compile_layers(model: EmotionModel) -> None:
         layer.compile(dynamic=True)
 
 
-def in_one_line(fault: Exception) -> str:
-    """Kind and text of what a kernel or a compiler raised."""
-    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:160]}"
+def probe(model: EmotionModel, args: argparse.Namespace, shape: data.InputShape) -> bool:
+    """True if steps of the longest utterances run in every stage, and a batch of evaluation (all
+    ranks participate). The weights are put back."""
+    before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+    fits = True
+    try:
+        for stage in stages(args.unfreeze):
+            optimizer = build_optimizer(model, memory.with_flags(args, unfreeze=stage))
+            for _ in range(2):  # the second has all optimizer states
+                memory.random_step(model, optimizer, args, shape, stage)
+        memory.encode(model, args, shape)
+    except (RuntimeError, MemoryError) as error:  # in a step: StepTooLarge, on all ranks
+        if not distributed.is_out_of_memory(error):
+            raise
+        fits = False
+    finally:
+        optimizer = None  # makes room
+        model.zero_grad()
+        model.load_state_dict(before)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    return not distributed.any_rank(not fits)
+
+
+def auto_batch(
+    model: EmotionModel,
+    args: argparse.Namespace,
+    shape: data.InputShape,
+    ranks: distributed.Ranks,
+    largest: int,
+) -> tuple[int, str]:
+    """(micro-batch up to `largest`, how it was found) for --batch_size auto.
+
+    The plan proposes, a probe confirms, all ranks take the smallest (all ranks participate).
+    UserError if nothing fits.
+    """
+    world_size, device = ranks.world_size, ranks.device
+    fault = f"--batch_size auto: nothing fits: {memory.LESS_MEMORY}"
+    try:
+        size = memory.largest_batch(args, shape, world_size, largest).batch_size
+    except UserError as error:
+        size, fault = 0, str(error)
+    size = proposed = min(distributed.gather(size))
+    while size:
+        trial = memory.with_batch(args, size, world_size)
+        trial.gradient_accumulation_steps = min(2, trial.gradient_accumulation_steps)
+        distributed.reset_peak(device)
+        if probe(model, trial, shape):
+            peak = distributed.peak_gib(device)
+            distributed.reset_peak(device)
+            return size, f" | batch {size}, planned as {proposed} and probed at {peak:.2f} GiB"
+        smaller = [n for n in memory.batch_sizes(args, world_size, size) if n <= 0.85 * size]
+        size = max(smaller, default=0)
+    raise UserError(fault)
+
+
+def choose_batch(
+    args: argparse.Namespace,
+    fold: data.Fold,
+    model: EmotionModel,
+    ranks: distributed.Ranks,
+    last: dict | None,
+) -> str:
+    """Sets the batch sizes that are not known yet; returns how one was found, for the log.
+
+    `last`: content of last.pt, whose run had found its micro-batch. All ranks participate.
+    """
+    if last:
+        total = last["global_batch_size"]
+        flags.split_batch(args, last["batch_size"], ranks.world_size, total=total)
+    elif args.batch_size == "auto":
+        largest = len(fold.splits["train"]) // (flags.AUTO_STEPS * ranks.world_size)
+        largest = max(args.context, largest)
+        size, note = auto_batch(model, args, fold.shape, ranks, largest)
+        flags.split_batch(args, size, ranks.world_size)
+        return note
+    return ""
