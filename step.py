@@ -366,28 +366,28 @@ def train_step(
     """
     device = next(ddp_model.parameters()).device
     batches = [to_device(batch, device) for batch in batches]
+    labels = [batch["labels"] for batch in batches]
     teacher_forcing = 1 - progress.epoch / max(1, args.epochs - 1)
 
     def forward(micro_step: int) -> Tensor:
         seed_micro_step(args.seed, progress.step, micro_step, distributed.rank())
         with autocast(device, args.amp):
-            preds = ddp_model(batches[micro_step], teacher_forcing)  # (B, E)
-        return moment_sums(preds, batches[micro_step]["labels"])  # (6, E) float64
+            return ddp_model(batches[micro_step], teacher_forcing)  # (B, E)
 
     last = len(batches) - 1
     exact = args.loss == "mse" or args.exact_ccc == "on"
     two_passes = exact and args.loss != "mse" and last > 0
-    total, first_sums = zero_sums(device, args), None
+    total, first = zero_sums(device, args), None
     if two_passes:
         model = getattr(ddp_model, "module", ddp_model)
         with torch.no_grad():
             with autocast(device, args.amp):
                 batches = [model.encode_frozen(batch) for batch in batches]
             for micro_step in range(1, len(batches)):
-                total += forward(micro_step)
+                total += moment_sums(forward(micro_step), labels[micro_step])
         with distributed.synchronised(ddp_model, False):
-            first_sums = forward(0)
-        total += first_sums.detach()
+            first = forward(0)
+        total += moment_sums(first.detach(), labels[0])
         distributed.sum_over_ranks(total)
     elif args.loss == "mse":
         total[0] = torch.tensor(batches[0]["step_size"])
@@ -395,8 +395,9 @@ def train_step(
     seen = zero_sums(device, args)
     for micro_step in range(len(batches)):
         with distributed.synchronised(ddp_model, micro_step == last):
-            sums = forward(micro_step) if first_sums is None else first_sums
-            first_sums = None
+            preds = forward(micro_step) if first is None else first
+            first = None
+            sums = moment_sums(preds, labels[micro_step])  # (6, E) float64
             seen += sums.detach()
             if micro_step == last and not two_passes:
                 distributed.sum_over_ranks(seen)
@@ -422,14 +423,18 @@ def train_step(
 # Batches on their way to the model
 
 
+def loader_workers(dataset: data.Batches, args: argparse.Namespace) -> int:
+    """Processes that make batches: none if these are cached vectors, which take no time."""
+    small = dataset.frozen is not None and not dataset.frozen.has_frames
+    return 0 if small else args.num_workers
+
+
 def make_loader(
     dataset: data.Batches, plan: object, args: argparse.Namespace, device: torch.device
 ) -> DataLoader:
-    """The batches of `plan` in order, made by num_workers processes; cached vectors are read in
-    this one."""
+    """The batches of `plan` in order."""
     workers = {}
-    small = dataset.frozen is not None and not dataset.frozen.has_frames
-    num_workers = 0 if small else args.num_workers
+    num_workers = loader_workers(dataset, args)
     if num_workers:
         workers = {"prefetch_factor": data.PREFETCH, "persistent_workers": True}
         workers["worker_init_fn"] = distributed.start_worker
@@ -450,7 +455,8 @@ def bytes_on_their_way(dataset: data.Batches, args: argparse.Namespace) -> int:
     one = dataset.collate(data.BatchSpec(((longest,),)))
     size = sum(value.nbytes for value in one.values() if isinstance(value, Tensor))
     evaluated = data.EVAL_SECONDS * dataset.rate / dataset.lengths[longest]
-    return int(args.num_workers * data.PREFETCH * max(args.batch_size, evaluated) * size)
+    held = loader_workers(dataset, args) * data.PREFETCH
+    return int(held * max(args.batch_size, evaluated) * size)
 
 
 def group_micro_batches(batches: Iterator[dict], accumulation: int) -> Iterator[list[dict]]:

@@ -8,6 +8,7 @@ that started it. Nothing here knows the model or the run's files.
 import contextlib
 import ctypes
 import datetime
+import inspect
 import itertools
 import logging
 import math
@@ -274,8 +275,10 @@ def wrap_ddp(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     if not dist.is_initialized():
         return model
     ids = [device.index] if device.type == "cuda" else None
+    known = inspect.signature(DistributedDataParallel).parameters  # the flag's name has changed
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     ddp_model = DistributedDataParallel(
-        model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        model, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False}
     )
     ddp_model.register_comm_hook(None, average_bucket)
     return ddp_model
