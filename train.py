@@ -118,6 +118,7 @@ def set_up(args: argparse.Namespace) -> Run | None:
     torch.manual_seed(args.seed)
     model = step.start_model(args, fold).to(ranks.device)
     trials.check_attention(model, args, ranks.device)
+    trials.check_scan(model, args, ranks.device)
     if args.compile:
         trials.check_compile(model, fold.dataset, args, ranks.device)
     last = None
@@ -130,10 +131,10 @@ def set_up(args: argparse.Namespace) -> Run | None:
         if not (args.keep_last or last["args"].get("keep_last")):
             files.remove_last()
         return None
-    batch_note = memory.choose_batch(args, fold, model, ranks, last)
+    batch_note = trials.choose_batch(args, fold, model, ranks, last)
     planned = None  # only rank 0 writes of it
     if ranks.rank == 0:
-        planned = memory.plan(args, fold.shape, model.config, ranks.world_size)
+        planned = memory.Planner(args, fold.shape, ranks.world_size).plan(args)
     run = Run(
         args=args,
         given=given,
