@@ -17,6 +17,7 @@ Tags: [measured] by us, [P] published, [guess].
 import argparse
 import functools
 import json
+import logging
 import math
 import re
 import statistics
@@ -53,6 +54,8 @@ LESS_MEMORY = "lower --max_seconds, unfreeze less, or give --gradient_checkpoint
 PADDED = 1.06  # seconds with padding per second of audio, in batches of like length [measured]
 UTILIZATION = (0.1, 0.5)  # share of a card's published peak that training reaches [guess]
 CPU_TFLOPS = 0.05  # of one core, float32 [guess]
+
+log = logging.getLogger("vatune")
 
 # GiB, and TFLOPS in dense half precision and in TF32 (float32 without it) [P: vendors]
 GPUS = {
@@ -315,6 +318,21 @@ class Planner:
             return self.as_plan(size, peaks, {})
 
         return at
+
+
+def plan_run(args: argparse.Namespace, shape: data.InputShape, world_size: int) -> Plan | None:
+    """The plan of a run; None, with a line in the log, if its step looks at values of tensors, as a
+    changed one may: on the meta device they have none."""
+    try:
+        return Planner(args, shape, world_size).plan(args)
+    except (RuntimeError, TypeError) as error:
+        text = str(error).partition("\n")[0]
+        if "meta" not in text.lower():
+            raise
+        log.warning(
+            f"memory is not planned, torch's meta device cannot run this step: {text[:160]}"
+        )
+        return None
 
 
 # ---------------------------------------------------------------------------------------------
