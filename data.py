@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,19 +38,9 @@ import soundfile
 import soxr
 import torch
 
-from corpora import (
-    LABELS,
-    MAX_SKIPPED,
-    Corpus,
-    check_skipped,
-    describe_splits,
-    known_speaker,
-    make_splits,
-    num_folds,
-    read_corpus,
-    skipped_by_kind,
-    write_skipped,
-)
+import corpora
+from corpora import Corpus, make_splits, read_corpus
+from model import ModelConfig
 from util.audio import (
     MIN_SAMPLES,
     NO_DECODER,
@@ -64,7 +55,6 @@ from util.files import (
     array_digest,
     build_cache,
     cached_array,
-    check_disk_space,
     described,
     digest,
     gib,
@@ -146,8 +136,15 @@ class PackedRows:
 
 def announce_cache(directory: Path, num_bytes: int, what: str, fix: str = "") -> None:
     """Logs the size of a cache before it is filled. UserError if it does not fit the disk."""
-    fix = f"free disk space there, or set another --cache_dir{fix}"
-    check_disk_space(directory.parent, num_bytes, what, fix)
+    disk = directory.absolute()
+    while not disk.exists():
+        disk = disk.parent
+    free = shutil.disk_usage(disk).free
+    if num_bytes > free:
+        need = (
+            f"{what} would need {gib(num_bytes)} in {directory.parent}, where {gib(free)} are free"
+        )
+        raise UserError(f"{need}: free disk space there, or set another --cache_dir{fix}")
     log.info(f"{what}: writing {gib(num_bytes)} to {directory}")
 
 
@@ -161,7 +158,7 @@ def identity(path: Path) -> tuple[int, int]:
 
 
 def load_audio(
-    corpus: Corpus, cache_dir: str | Path, max_skipped: float = MAX_SKIPPED
+    corpus: Corpus, cache_dir: str | Path, max_skipped: float = corpora.MAX_SKIPPED
 ) -> tuple[Corpus, PackedRows]:
     """(corpus without the rows that have no usable audio, decoded audio of the same rows).
 
@@ -213,7 +210,7 @@ def load_audio(
     )
     for row, reason in bad.items():
         corpus.skip(utterances[row].utt_id, utterances[row].path, reason)
-    check_skipped(corpus, max_skipped)
+    corpora.check_skipped(corpus, max_skipped)
     return corpus, pack
 
 
@@ -241,7 +238,7 @@ def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarr
         try:
             egemaps_of(pack.part(range(1)))
         except Exception as error:  # a library of opensmile that does not load here
-            fault = described("opensmile", "opensmile", error)
+            fault = described("opensmile", error)
             raise UserError(f"{flag}: {fault}: reinstall opensmile{otherwise}") from None
         parts = [pack.part(range(i, min(i + 16, count))) for i in range(0, count, 16)]
         pool = ThreadPoolExecutor(CORES)  # opensmile computes without Python's lock
@@ -262,13 +259,12 @@ def speaker_embeddings(
 
     `kind`: ecapa, xvector, a local x-vector model directory, or a directory of <utt_id>.npy (S,).
     """
-    folder = Path(kind)
-    if kind not in ("ecapa", "xvector") and not folder.is_dir():
+    if kind not in ("ecapa", "xvector") and not Path(kind).is_dir():
         raise UserError(f"--speaker {kind}: not ecapa, xvector, none or a directory")
     if holds_vectors(kind):
-        vectors = read_vectors(npy_files(corpus, folder, "--speaker"))
+        vectors = utterance_vectors(corpus, kind, cache_dir, "--speaker")
     else:
-        embed, key = ecapa(cache_dir, device) if kind == "ecapa" else xvector(kind, device)
+        embed, weights = speaker_model(kind, cache_dir, device)
 
         def build() -> np.ndarray:
             rows = progress_bar(range(len(pack.lengths)), len(pack.lengths), "speakers")
@@ -278,9 +274,9 @@ def speaker_embeddings(
             with torch.inference_mode():
                 return np.stack([embed(clip).float().cpu().numpy() for clip in clips])
 
-        vectors = cached_array(Path(cache_dir) / f"speaker-{digest(pack.key, key)}", build)
+        vectors = cached_array(Path(cache_dir) / f"speaker-{digest(pack.key, weights)}", build)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    broken = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
+    broken = np.flatnonzero(~(norms[:, 0] > 0) | np.isinf(norms[:, 0]))
     if len(broken):
         fault = f"{len(broken)} embeddings are zero or not finite"
         utt_id = corpus.utterances[broken[0]].utt_id
@@ -291,6 +287,25 @@ def speaker_embeddings(
 def holds_vectors(kind: str) -> bool:
     """Is --speaker a directory of vectors, and not one of a model?"""
     return Path(kind).is_dir() and not (Path(kind) / "config.json").exists()
+
+
+def speaker_model(
+    kind: str, cache_dir: str | Path, device: str
+) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
+    """(waveform (L,) -> embedding (S,), digest of its weights) of a model for --speaker."""
+    flag, otherwise = f"--speaker {kind}", ", or give a directory of <utt_id>.npy"
+    hub = {"ecapa": "speechbrain/spkrec-ecapa-voxceleb", "xvector": "microsoft/wavlm-base-plus-sv"}
+    source, package = hub.get(kind, kind), "speechbrain" if kind == "ecapa" else "transformers"
+    if kind == "ecapa" or importlib.util.find_spec("torchaudio"):  # both import it
+        optional_module("torchaudio", "torchaudio", flag, otherwise)
+    try:
+        if kind == "ecapa":
+            return ecapa(source, Path(cache_dir) / "ecapa", device)
+        return xvector(source, kind == "xvector" and not hub_answers(source, "config.json"), device)
+    except Exception as error:  # of the packages, the hub, the files: no common base class
+        fault = f"cannot load {source} ({described(package, error)})"
+        mirror = "load it once where there is a network (or set HF_ENDPOINT to a mirror)"
+        raise UserError(f"{flag}: {fault}: {mirror}, reinstall {package}{otherwise}") from None
 
 
 def hub_answers(name: str, file: str) -> bool:
@@ -304,30 +319,15 @@ def hub_answers(name: str, file: str) -> bool:
     return True
 
 
-def speaker_error(kind: str, package: str, source: str, error: Exception) -> UserError:
-    """One line on a model for --speaker that cannot be loaded."""
-    remedy = (
-        f"load {source} once where there is a network (or set HF_ENDPOINT to a mirror), "
-        f"reinstall {package}, or give a directory of <utt_id>.npy"
-    )
-    fault = described(package, package, error)
-    return UserError(f"--speaker {kind}: cannot load {source} ({fault}): {remedy}")
+def xvector(
+    source: str, local_files_only: bool, device: str
+) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
+    """speaker_model's result for an x-vector model of transformers."""
+    import transformers
 
-
-def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
-    """(waveform (L,) -> embedding (S,), cache key) of a transformers x-vector model."""
-    flag, otherwise = f"--speaker {kind}", ", or give a directory of <utt_id>.npy"
-    transformers = optional_module("transformers", "transformers", flag, otherwise)
-    if importlib.util.find_spec("torchaudio"):  # which transformers then imports
-        optional_module("torchaudio", "torchaudio", flag, ", or uninstall it")
-    source = "microsoft/wavlm-base-plus-sv" if kind == "xvector" else kind
-    cached_only = kind == "xvector" and not hub_answers(source, "config.json")
-    options = {"trust_remote_code": False, "local_files_only": cached_only}
-    try:
-        extractor = transformers.AutoFeatureExtractor.from_pretrained(source, **options)
-        model = transformers.AutoModelForAudioXVector.from_pretrained(source, **options)
-    except Exception as error:  # of transformers, the hub, the files: no common base class
-        raise speaker_error(kind, "transformers", source, error) from None
+    options = {"trust_remote_code": False, "local_files_only": local_files_only}
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(source, **options)
+    model = transformers.AutoModelForAudioXVector.from_pretrained(source, **options)
     model.to(device).eval()
 
     def embed(clip: np.ndarray) -> torch.Tensor:
@@ -337,22 +337,16 @@ def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor
     return embed, weights_digest(model.state_dict()) + extractor.to_json_string()
 
 
-def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
+def ecapa(
+    source: str, folder: Path, device: str
+) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
     """The same of speechbrain's ECAPA-TDNN (192-d). Never run by us: it needs torchaudio."""
-    flag, otherwise = "--speaker ecapa", ", or use --speaker xvector"
-    optional_module("torchaudio", "torchaudio", flag, otherwise)
-    name = "speechbrain.inference.speaker"
-    speechbrain = optional_module(name, "speechbrain", flag, otherwise)
-    source, folder = "speechbrain/spkrec-ecapa-voxceleb", Path(cache_dir) / "ecapa"
+    from speechbrain.inference.speaker import EncoderClassifier
+
+    if not (folder / "hyperparams.yaml").exists() and not hub_answers(source, "hyperparams.yaml"):
+        raise ConnectionError(f"it is not in {folder}, and the hub does not answer")
     options = {"savedir": str(folder), "run_opts": {"device": device}}
-    try:
-        if not (folder / "hyperparams.yaml").exists() and not hub_answers(
-            source, "hyperparams.yaml"
-        ):
-            raise ConnectionError("it is not in --cache_dir, and the hub does not answer")
-        model = speechbrain.EncoderClassifier.from_hparams(source, **options)
-    except Exception as error:  # of speechbrain, torchaudio, the hub: no common base class
-        raise speaker_error("ecapa", "speechbrain", source, error) from None
+    model = EncoderClassifier.from_hparams(source, **options)
 
     def embed(clip: np.ndarray) -> torch.Tensor:
         return model.encode_batch(torch.from_numpy(clip).to(device)[None])[0, 0]
@@ -366,13 +360,14 @@ def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], to
 MAKERS = {  # of the files of a flag
     "--features_dir": "; faces.py makes such files from images",
     "--vectors": "; text.py makes such files from transcripts",
+    "--speaker": "",
 }
 
 
 def npy_files(corpus: Corpus, directory: str | Path, flag: str) -> list[Path]:
     """<directory>/<utt_id>.npy of every row; UserError names how many are missing."""
     if not Path(directory).is_dir():
-        raise UserError(f"{flag} {directory}: no such directory{MAKERS.get(flag, '')}")
+        raise UserError(f"{flag} {directory}: no such directory{MAKERS[flag]}")
     owners: dict[str, Path] = {}
     for u in corpus.utterances:
         if owners.setdefault(u.utt_id, u.path) != u.path:
@@ -382,9 +377,8 @@ def npy_files(corpus: Corpus, directory: str | Path, flag: str) -> list[Path]:
     paths = [Path(directory) / f"{u.utt_id}.npy" for u in corpus.utterances]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        first = ", ".join(missing[:3])
-        lacking = f"{len(missing)} of {len(paths)} missing ({first})"
-        raise UserError(f"{flag} {directory}: {lacking}{MAKERS.get(flag, '')}")
+        lacking = f"{len(missing)} of {len(paths)} missing ({', '.join(missing[:3])})"
+        raise UserError(f"{flag} {directory}: {lacking}{MAKERS[flag]}")
     return paths
 
 
@@ -395,37 +389,32 @@ def open_npy(path: Path, ndim: int, width: int | None) -> np.ndarray:
     except Exception as error:  # whatever tokenize, ast and mmap raise on a damaged header
         raise UserError(f"{path}: not a plain .npy array ({error})") from None
     if array.ndim != ndim or array.dtype.kind not in "fiu" or 0 in array.shape:
-        wanted = "(T, D)" if ndim == 2 else "(S,)"
-        raise UserError(
-            f"{path}: {array.dtype} {array.shape}, expected numbers {wanted}, not empty"
-        )
+        wanted = "(T, D)" if ndim == 2 else "(D,)"
+        found = f"{array.dtype} {array.shape}"
+        raise UserError(f"{path}: {found}, expected numbers {wanted}, not empty")
     if width not in (None, array.shape[-1]):
         raise UserError(f"{path}: width {array.shape[-1]}, but the first file has {width}")
     return array
 
 
-def read_vectors(paths: Sequence[Path]) -> np.ndarray:
-    """(N, D) float32 of files with (D,) each. UserError on the first that does not fit."""
-    rows: list[np.ndarray] = []
-    for path in paths:
-        width = len(rows[0]) if rows else None
-        with np.errstate(over="ignore"):  # beyond float32 becomes infinite
-            # a copy, since a memory map keeps its file open
-            rows.append(np.array(open_npy(path, 1, width), np.float32))
-    return np.stack(rows)
+def finite(path: Path, array: np.ndarray) -> np.ndarray:
+    """A copy as float32. UserError on NaN, infinity, or what is beyond float32."""
+    with np.errstate(over="ignore"):
+        values = np.array(array, np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: holds NaN or infinite values")
+    return values
 
 
-def utterance_vectors(corpus: Corpus, directory: str, cache_dir: str | Path) -> np.ndarray:
-    """(N, D) float32, finite, of a --vectors DIR with its <utt_id>.npy (D,)."""
-    paths = npy_files(corpus, directory, "--vectors")
+def utterance_vectors(
+    corpus: Corpus, directory: str, cache_dir: str | Path, flag: str = "--vectors"
+) -> np.ndarray:
+    """(N, D) float32, finite, of a directory of <utt_id>.npy (D,)."""
+    paths = npy_files(corpus, directory, flag)
 
     def build() -> np.ndarray:
-        vectors = read_vectors(paths)
-        broken = np.flatnonzero(~np.isfinite(vectors).all(1))
-        if len(broken):
-            fault = f"holds NaN or infinite values, one of {len(broken)} such files: make it again"
-            raise UserError(f"{paths[broken[0]]}: {fault}")
-        return vectors
+        width = open_npy(paths[0], 1, None).shape[0]
+        return np.stack([finite(path, open_npy(path, 1, width)) for path in paths])
 
     files = [(path.name, *identity(path)) for path in paths]
     key = digest(str(Path(directory).resolve()), files)
@@ -462,22 +451,18 @@ class FrameFeatures:
         self.rate = rate or float(f"{np.median(self.rates):.3g}")
 
     def describe(self) -> str:
-        """Their rate, and whether it is that of each utterance, for the log."""
-        low, high = np.percentile(self.rates, [5, 95])
+        """Their rate, and whether it is that of most utterances, for the log."""
         text = f"features: {self.rate:g} frames per second"
         slack = 0.1 * self.rate + 2 * self.rates / self.lengths  # two frames more or less
         if np.mean(np.abs(self.rates - self.rate) > slack) > 0.05:
+            low, high = np.percentile(self.rates, [5, 95])
             text += f", but {low:.3g} to {high:.3g} of most files: do they belong to this audio?"
         return text
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """(T, D) float32. UserError if a value is not finite (found only here: needs all bytes)."""
         path = self.directory / self.names[row].decode()
-        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused
-            frames = np.array(open_npy(path, 2, self.dim)[start:stop], np.float32)
-        if not np.isfinite(frames).all():
-            raise UserError(f"{path}: holds NaN or infinite values")
-        return frames
+        return finite(path, open_npy(path, 2, self.dim)[start:stop])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -535,10 +520,9 @@ def frozen_states(
         size = sum(int(num_bytes[rows].sum()) for _, rows in missing)
         fix = ", or give --feature_cache off"
         announce_cache(directory, size, "hidden states of the frozen part of WavLM", fix)
-    for target, rows in progress_bar(missing, len(missing), "hidden states"):
-        build_cache(target, lambda aside, rows=rows: write_states(aside, compute(rows)), wait=False)
-    for target, rows in parts:
-        build_cache(target, lambda aside, rows=rows: write_states(aside, compute(rows)))
+    for wait in (False, True):  # first what no other process is filling now
+        for target, rows in progress_bar(parts, len(parts), "hidden states"):
+            build_cache(target, lambda aside, rows=rows: write_states(aside, compute(rows)), wait)
     return FrozenStates(parts)
 
 
@@ -786,9 +770,6 @@ class TrainPlan:
     draws: np.ndarray | None = None  # (N,) as from balanced_draws; a chunk has its turns' mean
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.context:
-            fault = f"batch_size {self.batch_size} is not divisible by context {self.context}"
-            raise ValueError(fault)
         self.micro_batches = self.gradient_accumulation_steps * self.world_size  # in a step
         self.chunks_per_step = self.batch_size // self.context * self.micro_batches
         turns: dict[str, list[int]] = {}  # rows are in time order within a dialogue
@@ -971,8 +952,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
     if args.speaker != "none" and not args.no_film:
         speaker = speaker_embeddings(corpus, pack, args.speaker, args.cache_dir)
         if holds_vectors(args.speaker):
-            paths = npy_files(corpus, args.speaker, "--speaker")
-            digests["speaker vector"] = [array_digest(open_npy(path, 1, None)) for path in paths]
+            digests["speaker vector"] = [array_digest(row) for row in speaker]
     vectors, vector_dims = all_vectors(corpus, args.vectors or (), args.cache_dir)
     if vectors is not None:
         digests["vectors"] = [array_digest(row) for row in vectors]
@@ -1017,17 +997,17 @@ def inspect(args: argparse.Namespace) -> None:
     flags = (args.data, args.data_dir, args.label_range, args.cache_dir, args.targets)
     corpus, pack = load_audio(read_corpus(*flags), args.cache_dir, max_skipped=1.0)
     if args.skipped:
-        write_skipped(Path(args.skipped), corpus)
+        corpora.write_skipped(Path(args.skipped), corpus)
     for note in corpus.notes:
         print(f"note        {note}")
     print(f"skipped     {len(corpus.skipped)}")
-    for kind, skipped in skipped_by_kind(corpus).items():
+    for kind, skipped in corpora.skipped_by_kind(corpus).items():
         first = ", ".join(s.utt_id for s in skipped[:5])
         print(f"            {kind}: {len(skipped)} ({first}{', ...' if len(skipped) > 5 else ''})")
-    check_skipped(corpus)
+    corpora.check_skipped(corpus)
     utterances, seconds = corpus.utterances, corpus.seconds
     turns = Counter(u.dialog for u in utterances).values()
-    speakers = {u.speaker for u in utterances if known_speaker(u.speaker)}
+    speakers = {u.speaker for u in utterances if corpora.known_speaker(u.speaker)}
     low, p5, p50, p95, high = np.percentile(seconds, [0, 5, 50, 95, 100])
     print(f"corpus      {corpus.name} in {corpus.root}")
     print(f"utterances  {len(utterances)}, {seconds.sum() / 3600:.2f} h, {len(speakers)} speakers")
@@ -1050,22 +1030,24 @@ def inspect(args: argparse.Namespace) -> None:
     for directory in args.vectors or ():
         vectors = utterance_vectors(corpus, directory, args.cache_dir)
         print(f"\nvectors     {vectors.shape[1]} wide in {directory}, all finite")
-    for fold in [args.fold] if args.fold is not None else range(1, num_folds(corpus) + 1):
+    for fold in [args.fold] if args.fold is not None else range(1, corpora.num_folds(corpus) + 1):
         splits = make_splits(corpus, fold)
-        print(f"\nfold {fold}\n{describe_splits(corpus, splits)}")
+        print(f"\nfold {fold}\n{corpora.describe_splits(corpus, splits)}")
         if args.balance:
-            print(describe_balance(corpus, splits["train"], args.balance))
+            targets = args.targets or ModelConfig.targets
+            print(describe_balance(corpus, targets, splits["train"], args.balance))
 
 
-def describe_balance(corpus: Corpus, rows: np.ndarray, balance: float) -> str:
+def describe_balance(
+    corpus: Corpus, targets: Sequence[str], rows: np.ndarray, balance: float
+) -> str:
     """Utterances of an epoch by bin of each label, without --balance and with it."""
-    labels = corpus.labels(corpus.targets)[rows]
+    labels = corpus.labels(targets)[rows]
     draws, bins = balanced_draws(labels, balance), label_bins(labels)
-    low, high = corpus.label_range
-    edges = [f"{edge:g}" for edge in np.linspace(low, high, BALANCE_BINS + 1)]
+    edges = [f"{edge:g}" for edge in np.linspace(*corpus.label_range, BALANCE_BINS + 1)]
     names = [f"{a}..{b}" for a, b in itertools.pairwise(edges)] + ["missing"]
     table = pd.DataFrame(index=names)
-    for i, target in enumerate(corpus.targets):
+    for i, target in enumerate(targets):
         for name, weights in ((target, None), (f"{target} balanced", draws)):
             counts = np.bincount(bins[:, i], weights, minlength=len(names))
             table[name] = np.rint(counts).astype(int)
@@ -1122,18 +1104,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", required=True, help="demo, iemocap, msp_podcast, or a .csv or .tsv")
     add("--data_dir", help="root of the corpus, or of the relative paths in a CSV")
     add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
-    add("--targets", choices=LABELS, nargs="+", help="labels to look at (default: all there are)")
+    add(
+        "--targets",
+        choices=corpora.LABELS,
+        nargs="+",
+        help="labels to look at (default: all there are)",
+    )
     add("--cache_dir", default="cache", help="directory of caches")
     add("--fold", type=int, help="print only this fold (default: all)")
     add("--features_dir", help="directory of frame features to check, too")
     add("--vectors", action="append", metavar="DIR", help="directory of vectors to check, too")
     add("--skipped", metavar="CSV", help="file for the utterances left out, and why")
-    add(
-        "--balance",
-        type=float,
-        default=0,
-        help="show what train.py --balance makes of each bin of --targets",
-    )
+    help_text = "what train.py --balance makes of each bin of --targets, or of its default ones"
+    add("--balance", type=float, default=0, help=help_text)
     args = parser.parse_args(argv)
     args.label_range = tuple(args.label_range) if args.label_range else None
     if not 0 <= args.balance <= 1:

@@ -328,8 +328,7 @@ CSV = [
     ("UTF-16", (HEADER + "a,a.wav,3,3\n").encode("utf-16"), REFUSED, "not a UTF-8 CSV"),
     *((lines, f"{HEADER}{lines}\n", REFUSED, fault) for lines, fault in LINES),
     *((f"{c} {x}", f"{HEADER[:-1]},{c}\na,a.wav,3,3,{x}\n", REFUSED, f) for c, x, f in CELLS),
-    ("decimal commas, points", SEMI + "a;a.wav;2,5;3.5\n", REFUSED, "commas (row 2) and points (r"),
-    ("decimal commas", SEMI + "a;a.wav;2,5;3\n", FIXED, "decimal commas read as points: 1 cells"),
+    ("decimal commas", SEMI + "a;a.wav;2,5;3\n", REFUSED, "row 2: valence '2,5' is not a number"),
     (
         "one label empty",
         HEADER + "a,a.wav,,3\nb,a.wav,3,3\n",
@@ -396,7 +395,7 @@ VALUES = [  # a manifest, and what is read of its first row beside a, a.wav, 3 a
     ),
     (HEADER.replace(",", "\t") + "a\ta.wav\t3\t2\n", {}),
     (HEADER.replace(",", "|") + "a|a.wav|3|2\n", {}),
-    (SEMI[:-1] + ";end\na;a.wav;3;2,0;0:00,5\n", {"end": 0.5}),
+    (SEMI[:-1] + ";end\na;a.wav;3;2.0;0:00.5\n", {"end": 0.5}),
     (RATED + "a,a.wav,1,1,A,\nb,b.wav,1,1,A,\na,a.wav,5,,B,\na,a.wav,3,3,C,\n", {}),
 ]
 
@@ -592,10 +591,9 @@ NPY = [
 VECTORS = [
     ("missing", lambda path: None, REFUSED, "1 of 4 missing (u003.npy)"),
     ("other width", saved(np.ones(7)), REFUSED, "width 7, but the first file has 6"),
-    ("two dimensions", saved(np.ones((1, 6))), REFUSED, "expected numbers (S,)"),
+    ("two dimensions", saved(np.ones((1, 6))), REFUSED, "expected numbers (D,)"),
     ("zero", saved(np.zeros(6)), REFUSED, "1 embeddings are zero or not finite, the first is that"),
-    ("NaN", saved(np.full(6, np.nan)), REFUSED, "zero or not finite, the first is that of u003"),
-    ("infinite", saved(np.full(6, np.inf)), REFUSED, "zero or not finite"),
+    ("NaN", saved(np.full(6, np.nan)), REFUSED, "u003.npy: holds NaN or infinite values"),
     ("pickled", saved(np.full(6, None)), REFUSED, "not a plain .npy array"),
     ("cut off", half_npy, REFUSED, "not a plain .npy array"),
 ]

@@ -131,7 +131,7 @@ RUNTIME = "raise RuntimeError('CUDA version mismatch\\nand a second line')"
         (
             ["--speaker", "ecapa"],
             {"torchaudio": "", "speechbrain": "raise AttributeError('backend')"},
-            ["speechbrain", "AttributeError: backend)", "--speaker xvector"],
+            ["reinstall speechbrain", "AttributeError: backend)", "<utt_id>.npy"],
         ),
         (["--speaker", "ecapa"], {"torchaudio": "", "speechbrain": ""}, ["speechbrain.inference"]),
         (
@@ -139,7 +139,11 @@ RUNTIME = "raise RuntimeError('CUDA version mismatch\\nand a second line')"
             {"torchaudio": "", "speechbrain.inference.speaker": WORKING},
             ["spkrec-ecapa-voxceleb", "hub does not answer", "<utt_id>.npy"],
         ),
-        (["--speaker", "xvector"], {"torchaudio": RUNTIME}, ["torchaudio", "or uninstall it"]),
+        (
+            ["--speaker", "xvector"],
+            {"torchaudio": RUNTIME},
+            ["--upgrade torchaudio, or give"],
+        ),
         (["--speaker", "xvector"], {"torchaudio": "raise OSError('so')"}, ["OSError: so)"]),
         (["--speaker", "xvector"], {}, ["wavlm-base-plus-sv", "transformers", "HF_ENDPOINT"]),
         (["--prosody", "egemaps"], {"opensmile": RUNTIME}, ["opensmile", "or --prosody none"]),
@@ -172,5 +176,5 @@ def test_a_hub_that_never_answers_is_told_within_seconds(flags, tmp_path, mute_h
 
 
 def test_a_package_is_described_with_its_version():
-    text = described("numpy", "numpy", ValueError("one\ntwo"))
+    text = described("numpy", ValueError("one\ntwo"))
     assert text.startswith("numpy ") and text.endswith(": ValueError: one") and "." in text

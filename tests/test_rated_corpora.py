@@ -1,7 +1,5 @@
 """The readers of corpora with several raters: who rated what."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -49,33 +47,20 @@ IN_ONE_CELL = "FileName,Detail\n" + (
     f"{NAMES[0]},W2; Other-Curious; A:3.0; V:5.0; D:4.0;\n"
     f"{NAMES[1]},W1; Sad; ; A:7; V:1; D:4;\n"
 )
-IN_JSON = json.dumps(
-    {
-        NAMES[0]: {
-            "W1": {"EmoAct": "2.0", "EmoVal": 6, "EmoDom": 4, "EmoClass_Major": "Neutral"},
-            "W2": {"EmoAct": 3, "EmoVal": 5, "EmoDom": 4},
-        },
-        NAMES[1]: {"W1": {"EmoAct": 7, "EmoVal": 1, "EmoDom": 4}},
-    }
-)
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    "text",
     [
-        ("labels_detailed.csv", IN_COLUMNS),
-        ("labels_detailed.csv", IN_ONE_CELL),
-        ("labels_detailed.json", IN_JSON),
-        ("labels_detailed.csv", ""),
-        ("labels_detailed.csv", "FileName,EmoAct,EmoVal\na.wav,1,2\n"),
-        ("labels_detailed.csv", f"File,Detail\n{NAMES[0]},W2; Sad; ; A:3.0; V:5.0; D:4.0;\n"),
-        ("labels_detailed.json", "[1]"),
-        ("labels_detailed.json", '{"a.wav": {"W1": 4}}'),
+        IN_COLUMNS,
+        IN_ONE_CELL,
+        "",
+        "FileName,EmoAct,EmoVal\na.wav,1,2\n",
+        f"File,Detail\n{NAMES[0]},W2; Sad; ; A:3.0; V:5.0; D:4.0;\n",
+        f"File,WorkerID,EmoAct,EmoVal\n{NAMES[0]},W2,3,5\n",
     ],
 )
-def test_msp_podcast_gives_its_workers_in_each_form_of_labels_detailed(
-    tmp_path, name, text, caplog
-):
+def test_msp_podcast_gives_its_workers_in_each_form_of_labels_detailed(tmp_path, text, caplog):
     (tmp_path / "Audios").mkdir()
     (tmp_path / "Labels").mkdir()
     for audio in NAMES:
@@ -83,12 +68,12 @@ def test_msp_podcast_gives_its_workers_in_each_form_of_labels_detailed(
     header = "FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set\n"
     lines = "".join(f"{audio},N,2.5,5.5,4,1,Male,Train\n" for audio in NAMES)
     (tmp_path / "Labels" / "labels_consensus.csv").write_text(header + lines)
-    (tmp_path / "Labels" / name).write_text(text)
+    (tmp_path / "Labels/labels_detailed.csv").write_text(text)
     corpus = corpora.read_corpus("msp_podcast", str(tmp_path), None)
     assert [(u.valence, u.arousal) for u in corpus.utterances] == [(5.5, 2.5)] * 2
-    if text in (IN_COLUMNS, IN_ONE_CELL, IN_JSON):
+    if text in (IN_COLUMNS, IN_ONE_CELL):
         one, two = (audio.removesuffix(".wav") for audio in NAMES)
         assert rated(corpus) == [(one, "W1", 6, 2), (one, "W2", 5, 3), (two, "W1", 1, 7)]
     else:
         assert not len(corpus.ratings())
-        assert caplog.messages[0].startswith(f"{name} is not understood")
+        assert caplog.messages[0].startswith("labels_detailed.csv is not understood")

@@ -57,7 +57,7 @@ def write_csv(path, texts):
 
 
 def extract(tmp_path, *flags, data="m.csv", model="model", out="out"):
-    argv = ["--data", data if data == "demo" else tmp_path / data, "--model", tmp_path / model]
+    argv = ["--data", tmp_path / data, "--model", tmp_path / model]
     text.extract(text.parse_args(list(map(str, [*argv, "--out", tmp_path / out, *flags]))))
     return {path.stem: np.load(path) for path in (tmp_path / out).glob("*.npy")}
 
@@ -101,11 +101,8 @@ def test_what_is_there_is_kept_unless_its_transcript_changed_and_another_model_i
     for flags, model in ((["--layer", "1"], "model"), ([], "other")):
         with pytest.raises(UserError, match="of another model or --layer"):
             extract(tmp_path, *flags, model=model)
-    (tmp_path / "out/text.json").write_text("[1]")
-    with pytest.raises(UserError, match="is damaged"):
-        extract(tmp_path)
     (tmp_path / "out/text.json").unlink()
-    with pytest.raises(UserError, match=r"holds \.npy files that are not of text\.py"):
+    with pytest.raises(UserError, match="or of another program: choose another --out"):
         extract(tmp_path)
 
 
@@ -182,8 +179,6 @@ def test_transcripts_of_a_published_corpus_are_those_of_a_csv_with_the_same_word
 
 def test_what_has_no_words_or_is_no_text_model_is_said_in_a_line(tmp_path, small_wavlm):
     write_csv(tmp_path / "m.csv", SAID)
-    with pytest.raises(UserError, match="--data demo: has no transcripts"):
-        extract(tmp_path, data="demo")
     for model in (small_wavlm, "nobody"):
         with pytest.raises(UserError, match=r"--model .*: cannot be used \(transformers") as caught:
             extract(tmp_path, model=model)

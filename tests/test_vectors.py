@@ -125,8 +125,8 @@ def test_a_model_that_starts_from_another_takes_its_vectors_from_the_flags_or_fr
         ([1, np.nan, 0], r"s2d1t1\.npy: holds NaN or infinite values"),
         ([1, 1e300, 0], r"s2d1t1\.npy: holds NaN or infinite values"),  # in float32
         ([1, 2, 3, 4], r"s2d1t1\.npy: width 4, but the first file has 3"),
-        ([[1, 2, 3]], r"s2d1t1\.npy: int64 \(1, 3\), expected numbers \(S,\)"),
-        ([], r"s2d1t1\.npy: float64 \(0,\), expected numbers \(S,\), not empty"),
+        ([[1, 2, 3]], r"s2d1t1\.npy: int64 \(1, 3\), expected numbers \(D,\)"),
+        ([], r"s2d1t1\.npy: float64 \(0,\), expected numbers \(D,\), not empty"),
         (["a", "b", "c"], r"s2d1t1\.npy: <U1 \(3,\), expected numbers"),
         ("npz", r"s2d1t1\.npy: not a plain \.npy array"),
     ],
