@@ -90,26 +90,18 @@ class PackedRows:
         index = json.loads((directory / f"{name}.json").read_text())
         self.file, self.key = directory / f"{name}.bin", directory.name
         self.dtype, self.shape = np.dtype(index["dtype"]), tuple(index["shape"])
-        written = np.array(index["lengths"], dtype=np.int64)  # in the order of writing
-        by_row = np.argsort(index["order"])
-        self.lengths = written[by_row]  # (N,)
-        self.offsets = (np.cumsum(written) - written)[by_row]  # (N,) along the first axis
+        self.lengths = np.array(index["lengths"], dtype=np.int64)  # (N,)
+        self.offsets = np.cumsum(self.lengths) - self.lengths  # (N,) along the first axis
         self._values: np.ndarray | None = None  # opened in the process that reads
 
     @staticmethod
-    def write(
-        directory: Path, rows: Iterable[tuple[int, np.ndarray]], name: str = "values"
-    ) -> None:
-        """Files of `directory` from (row, array) pairs, each row once, in any order."""
-        order, lengths, values = [], [], np.zeros(0)
+    def write(directory: Path, rows: Iterable[np.ndarray], name: str = "values") -> None:
+        lengths, values = [], np.zeros(0)
         with open(directory / f"{name}.bin", "wb") as file:
-            for row, values in rows:
+            for values in rows:
                 file.write(values.tobytes())
-                order.append(row)
                 lengths.append(len(values))
-        assert sorted(order) == list(range(len(order)))
-        index = {"dtype": values.dtype.str, "shape": values.shape[1:]}
-        index |= {"order": order, "lengths": lengths}
+        index = {"dtype": values.dtype.str, "shape": values.shape[1:], "lengths": lengths}
         (directory / f"{name}.json").write_text(json.dumps(index))
 
     def __getstate__(self) -> dict:
@@ -174,7 +166,7 @@ def load_audio(
     def fill(aside: Path) -> None:
         bad, changes, digests = {}, Counter[str](), []
 
-        def rows() -> Iterator[tuple[int, np.ndarray]]:
+        def rows() -> Iterator[np.ndarray]:
             for first in progress_bar(range(0, len(clips), 64), len(clips) // 64, "audio"):
                 block = zip(*clips[first : first + 64])  # bounds what waits in memory
                 for row, (samples, reason, changed) in enumerate(pool.map(decode, *block), first):
@@ -182,7 +174,7 @@ def load_audio(
                         bad[row] = reason
                     changes.update(changed)
                     digests.append(array_digest(samples))
-                    yield row, samples
+                    yield samples
 
         with ThreadPoolExecutor(CORES) as pool:
             num_bytes = sum(pool.map(decoded_bytes, *zip(*clips)))
@@ -235,16 +227,14 @@ def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarr
 
     def build() -> np.ndarray:
         count = len(pack.lengths)
-        try:
-            egemaps_of(pack.part(range(1)))
-        except Exception as error:  # a library of opensmile that does not load here
-            fault = described("opensmile", error)
-            raise UserError(f"{flag}: {fault}: reinstall opensmile{otherwise}") from None
         parts = [pack.part(range(i, min(i + 16, count))) for i in range(0, count, 16)]
         pool = ThreadPoolExecutor(CORES)  # opensmile computes without Python's lock
         try:
             done = progress_bar(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
             return np.concatenate(list(done))
+        except Exception as error:  # a library of opensmile that does not load here
+            fault = described("opensmile", error)
+            raise UserError(f"{flag}: {fault}: reinstall opensmile{otherwise}") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -528,7 +518,7 @@ def frozen_states(
 
 def write_states(directory: Path, states: dict[str, list[np.ndarray]]) -> None:
     for name, rows in states.items():
-        PackedRows.write(directory, enumerate(rows), name)
+        PackedRows.write(directory, rows, name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -634,10 +624,10 @@ class Batches(torch.utils.data.Dataset):
             "chunk_index": torch.from_numpy(chunk_index),
             "labels": torch.from_numpy(self.labels[rows]),
             "step_size": spec.step_size,
+            "audio_seconds": float(self.lengths[rows].sum()) / self.rate,
+            "padded_share": 0.0,
         }
-        batch["audio_seconds"] = float(self.lengths[rows].sum()) / self.rate
-        batch["padded_share"], real = 0.0, None
-        rate = self.rate
+        real, rate = None, self.rate
         if self.frozen is not None:
             batch |= self._frozen_states(rows)
             real, rate = batch.get("frame_mask"), FRAME_RATE
@@ -650,12 +640,10 @@ class Batches(torch.utils.data.Dataset):
             batch["input_values"], batch["attention_mask"] = pad(audio)
             real = batch["attention_mask"]
             batch["audio_seconds"] = float(real.sum()) / self.rate
-        if self.prosody is not None:
-            batch["prosody"] = torch.from_numpy(self.prosody[rows])
-        if self.speaker is not None:
-            batch["speaker"] = torch.from_numpy(self.speaker[rows])
-        if self.vectors is not None:
-            batch["vectors"] = torch.from_numpy(self.vectors[rows])
+        for name in ("prosody", "speaker", "vectors"):
+            values = getattr(self, name)
+            if values is not None:
+                batch[name] = torch.from_numpy(values[rows])
         if real is not None:
             lengths, padded = real.sum(1).numpy(), real.numel()
             if width > 1 and ("stream" in batch or self.frozen is None):
@@ -780,10 +768,10 @@ class TrainPlan:
         self.steps_per_epoch = chunks // self.chunks_per_step
         if not self.steps_per_epoch:
             raise UserError(
-                f"the train split holds {len(self.rows)} utterances in chunks of up to "
-                f"{self.context}, fewer than one global batch of {self.batch_size} x "
-                f"{self.gradient_accumulation_steps} x {self.world_size} (batch x accumulation x "
-                "ranks): lower --batch_size or --global_batch_size"
+                f"the train split holds {len(self.rows)} utterances, fewer than one global batch "
+                f"of {self.batch_size} x {self.gradient_accumulation_steps} x {self.world_size} "
+                f"(batch x accumulation x ranks) in chunks of up to {self.context}: "
+                "lower --batch_size or --global_batch_size"
             )
         self.set_epoch(0)
 
