@@ -1,6 +1,5 @@
 """--balance: rare labels more often, in numbers that a closed form tells."""
 
-import itertools
 from collections import Counter
 
 import numpy as np
@@ -19,11 +18,11 @@ LENGTHS = np.exp(RNG.normal(1.3, 0.6, N) + 9.68).astype(int)
 DIALOGS = [f"d{row // 12}" for row in range(N)]
 
 
-def plan(balance, batch_size=8, accumulation=1, context=1, rank=0, world_size=1, epoch=0):
+def plan(balance, batch_size=8, context=1, epoch=0):
     draws = data.balanced_draws(LABELS, balance) if balance else None
     plan = TrainPlan(
-        LENGTHS, np.arange(N), DIALOGS, batch_size, accumulation, context, rank, world_size,
-        seed=3, labelled=~np.isnan(LABELS), draws=draws,
+        LENGTHS, np.arange(N), DIALOGS, batch_size, 1, context, rank=0, world_size=1, seed=3,
+        labelled=~np.isnan(LABELS), draws=draws,
     )  # fmt: skip
     plan.set_epoch(epoch)
     return plan
@@ -66,31 +65,14 @@ def test_over_epochs_each_utterance_of_a_cell_is_drawn_about_alike():
     assert draws.max() > 4 * draws.min()
 
 
-@pytest.mark.parametrize("context", [1, 4])
-def test_a_step_sees_the_same_utterances_however_it_is_split(context):
-    whole = [sorted(rows_of([spec])) for spec in plan(0.5, 32, context=context)]
-    for accumulation, world_size in ((4, 1), (1, 4), (2, 2)):
-        ranks = [
-            list(plan(0.5, 8, accumulation, context, rank, world_size))
-            for rank in range(world_size)
-        ]
-        micro_steps = list(zip(*ranks, strict=True))
-        steps = [
-            sorted(rows_of(itertools.chain(*micro_steps[i : i + accumulation])))
-            for i in range(0, len(micro_steps), accumulation)
-        ]
-        assert steps == whole
-
-
 def test_chunks_of_a_dialogue_stay_together_and_are_drawn_by_the_mean_of_their_turns():
-    specs = list(plan(1.0, 8, context=4))
-    draws, chunks = data.balanced_draws(LABELS, 1.0), []
-    for chunk in itertools.chain(*(spec.chunks for spec in specs)):
-        assert list(chunk) == list(range(chunk[0], chunk[0] + len(chunk))) and len(chunk) <= 4
-        assert len({DIALOGS[row] for row in chunk}) == 1
-        chunks.append(draws[list(chunk)].mean())
-    plain = [draws[list(c)].mean() for s in plan(0, 8, context=4) for c in s.chunks]
-    assert len(chunks) == len(plain) and np.mean(chunks) > 1.5 * np.mean(plain)
+    means, draws = {}, data.balanced_draws(LABELS, 1.0)
+    for balance in (0, 1.0):
+        chunks = [chunk for spec in plan(balance, 8, context=4) for chunk in spec.chunks]
+        assert all(list(chunk) == list(range(chunk[0], chunk[-1] + 1)) for chunk in chunks)
+        assert all(len({DIALOGS[row] for row in chunk}) == 1 for chunk in chunks)
+        means[balance] = np.mean([draws[list(chunk)].mean() for chunk in chunks])
+    assert means[1.0] > 1.5 * means[0]
 
 
 def test_batches_still_hold_utterances_of_like_length_and_few_of_them_twice():
@@ -110,9 +92,10 @@ def test_the_batch_knows_the_labels_that_its_step_holds():
         assert spec.step_size == tuple((~np.isnan(LABELS[rows_of([spec])])).sum(0))
 
 
-def test_data_py_shows_the_bins_before_and_after(corpus, capsys):
+def test_data_py_shows_the_bins_before_and_after_of_the_targets_that_train_py_takes(corpus, capsys):
     data.inspect(data.parse_args(["--data", str(corpus), "--balance", "1", "--fold", "1"]))
     table = capsys.readouterr().out.split("--balance 1, ")[1].splitlines()
+    assert table[1].split() == ["valence", "valence", "balanced", "arousal", "arousal", "balanced"]
     before, after = zip(*((int(line.split()[1]), int(line.split()[2])) for line in table[2:8]))
     assert sum(before) == 24 and sum(after) == pytest.approx(24, abs=2)
     assert table[7].split() == ["missing", "0", "0", "0", "0"]
