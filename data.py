@@ -17,6 +17,7 @@ Reference: eGeMAPS (Eyben et al. 2016).
 import argparse
 import copy
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -41,28 +42,17 @@ import torch
 import corpora
 from corpora import Corpus, make_splits, read_corpus
 from model import ModelConfig
+from util import files
 from util.audio import (
     MIN_SAMPLES,
     NO_DECODER,
     SAMPLE_RATE,
     VERSION,
     decode,
-    decoded_bytes,
     foreign_decoder,
+    header_seconds,
 )
-from util.files import (
-    UserError,
-    array_digest,
-    build_cache,
-    cached_array,
-    described,
-    digest,
-    gib,
-    optional_module,
-    progress_bar,
-    run_script,
-    weights_digest,
-)
+from util.files import UserError, digest
 from util.intervals import human_ceiling
 
 log = logging.getLogger("vatune")
@@ -133,11 +123,10 @@ def announce_cache(directory: Path, num_bytes: int, what: str, fix: str = "") ->
         disk = disk.parent
     free = shutil.disk_usage(disk).free
     if num_bytes > free:
-        need = (
-            f"{what} would need {gib(num_bytes)} in {directory.parent}, where {gib(free)} are free"
-        )
-        raise UserError(f"{need}: free disk space there, or set another --cache_dir{fix}")
-    log.info(f"{what}: writing {gib(num_bytes)} to {directory}")
+        need = f"{what} would need {files.gib(num_bytes)} in {directory.parent}"
+        fix = f"free disk space there, or set another --cache_dir{fix}"
+        raise UserError(f"{need}, where {files.gib(free)} are free: {fix}")
+    log.info(f"{what}: writing {files.gib(num_bytes)} to {directory}")
 
 
 def identity(path: Path) -> tuple[int, int]:
@@ -159,35 +148,35 @@ def load_audio(
     """
     utterances = corpus.utterances
     clips = [(u.path, u.start, u.end) for u in utterances]
-    files = [(str(path), *identity(path), *times) for path, *times in clips]
+    sources = [(str(path), *identity(path), *times) for path, *times in clips]
     versions = (VERSION, SAMPLE_RATE, soxr.__version__, soundfile.__libsndfile_version__)
-    directory = Path(cache_dir) / f"audio-{digest(versions, files)}"
+    directory = Path(cache_dir) / f"audio-{digest(versions, sources)}"
 
     def fill(aside: Path) -> None:
         bad, changes, digests = {}, Counter[str](), []
 
         def rows() -> Iterator[np.ndarray]:
-            for first in progress_bar(range(0, len(clips), 64), len(clips) // 64, "audio"):
+            for first in files.progress_bar(range(0, len(clips), 64), len(clips) // 64, "audio"):
                 block = zip(*clips[first : first + 64])  # bounds what waits in memory
                 for row, (samples, reason, changed) in enumerate(pool.map(decode, *block), first):
                     if reason:
                         bad[row] = reason
                     changes.update(changed)
-                    digests.append(array_digest(samples))
+                    digests.append(files.array_digest(samples))
                     yield samples
 
         with ThreadPoolExecutor(CORES) as pool:
-            num_bytes = sum(pool.map(decoded_bytes, *zip(*clips)))
-            announce_cache(directory, num_bytes, "decoded audio")
+            seconds = sum(pool.map(header_seconds, *zip(*clips)))
+            announce_cache(directory, 2 * round(SAMPLE_RATE * seconds), "decoded audio")
             PackedRows.write(aside, rows())
         decoding = {"bad": bad, "changes": changes, "digests": digests}
         (aside / "decoding.json").write_text(json.dumps(decoding))
 
-    decoding = json.loads((build_cache(directory, fill) / "decoding.json").read_text())
+    decoding = json.loads((files.build_cache(directory, fill) / "decoding.json").read_text())
     lacking = any(reason.startswith(NO_DECODER) for reason in decoding["bad"].values())
     if lacking and foreign_decoder():  # it was installed after that cache was built
-        directory = Path(cache_dir) / f"audio-{digest(versions, files, foreign_decoder())}"
-        decoding = json.loads((build_cache(directory, fill) / "decoding.json").read_text())
+        directory = Path(cache_dir) / f"audio-{digest(versions, sources, foreign_decoder())}"
+        decoding = json.loads((files.build_cache(directory, fill) / "decoding.json").read_text())
     bad = {int(row): reason for row, reason in decoding["bad"].items()}
     good = [row for row in range(len(utterances)) if row not in bad]
     pack = PackedRows(directory).part(good)
@@ -223,23 +212,23 @@ def egemaps_of(pack: PackedRows) -> np.ndarray:
 def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarray:
     """(N, 88) float32 eGeMAPSv02 functionals, NaN if opensmile leaves one undefined."""
     flag, otherwise = "--prosody egemaps", ", or --prosody none"
-    opensmile = optional_module("opensmile", "opensmile", flag, otherwise)
+    opensmile = files.optional_module("opensmile", "opensmile", flag, otherwise)
 
     def build() -> np.ndarray:
         count = len(pack.lengths)
         parts = [pack.part(range(i, min(i + 16, count))) for i in range(0, count, 16)]
         pool = ThreadPoolExecutor(CORES)  # opensmile computes without Python's lock
         try:
-            done = progress_bar(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
+            done = files.progress_bar(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
             return np.concatenate(list(done))
         except Exception as error:  # a library of opensmile that does not load here
-            fault = described("opensmile", error)
+            fault = files.described("opensmile", error)
             raise UserError(f"{flag}: {fault}: reinstall opensmile{otherwise}") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
     key = digest(pack.key, opensmile.__version__, "eGeMAPSv02")
-    return cached_array(Path(cache_dir) / f"egemaps-{key}", build)
+    return files.cached_array(Path(cache_dir) / f"egemaps-{key}", build)
 
 
 def speaker_embeddings(
@@ -257,14 +246,15 @@ def speaker_embeddings(
         embed, weights = speaker_model(kind, cache_dir, device)
 
         def build() -> np.ndarray:
-            rows = progress_bar(range(len(pack.lengths)), len(pack.lengths), "speakers")
+            rows = files.progress_bar(range(len(pack.lengths)), len(pack.lengths), "speakers")
             clips = (pack.read(row) for row in rows)
             # below a second, statistics over frames are noise or undefined: repeat the clip
             clips = (np.tile(clip, math.ceil(SAMPLE_RATE / len(clip))) for clip in clips)
             with torch.inference_mode():
                 return np.stack([embed(clip).float().cpu().numpy() for clip in clips])
 
-        vectors = cached_array(Path(cache_dir) / f"speaker-{digest(pack.key, weights)}", build)
+        directory = Path(cache_dir) / f"speaker-{digest(pack.key, weights)}"
+        vectors = files.cached_array(directory, build)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     broken = np.flatnonzero(~(norms[:, 0] > 0) | np.isinf(norms[:, 0]))
     if len(broken):
@@ -287,13 +277,13 @@ def speaker_model(
     hub = {"ecapa": "speechbrain/spkrec-ecapa-voxceleb", "xvector": "microsoft/wavlm-base-plus-sv"}
     source, package = hub.get(kind, kind), "speechbrain" if kind == "ecapa" else "transformers"
     if kind == "ecapa" or importlib.util.find_spec("torchaudio"):  # both import it
-        optional_module("torchaudio", "torchaudio", flag, otherwise)
+        files.optional_module("torchaudio", "torchaudio", flag, otherwise)
     try:
         if kind == "ecapa":
             return ecapa(source, Path(cache_dir) / "ecapa", device)
         return xvector(source, kind == "xvector" and not hub_answers(source, "config.json"), device)
     except Exception as error:  # of the packages, the hub, the files: no common base class
-        fault = f"cannot load {source} ({described(package, error)})"
+        fault = f"cannot load {source} ({files.described(package, error)})"
         mirror = "load it once where there is a network (or set HF_ENDPOINT to a mirror)"
         raise UserError(f"{flag}: {fault}: {mirror}, reinstall {package}{otherwise}") from None
 
@@ -324,7 +314,7 @@ def xvector(
         inputs = extractor(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         return model(inputs.input_values.to(device)).embeddings[0]
 
-    return embed, weights_digest(model.state_dict()) + extractor.to_json_string()
+    return embed, files.weights_digest(model.state_dict()) + extractor.to_json_string()
 
 
 def ecapa(
@@ -341,7 +331,7 @@ def ecapa(
     def embed(clip: np.ndarray) -> torch.Tensor:
         return model.encode_batch(torch.from_numpy(clip).to(device)[None])[0, 0]
 
-    return embed, weights_digest(model.state_dict())
+    return embed, files.weights_digest(model.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -406,9 +396,8 @@ def utterance_vectors(
         width = open_npy(paths[0], 1, None).shape[0]
         return np.stack([finite(path, open_npy(path, 1, width)) for path in paths])
 
-    files = [(path.name, *identity(path)) for path in paths]
-    key = digest(str(Path(directory).resolve()), files)
-    return cached_array(Path(cache_dir) / f"vectors-{key}", build)
+    key = digest(str(Path(directory).resolve()), [(p.name, *identity(p)) for p in paths])
+    return files.cached_array(Path(cache_dir) / f"vectors-{key}", build)
 
 
 def all_vectors(
@@ -435,7 +424,7 @@ class FrameFeatures:
         for path in paths:
             array = open_npy(path, 2, self.dim)
             lengths.append(len(array))
-            digests.append(array_digest(array))
+            digests.append(files.array_digest(array))
         self.lengths, self.digests = np.array(lengths, dtype=np.int64), np.array(digests, "S16")
         self.rates = self.lengths / corpus.seconds
         self.rate = rate or float(f"{np.median(self.rates):.3g}")
@@ -511,14 +500,15 @@ def frozen_states(
         fix = ", or give --feature_cache off"
         announce_cache(directory, size, "hidden states of the frozen part of WavLM", fix)
     for wait in (False, True):  # first what no other process is filling now
-        for target, rows in progress_bar(parts, len(parts), "hidden states"):
-            build_cache(target, lambda aside, rows=rows: write_states(aside, compute(rows)), wait)
+        for target, rows in files.progress_bar(parts, len(parts), "hidden states"):
+            fill = functools.partial(write_states, rows, compute)
+            files.build_cache(target, fill, wait)
     return FrozenStates(parts)
 
 
-def write_states(directory: Path, states: dict[str, list[np.ndarray]]) -> None:
-    for name, rows in states.items():
-        PackedRows.write(directory, rows, name)
+def write_states(rows: np.ndarray, compute: Callable, directory: Path) -> None:
+    for name, states in compute(rows).items():
+        PackedRows.write(directory, states, name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -940,10 +930,10 @@ def load_fold(args: argparse.Namespace) -> Fold:
     if args.speaker != "none" and not args.no_film:
         speaker = speaker_embeddings(corpus, pack, args.speaker, args.cache_dir)
         if holds_vectors(args.speaker):
-            digests["speaker vector"] = [array_digest(row) for row in speaker]
+            digests["speaker vector"] = [files.array_digest(row) for row in speaker]
     vectors, vector_dims = all_vectors(corpus, args.vectors or (), args.cache_dir)
     if vectors is not None:
-        digests["vectors"] = [array_digest(row) for row in vectors]
+        digests["vectors"] = [files.array_digest(row) for row in vectors]
     dataset = Batches(
         labels=corpus.labels(corpus.targets),
         pack=None if features else pack,
@@ -1007,17 +997,9 @@ def inspect(args: argparse.Namespace) -> None:
     for attribute in ("gender", "emotion"):
         counts = Counter(getattr(u, attribute) or "-" for u in utterances).most_common(12)
         print(f"{attribute + 's':<12}{', '.join(f'{name} {n}' for name, n in counts)}")
-    print(f"audio pack  {pack.file.parent}, {gib(2 * pack.lengths.sum())}")
+    print(f"audio pack  {pack.file.parent}, {files.gib(2 * pack.lengths.sum())}")
     print_labels(corpus)
     print_raters(corpus)
-    if args.features_dir:
-        features = FrameFeatures(corpus, args.features_dir)
-        frames = sum(len(features.read(row)) for row in range(len(utterances)))  # finds NaN
-        print(f"\nfeatures    {frames} frames, {features.dim} wide, all finite")
-        print(f"            {features.describe()}")
-    for directory in args.vectors or ():
-        vectors = utterance_vectors(corpus, directory, args.cache_dir)
-        print(f"\nvectors     {vectors.shape[1]} wide in {directory}, all finite")
     for fold in [args.fold] if args.fold is not None else range(1, corpora.num_folds(corpus) + 1):
         splits = make_splits(corpus, fold)
         print(f"\nfold {fold}\n{corpora.describe_splits(corpus, splits)}")
@@ -1100,8 +1082,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--cache_dir", default="cache", help="directory of caches")
     add("--fold", type=int, help="print only this fold (default: all)")
-    add("--features_dir", help="directory of frame features to check, too")
-    add("--vectors", action="append", metavar="DIR", help="directory of vectors to check, too")
     add("--skipped", metavar="CSV", help="file for the utterances left out, and why")
     help_text = "what train.py --balance makes of each bin of --targets, or of its default ones"
     add("--balance", type=float, default=0, help=help_text)
@@ -1114,4 +1094,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()
-    sys.exit(run_script("data.py", lambda: inspect(args)))
+    sys.exit(files.run_script("data.py", lambda: inspect(args)))

@@ -27,16 +27,9 @@ import torch
 from PIL import Image
 
 from corpora import Utterance, natural, read_corpus, read_files
+from util import files
 from util.audio import seconds_of
-from util.files import (
-    UserError,
-    described,
-    optional_module,
-    progress_bar,
-    replacing,
-    run_script,
-    weights_digest,
-)
+from util.files import UserError
 
 IMAGES = {".jpg", ".jpeg", ".png"}
 VIDEOS = {
@@ -122,7 +115,7 @@ def read_video(path: Path, times: np.ndarray) -> Iterator[Image.Image]:
         ("torchcodec.decoders", "torchcodec", frames_by_torchcodec),
     ):
         try:
-            decoder = optional_module(module, package, "--video_dir with videos")
+            decoder = files.optional_module(module, package, "--video_dir with videos")
         except UserError as error:
             faults.append(str(error))
         else:
@@ -169,12 +162,12 @@ def frames_by_torchcodec(
 def load_vision_model(args: argparse.Namespace) -> tuple[object, torch.nn.Module]:
     """(processor, model) in evaluation mode."""
     flag, options = f"--vision_model {args.vision_model}", {"trust_remote_code": False}
-    transformers = optional_module("transformers", "transformers", flag)
+    transformers = files.optional_module("transformers", "transformers", flag)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(args.vision_model, **options)
         model = transformers.AutoModel.from_pretrained(args.vision_model, **options)
     except Exception as error:  # not there, no vision model, or a package that it imports is broken
-        fault = described("transformers", error)
+        fault = files.described("transformers", error)
         raise UserError(f"{flag}: cannot be loaded ({fault})") from None
     return processor, model.to(args.device).eval()
 
@@ -204,7 +197,7 @@ def extract(args: argparse.Namespace) -> None:
     vision = processor, model = load_vision_model(args)
     out = Path(args.features_dir)
     out.mkdir(parents=True, exist_ok=True)
-    made_by = [weights_digest(model.state_dict()), processor.to_json_string()]
+    made_by = [files.weights_digest(model.state_dict()), processor.to_json_string()]
     if any(source.path.is_file() for source in sources.values()):
         made_by.append(args.fps)
     stamp = out / "extract.json"
@@ -217,7 +210,7 @@ def extract(args: argparse.Namespace) -> None:
         if not (out / f"{utt_id}.npy").exists():
             missing[source.path][utt_id] = source
     written = 0
-    for path, parts in progress_bar(missing.items(), len(missing), "faces"):
+    for path, parts in files.progress_bar(missing.items(), len(missing), "faces"):
         if path.is_dir():
             are_crops = bool(args.face_dir) and path.parent == Path(args.face_dir)
             pictures = (Image.open(file).convert("RGB") for file in image_files(path))
@@ -225,7 +218,7 @@ def extract(args: argparse.Namespace) -> None:
         else:
             features = features_of_video(path, parts, vision, args)
         for utt_id, vectors in features.items():
-            with replacing(out / f"{utt_id}.npy") as file:
+            with files.replacing(out / f"{utt_id}.npy") as file:
                 np.save(file, vectors)
         written += len(features)
     print(f"{out}: {written} files written, {len(sources) - written} were there")
@@ -277,4 +270,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()
-    sys.exit(run_script("faces.py", lambda: extract(args)))
+    sys.exit(files.run_script("faces.py", lambda: extract(args)))

@@ -106,10 +106,6 @@ def read_corpus(
         missing = sum(math.isnan(getattr(u, label)) for u in labelled)
         if missing:
             corpus.notes.append(f"{label} missing: {missing} utterances, kept for other targets")
-    parts = Counter((u.path, u.start, u.end) for u in corpus.utterances)
-    alike = sum(count for count in parts.values() if count > 1)
-    if alike:
-        corpus.notes.append(f"same audio: {alike} utterances are a part of a file that others are")
     unknown = sum(not known_speaker(u.speaker) for u in labelled)
     if unknown:
         fault = "their speakers cannot be kept out of other splits"

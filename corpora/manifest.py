@@ -344,11 +344,11 @@ def check_range(
     if not labels:
         return
     lowest, highest = min(labels)[0], max(labels)[0]
-    if 0 < highest - lowest < (hi - lo) / 4:
-        corner = f"{lowest:g}..{highest:g} of {lo:g}..{hi:g}"
-        corpus.notes.append(f"labels lie in {corner}: is --label_range right?")
     low, high = math.floor(min(lo if label_range else 1, lowest)), math.ceil(max(hi, highest))
-    for x, target, row in labels:
+    for x, target, row in (min(labels), max(labels)):
         if not lo <= x <= hi:
             where = f"{path.name} row {row}: {target} {x:g}"
             raise UserError(f"{where} is outside {lo:g}..{hi:g} (set --label_range {low} {high}?)")
+    if 0 < highest - lowest < (hi - lo) / 4:
+        corner = f"{lowest:g}..{highest:g} of {lo:g}..{hi:g}"
+        corpus.notes.append(f"labels lie in {corner}: is --label_range right?")

@@ -302,7 +302,7 @@ CSV = [
     ("first row unlabelled", HEADER + "a,a.wav,,\na,a.wav,3,3\n", SKIPPED, "no label"),
     ("nobody reads", HEADER[:-1] + ",hue\na,a.wav,3,3,1\n", FIXED, "columns not used: hue"),
     ("other case", HEADER[:-1] + ",Session\na,a.wav,3,3,1\n", FIXED, "taken: Session as session"),
-    ("clip twice", HEADER + "a,a.wav,3,3\nb,a.wav,3,3\n", FIXED, "same audio: 2 utterances are"),
+    ("clip twice", HEADER + "a,a.wav,3,3\nb,a.wav,3,3\n", KEPT, ""),
     ("rater twice", RATED + "a,a.wav,3,3,A,\na,a.wav,2,2,A,\n", REFUSED, "row 3: utt_id a is"),
     ("rater unknown", RATED + "a,a.wav,3,3,A,\na,a.wav,2,2,,\n", REFUSED, "give each rater a name"),
     ("two cuts rated", RATED + "a,a.wav,3,3,A,1\na,a.wav,2,2,B,.5\n", REFUSED, "another end"),

@@ -135,14 +135,14 @@ def decode(
     return samples, "", changes
 
 
-def decoded_bytes(path: Path, start: float = 0.0, end: float | None = None) -> int:
-    """About how large the decoded clip will be, by its header; 0 if it cannot be read."""
+def header_seconds(path: Path, start: float = 0.0, end: float | None = None) -> float:
+    """About how long the decoded clip will be; 0 if libsndfile does not know the file."""
     try:
         if end is None:
             end = soundfile.info(os.fsencode(path)).duration if path.is_file() else start
     except (soundfile.SoundFileError, OSError, TypeError):
         end = start
-    return 2 * round(SAMPLE_RATE * min(max(0.0, end - start), MAX_CLIP_SECONDS))
+    return min(max(0.0, end - start), MAX_CLIP_SECONDS)
 
 
 def seconds_of(path: Path) -> float:
