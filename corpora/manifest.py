@@ -17,21 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from corpora.base import (
-    BLIND,
-    LABELS,
-    Corpus,
-    Utterance,
-    found,
-    is_missing,
-    known_speaker,
-    read_table,
-    real_path,
-    require,
-    table_of_ratings,
-    to_float,
-    to_label,
-)
+from corpora import base
+from corpora.base import BLIND, LABELS, Corpus, Utterance, is_missing, known_speaker
 from util.files import UserError
 
 OTHER_NAMES = {  # of a column, without case, blanks, - and _
@@ -83,7 +70,7 @@ def read_csv(
     """
     root = (root or path.parent).resolve()
     corpus = Corpus(path.stem, root, label_range or (0.0, 1.0), [])
-    names, lines = read_table(path)
+    names, lines = base.read_table(path)
     columns = match_columns(path, names, targets, corpus.notes)
     if targets is None:
         targets = [label for label in LABELS if label in columns]
@@ -124,7 +111,7 @@ def read_csv(
             for utt_id, rows in ratings.items()
             for rater, u in rows.items()
         ]
-        corpus.ratings = functools.partial(table_of_ratings, rated)
+        corpus.ratings = functools.partial(base.table_of_ratings, rated)
         corpus.notes.append(f"several raters: {several} utterances, the mean of them is taken")
     return corpus
 
@@ -167,10 +154,10 @@ def match_columns(
             fix = f"rename it to {lacking[0]}, in seconds"
             raise UserError(f"{path.name}: column {name} is not understood: {fix}")
     labels = [label for label in LABELS if label in taken]
-    require(path, ("utt_id", "path"), list(taken), columns)
+    base.require(path, ("utt_id", "path"), list(taken), columns)
     for target in (labels or LABELS)[:1] if targets is None else targets:
         if target not in taken:
-            fault = f"column {target} is missing ({found(columns)})"
+            fault = f"column {target} is missing ({base.found(columns)})"
             fix = f"--targets takes what there is: {', '.join(labels) or 'no label'}"
             raise UserError(f"{path.name}: {fault}: {fix}")
     for label in labels:
@@ -214,22 +201,18 @@ def to_seconds(text: str) -> float:
     """Seconds of 83.5, 1:23.5, 0:01:23.5 or "0 days 00:01:23.5"; NaN if it is none of them."""
     match = CLOCK.fullmatch(text)
     if not match:
-        return to_float(text)
+        return base.to_float(text)
     days, hours, minutes, seconds = map(float, match.groups(default="0"))
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def read_row(
-    row: int,
-    cells: dict[str, str],
-    root: Path,
-    folders: dict[Path, Path],
-    targets: Sequence[str],
+    row: int, cells: dict[str, str], root: Path, folders: dict[Path, Path], targets: Sequence[str]
 ) -> Utterance:
     """The utterance of one line; UserError without the file's name and the row."""
     labels = dict.fromkeys(LABELS, math.nan)
     for target in targets:
-        labels[target] = to_label(cells[target])
+        labels[target] = base.to_label(cells[target])
         if labels[target] == math.inf:
             raise UserError(f"{target} {cells[target]!r} is not a number")
     times = dict.fromkeys(TIMES, math.nan)
@@ -269,7 +252,7 @@ def read_row(
 def audio_file(text: str, root: Path, folders: dict[Path, Path]) -> Path:
     """The real path of a cell; UserError if it is no file below the root."""
     try:
-        audio = real_path(root / text, folders)
+        audio = base.real_path(root / text, folders)
         kind = os.stat(audio).st_mode if audio.is_relative_to(root) else None
     except FileNotFoundError:
         raise UserError(f"audio file {root / text} does not exist (set --data_dir?)") from None

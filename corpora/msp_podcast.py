@@ -14,15 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from corpora.base import (
-    BLIND,
-    Corpus,
-    Utterance,
-    read_table,
-    require,
-    table_of_ratings,
-    to_label,
-)
+from corpora.base import BLIND, Corpus, Utterance, read_table, require, table_of_ratings, to_label
 from util.files import UserError
 
 log = logging.getLogger("vatune")
