@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -125,13 +126,14 @@ def to_label(text: str) -> float:
     return math.inf if math.isnan(value) and not is_missing(text) else value
 
 
-def real_path(path: Path, folders: dict[Path, Path]) -> Path:
-    """The path with its links followed. `folders`: those met before; a corpus has few."""
-    if path.is_symlink() or path.name in ("", ".."):
-        return path.resolve()
-    if path.parent not in folders:
-        folders[path.parent] = path.parent.resolve()
-    return folders[path.parent] / path.name
+def real_path(path: str, folders: dict[str, Path]) -> Path:
+    """The path with its links followed. `folders`: those met before, resolved; a corpus has few."""
+    folder, name = os.path.split(path)
+    if name in ("", ".", "..") or os.path.islink(path):
+        return Path(path).resolve()
+    if folder not in folders:
+        folders[folder] = Path(folder).resolve()
+    return folders[folder] / name
 
 
 def keep_usable(corpus: Corpus, targets: Sequence[str]) -> None:

@@ -77,7 +77,7 @@ def read_csv(
     ratings: dict[str, dict[str, Utterance]] = defaultdict(dict)  # utt_id -> rater -> row
     unlabelled: list[Utterance] = []
     sessions: dict[str, str] = {}  # dialog -> session
-    folders: dict[Path, Path] = {}  # of audio files, see real_path
+    folders: dict[str, Path] = {}  # of audio files, see real_path
     words, texts = set(), {}  # those of the column split; utt_id -> what is said
     for row, line in lines:
         cells = {column: line[i] for column, i in columns.items()}
@@ -207,7 +207,7 @@ def to_seconds(text: str) -> float:
 
 
 def read_row(
-    row: int, cells: dict[str, str], root: Path, folders: dict[Path, Path], targets: Sequence[str]
+    row: int, cells: dict[str, str], root: Path, folders: dict[str, Path], targets: Sequence[str]
 ) -> Utterance:
     """The utterance of one line; UserError without the file's name and the row."""
     labels = dict.fromkeys(LABELS, math.nan)
@@ -249,18 +249,19 @@ def read_row(
     )  # fmt: skip
 
 
-def audio_file(text: str, root: Path, folders: dict[Path, Path]) -> Path:
+def audio_file(text: str, root: Path, folders: dict[str, Path]) -> Path:
     """The real path of a cell; UserError if it is no file below the root."""
+    path = os.path.join(root, text)
     try:
-        audio = base.real_path(root / text, folders)
-        kind = os.stat(audio).st_mode if audio.is_relative_to(root) else None
+        audio = base.real_path(path, folders)
+        if not str(audio).startswith(os.path.join(root, "")):  # is_relative_to is slow
+            fault = f"leaves the data root {root} for {audio} (set --data_dir?)"
+            raise UserError(f"path {text} {fault}")
+        kind = os.stat(audio).st_mode
     except FileNotFoundError:
-        raise UserError(f"audio file {root / text} does not exist (set --data_dir?)") from None
+        raise UserError(f"audio file {path} does not exist (set --data_dir?)") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, to Python 3.12
         raise UserError(f"path {text} cannot be followed ({error})") from None
-    if kind is None:
-        fault = f"leaves the data root {root} for {audio} (set --data_dir?)"
-        raise UserError(f"path {text} {fault}")
     if not stat.S_ISREG(kind):
         raise UserError(f"audio file {audio} is not a file")
     return audio

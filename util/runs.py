@@ -255,11 +255,9 @@ def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) 
             )
 
 
-def audio_source(
-    utterance: Utterance, folders: dict[Path, Path]
-) -> tuple[str, float, float | None]:
+def audio_source(utterance: Utterance, folders: dict[str, Path]) -> tuple[str, float, float | None]:
     """(resolved path, start, end in seconds): what an utterance is cut from."""
-    return str(real_path(utterance.path, folders)), utterance.start, utterance.end
+    return str(real_path(str(utterance.path), folders)), utterance.start, utterance.end
 
 
 # ---------------------------------------------------------------------------------------------
