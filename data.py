@@ -203,7 +203,11 @@ def egemaps_of(pack: PackedRows) -> np.ndarray:
     """(N, 88) float32 of a (part of a) pack, in this thread."""
     import opensmile  # free for research only
 
-    smile = opensmile.Smile(opensmile.FeatureSet.eGeMAPSv02, opensmile.FeatureLevel.Functionals)
+    try:
+        smile = opensmile.Smile(opensmile.FeatureSet.eGeMAPSv02, opensmile.FeatureLevel.Functionals)
+    except Exception as error:  # a library of opensmile that does not load here
+        fault = f"{files.described('opensmile', error)}: reinstall opensmile"
+        raise UserError(f"--prosody egemaps: {fault}, or --prosody none") from None
     clips = (pack.read(row) for row in range(len(pack.lengths)))
     rows = [smile.process_signal(clip, SAMPLE_RATE).to_numpy()[0] for clip in clips]
     return np.array(rows, dtype=np.float32)
@@ -221,9 +225,6 @@ def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarr
         try:
             done = files.progress_bar(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
             return np.concatenate(list(done))
-        except Exception as error:  # a library of opensmile that does not load here
-            fault = files.described("opensmile", error)
-            raise UserError(f"{flag}: {fault}: reinstall opensmile{otherwise}") from None
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -177,7 +177,7 @@ def embed(
     pictures: Iterator[Image.Image], are_crops: bool, vision: tuple, args: argparse.Namespace
 ) -> np.ndarray:
     """(T, D) float32 of the images, by the (processor, model)."""
-    (processor, model), vectors = vision, [torch.zeros(0)]
+    (processor, model), vectors = vision, []
     while batch := list(itertools.islice(pictures, args.batch_size)):
         options = {}
         if are_crops:
@@ -188,13 +188,14 @@ def embed(
         hidden = output.last_hidden_state  # (B, 1 + patches, D), or (B, D, H, W) of a CNN
         hidden = hidden[:, 0] if hidden.ndim == 3 else output.pooler_output.flatten(1)  # (B, D)
         vectors.append(hidden.float().cpu())
-    return torch.cat(vectors).numpy()
+    return torch.cat(vectors).numpy() if vectors else np.zeros((0, 0), dtype=np.float32)
 
 
 def extract(args: argparse.Namespace) -> None:
     """Writes the missing files; OUT/extract.json names the weights, so two models never mix."""
     sources = find_sources(args)
-    vision = processor, model = load_vision_model(args)
+    vision = load_vision_model(args)
+    processor, model = vision
     out = Path(args.features_dir)
     out.mkdir(parents=True, exist_ok=True)
     made_by = [files.weights_digest(model.state_dict()), processor.to_json_string()]
@@ -214,7 +215,8 @@ def extract(args: argparse.Namespace) -> None:
         if path.is_dir():
             are_crops = bool(args.face_dir) and path.parent == Path(args.face_dir)
             pictures = (Image.open(file).convert("RGB") for file in image_files(path))
-            features = {min(parts): embed(pictures, are_crops, vision, args)}
+            (utt_id,) = parts
+            features = {utt_id: embed(pictures, are_crops, vision, args)}
         else:
             features = features_of_video(path, parts, vision, args)
         for utt_id, vectors in features.items():
