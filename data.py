@@ -31,13 +31,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import soundfile
 import soxr
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import corpora
 from corpora import Corpus, make_splits, read_corpus
@@ -626,7 +626,7 @@ class Batches(torch.utils.data.Dataset):
             frames = [self._window(self.features, row, spec.epoch)[0] for row in rows]
             batch["frames"], batch["frame_mask"] = pad(frames)
             real = batch["frame_mask"]
-        elif self.pack is not None:
+        else:
             audio = [self._waveform(row, spec.epoch) for row in rows]
             batch["input_values"], batch["attention_mask"] = pad(audio)
             real = batch["attention_mask"]
@@ -680,10 +680,7 @@ class Batches(torch.utils.data.Dataset):
 def pad(items: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Arrays (L_i, ...) -> zero-padded (B, L, ...) and a mask (B, L), True = real."""
     lengths = torch.tensor([len(item) for item in items])
-    kind = torch.from_numpy(items[0]).dtype
-    padded = torch.zeros(len(items), int(lengths.max()), *items[0].shape[1:], dtype=kind)
-    for i, item in enumerate(items):
-        padded[i, : len(item)] = torch.from_numpy(item)
+    padded = pad_sequence([torch.from_numpy(item) for item in items], batch_first=True)
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]
 
 
@@ -720,7 +717,6 @@ def balanced_draws(labels: np.ndarray, balance: float) -> np.ndarray:
     return len(labels) * weights / weights.sum()
 
 
-@dataclass(eq=False)
 class TrainPlan:
     """The batches of an epoch for one rank: gradient_accumulation_steps specs per step.
 
@@ -728,41 +724,39 @@ class TrainPlan:
     dealt out: a step sees the same utterances however they are split over ranks and micro-steps.
     A global batch holds utterances of similar length; its micro-batches, sorted by length, go to
     the ranks in turn, so that ranks have equal work within a micro-step. Every epoch has
-    `steps_per_epoch` steps. With `draws`, some chunks are in an epoch several times, others not.
+    `steps_per_epoch` steps. With --balance, some chunks are in it several times, others not.
     """
 
     # Sorting by length saves padding (IEMOCAP, batch 8: 1.05x instead of 2.2x [measured]) but
     # puts an utterance beside the same others every epoch; these two keep the others changing.
-    WINDOW: ClassVar = 100  # global batches sorted together; at most half of the epoch
-    BLUR: ClassVar = 0.03  # lengths are changed at random by up to this share before sorting
+    WINDOW = 100  # global batches sorted together; at most half of the epoch
+    BLUR = 0.03  # lengths are changed at random by up to this share before sorting
 
-    lengths: np.ndarray
-    rows: np.ndarray
-    dialogs: Sequence[str]
-    batch_size: int
-    gradient_accumulation_steps: int
-    context: int
-    rank: int
-    world_size: int
-    seed: int
-    labelled: np.ndarray  # (N, E) True = this label is known
-    draws: np.ndarray | None = None  # (N,) as from balanced_draws; a chunk has its turns' mean
-
-    def __post_init__(self) -> None:
-        self.micro_batches = self.gradient_accumulation_steps * self.world_size  # in a step
-        self.chunks_per_step = self.batch_size // self.context * self.micro_batches
+    def __init__(self, fold: "Fold", args: argparse.Namespace, rank: int, world_size: int) -> None:
+        rows, labels = fold.splits["train"], fold.dataset.labels
+        self.lengths, self.labelled = fold.dataset.lengths, ~np.isnan(labels)
+        self.seed, self.context = args.seed, args.context
+        self.rank, self.world_size = rank, world_size
+        self.draws = None  # (N,) as from balanced_draws; a chunk has its turns' mean
+        if args.balance:
+            trained = np.array(args.target_weights) > 0
+            self.draws = np.zeros(len(labels))
+            self.draws[rows] = balanced_draws(labels[rows][:, trained], args.balance)
+        self.accumulation = args.gradient_accumulation_steps
+        self.micro_batches = self.accumulation * world_size  # in a step
+        self.chunks_per_step = args.batch_size // self.context * self.micro_batches
         turns: dict[str, list[int]] = {}  # rows are in time order within a dialogue
-        for row in np.sort(self.rows).tolist():
-            turns.setdefault(self.dialogs[row], []).append(row)
+        for row in np.sort(rows).tolist():
+            turns.setdefault(fold.dialogs[row], []).append(row)
         self.dialogues = list(turns.values())
         chunks = sum(math.ceil(len(rows) / self.context) for rows in self.dialogues)
         self.steps_per_epoch = chunks // self.chunks_per_step
         if not self.steps_per_epoch:
             raise UserError(
-                f"the train split holds {len(self.rows)} utterances, fewer than one global batch "
-                f"of {self.batch_size} x {self.gradient_accumulation_steps} x {self.world_size} "
-                f"(batch x accumulation x ranks) in chunks of up to {self.context}: "
-                "lower --batch_size or --global_batch_size"
+                f"the train split holds {len(rows)} utterances, fewer than one global batch of "
+                f"{args.batch_size} x {self.accumulation} x {world_size} (batch x accumulation x "
+                f"ranks) in chunks of up to {self.context}: lower --batch_size or "
+                "--global_batch_size"
             )
         self.set_epoch(0)
 
@@ -771,7 +765,7 @@ class TrainPlan:
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
-        return (self.steps_per_epoch - self.first_step) * self.gradient_accumulation_steps
+        return (self.steps_per_epoch - self.first_step) * self.accumulation
 
     def _chunks(self, rng: np.random.Generator) -> list[tuple[int, ...]]:
         """Every dialogue cut into chunks, at positions drawn anew each epoch.
@@ -882,27 +876,6 @@ class Fold:
         """Predictions (n, E) in [0, 1] in the units of the labels."""
         low, high = self.corpus.label_range
         return low + (high - low) * preds
-
-    def plan_batches(self, args: argparse.Namespace, rank: int, world_size: int) -> TrainPlan:
-        """The train split's batches of this rank."""
-        rows, draws = self.splits["train"], None
-        if args.balance:
-            draws = np.zeros(len(self.dialogs))
-            trained = np.array(args.target_weights) > 0
-            draws[rows] = balanced_draws(self.dataset.labels[rows][:, trained], args.balance)
-        return TrainPlan(
-            lengths=self.dataset.lengths,
-            rows=rows,
-            dialogs=self.dialogs,
-            batch_size=args.batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            context=args.context,
-            rank=rank,
-            world_size=world_size,
-            seed=args.seed,
-            labelled=~np.isnan(self.dataset.labels),
-            draws=draws,
-        )
 
     def is_labelled(self, split: str) -> bool:
         return not bool(self.labels[self.splits[split]].isnan().all())

@@ -1,6 +1,7 @@
 """--balance: rare labels more often, in numbers that a closed form tells."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +20,13 @@ DIALOGS = [f"d{row // 12}" for row in range(N)]
 
 
 def plan(balance, batch_size=8, context=1, epoch=0):
-    draws = data.balanced_draws(LABELS, balance) if balance else None
-    plan = TrainPlan(
-        LENGTHS, np.arange(N), DIALOGS, batch_size, 1, context, rank=0, world_size=1, seed=3,
-        labelled=~np.isnan(LABELS), draws=draws,
+    dataset = SimpleNamespace(lengths=LENGTHS, labels=LABELS)
+    fold = SimpleNamespace(dataset=dataset, splits={"train": np.arange(N)}, dialogs=DIALOGS)
+    args = SimpleNamespace(
+        batch_size=batch_size, gradient_accumulation_steps=1, context=context, seed=3,
+        balance=balance, target_weights=[0.5, 0.5],
     )  # fmt: skip
+    plan = TrainPlan(fold, args, rank=0, world_size=1)
     plan.set_epoch(epoch)
     return plan
 
@@ -106,15 +109,15 @@ def test_data_py_shows_the_bins_before_and_after_of_the_targets_that_train_py_ta
 def test_a_run_draws_by_the_labels_of_its_train_split_alone(flags, corpus, tmp_path):
     args = parse_args([*flags, "--balance", "1", "--dry_run"])
     fold = data.load_fold(args)
-    drawn = fold.plan_batches(args, 0, 1).draws
+    drawn = TrainPlan(fold, args, 0, 1).draws
     rows = fold.splits["train"]
     assert drawn[rows].sum() == pytest.approx(len(rows)) and drawn.sum() == drawn[rows].sum()
     fold.dataset.labels[fold.splits["dev"]] = 0.99  # of others, nothing counts
     fold.dataset.labels[fold.splits["test"]] = np.nan
-    assert np.array_equal(fold.plan_batches(args, 0, 1).draws, drawn)
+    assert np.array_equal(TrainPlan(fold, args, 0, 1).draws, drawn)
     args = parse_args([*flags, "--balance", "1", "--dry_run", "--valence_weight", "1"])
     fifths = np.floor(fold.dataset.labels[rows, 0] * 5)  # of valence, which alone trains
-    totals = [fold.plan_batches(args, 0, 1).draws[rows][fifths == i].sum() for i in range(5)]
+    totals = [TrainPlan(fold, args, 0, 1).draws[rows][fifths == i].sum() for i in range(5)]
     assert totals == pytest.approx([len(rows) / 5] * 5)
     losses = []
     for balance in ("0", "1"):

@@ -616,41 +616,45 @@ def iemocap_like():
     return lengths, np.arange(6_000), dialogs
 
 
-def plan(world, batch_size=8, accumulation=1, context=1, rank=0, world_size=1, seed=0, draws=None):
-    labelled = np.ones((len(world[0]), 2), bool)
-    given = (batch_size, accumulation, context, rank, world_size, seed, labelled, draws)
-    return TrainPlan(*world, *given)
+def plan(world, batch_size=8, accumulation=1, context=1, rank=0, world_size=1, seed=0, balance=0):
+    lengths, rows, dialogs = world
+    labels = np.random.default_rng(0).beta(4, 4, (len(lengths), 2))
+    dataset = SimpleNamespace(lengths=lengths, labels=labels)
+    fold = SimpleNamespace(dataset=dataset, splits={"train": rows}, dialogs=dialogs)
+    args = SimpleNamespace(
+        batch_size=batch_size, gradient_accumulation_steps=accumulation, context=context,
+        seed=seed, balance=balance, target_weights=[0.5, 0.5],
+    )  # fmt: skip
+    return TrainPlan(fold, args, rank, world_size)
 
 
 def rows_of(spec):
     return [row for chunk in spec.chunks for row in chunk]
 
 
-def steps_of(world, batch_size, accumulation, world_size, context, draws):
+def steps_of(world, batch_size, accumulation, world_size, context, balance):
     """The rows of every step, over all ranks."""
     steps = None
     for rank in range(world_size):
-        p = plan(world, batch_size, accumulation, context, rank, world_size, draws=draws)
+        p = plan(world, batch_size, accumulation, context, rank, world_size, balance=balance)
         p.set_epoch(3)
         specs = list(p)
         steps = steps or [[] for _ in range(p.steps_per_epoch)]
         assert len(specs) == len(p) == len(steps) * accumulation
         for i, spec in enumerate(specs):
             steps[i // accumulation] += rows_of(spec)
-    assert draws is not None or all(len(rows) == len(set(rows)) for rows in steps)
+    assert balance or all(len(rows) == len(set(rows)) for rows in steps)
     return [sorted(rows) for rows in steps]
 
 
-@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("balance", [0, 0.5])
 @pytest.mark.parametrize("context", [1, 2, 4])
-def test_a_step_sees_the_same_utterances_however_it_is_split(iemocap_like, context, balanced):
+def test_a_step_sees_the_same_utterances_however_it_is_split(iemocap_like, context, balance):
     lengths, rows, dialogs = iemocap_like
-    world, draws = (lengths, rows[:500], dialogs), None
-    if balanced:
-        draws = np.random.default_rng(0).exponential(size=len(lengths))
-    whole = steps_of(world, 16, 1, 1, context, draws)
+    world = (lengths, rows[:500], dialogs)
+    whole = steps_of(world, 16, 1, 1, context, balance)
     for batch_size, accumulation, world_size in ((4, 4, 1), (4, 2, 2), (8, 1, 2)):
-        assert steps_of(world, batch_size, accumulation, world_size, context, draws) == whole
+        assert steps_of(world, batch_size, accumulation, world_size, context, balance) == whole
 
 
 def test_an_epoch_has_no_duplicates_and_drops_less_than_a_global_batch(iemocap_like):
