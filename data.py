@@ -889,10 +889,8 @@ def load_fold(args: argparse.Namespace) -> Fold:
 
     Nothing is normalised here: the model's normaliser sees the train split alone.
     """
-    label_range = tuple(args.label_range) if args.label_range else None
-    cache_dir = Path(args.cache_dir)
-    corpus = read_corpus(args.data, args.data_dir, label_range, cache_dir, args.targets)
-    corpus, pack = load_audio(corpus, args.cache_dir)
+    flags = (args.data, args.data_dir, args.label_range, args.cache_dir, args.targets)
+    corpus, pack = load_audio(read_corpus(*flags), args.cache_dir)
     digests = {"audio": corpus.audio}
     features = prosody = speaker = None
     if args.features_dir:
@@ -1048,19 +1046,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", required=True, help="demo, iemocap, msp_podcast, or a .csv or .tsv")
     add("--data_dir", help="root of the corpus, or of the relative paths in a CSV")
     add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
-    add(
-        "--targets",
-        choices=corpora.LABELS,
-        nargs="+",
-        help="labels to look at (default: all there are)",
-    )
+    add("--targets", choices=corpora.LABELS, nargs="+", help="labels to look at; default: all")
     add("--cache_dir", default="cache", help="directory of caches")
     add("--fold", type=int, help="print only this fold (default: all)")
     add("--skipped", metavar="CSV", help="file for the utterances left out, and why")
     help_text = "what train.py --balance makes of each bin of --targets, or of its default ones"
     add("--balance", type=float, default=0, help=help_text)
     args = parser.parse_args(argv)
-    args.label_range = tuple(args.label_range) if args.label_range else None
     if not 0 <= args.balance <= 1:
         parser.error(f"--balance {args.balance:g}: must be in 0..1")
     return args

@@ -262,7 +262,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
     add("--cache_dir", default="cache", help="directory of the demo corpus")
     args = parser.parse_args(argv)
-    args.label_range = tuple(args.label_range) if args.label_range else None
     if not (args.video_dir or args.face_dir):
         parser.error("give --video_dir, --face_dir, or both")
     if not 0 < args.fps <= 1000:

@@ -62,7 +62,7 @@ def is_table(data: str) -> bool:
 def read_corpus(
     data: str,
     data_dir: str | None,
-    label_range: tuple[float, float] | None,
+    label_range: Sequence[float] | None,
     cache_dir: str | Path = "cache",
     targets: Sequence[str] | None = None,
 ) -> Corpus:
@@ -72,7 +72,8 @@ def read_corpus(
     (default: the folder of the CSV). `targets`: the labels to use; None: all that the corpus has;
     empty: none, and no row needs one. Raises UserError.
     """
-    if label_range is not None and not label_range[0] < label_range[1]:
+    label_range = tuple(label_range) if label_range else None
+    if label_range and not label_range[0] < label_range[1]:
         raise UserError(f"--label_range {label_range[0]:g} {label_range[1]:g}: LO must be below HI")
     known = ", ".join(READERS)
     if data in READERS and not data_dir:
