@@ -423,14 +423,18 @@ def train_step(
 # Batches on their way to the model
 
 
+def loader_workers(dataset: data.Batches, args: argparse.Namespace) -> int:
+    """Processes that make batches: none if these are cached vectors, which take no time."""
+    small = dataset.frozen is not None and not dataset.frozen.has_frames
+    return 0 if small else args.num_workers
+
+
 def make_loader(
     dataset: data.Batches, plan: object, args: argparse.Namespace, device: torch.device
 ) -> DataLoader:
-    """The batches of `plan` in order, made by num_workers processes; cached vectors are read in
-    this one."""
+    """The batches of `plan` in order."""
     workers = {}
-    small = dataset.frozen is not None and not dataset.frozen.has_frames
-    num_workers = 0 if small else args.num_workers
+    num_workers = loader_workers(dataset, args)
     if num_workers:
         workers = {"prefetch_factor": data.PREFETCH, "persistent_workers": True}
         workers["worker_init_fn"] = distributed.start_worker
@@ -451,7 +455,8 @@ def bytes_on_their_way(dataset: data.Batches, args: argparse.Namespace) -> int:
     one = dataset.collate(data.BatchSpec(((longest,),)))
     size = sum(value.nbytes for value in one.values() if isinstance(value, Tensor))
     evaluated = data.EVAL_SECONDS * dataset.rate / dataset.lengths[longest]
-    return int(args.num_workers * data.PREFETCH * max(args.batch_size, evaluated) * size)
+    held = loader_workers(dataset, args) * data.PREFETCH
+    return int(held * max(args.batch_size, evaluated) * size)
 
 
 def group_micro_batches(batches: Iterator[dict], accumulation: int) -> Iterator[list[dict]]:
