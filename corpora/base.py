@@ -172,9 +172,9 @@ def keep_usable(corpus: Corpus, targets: Sequence[str]) -> None:
         corpus.notes.append(f"label {value:g} outside {lo:g}..{hi:g} clipped: {count} utterances")
 
 
-def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """(columns, [(line in the file, cells)]) of a table as text, separated by commas, semicolons,
-    tabs or bars: by what its header has most of.
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], str]:
+    """(columns, [(line in the file, cells)], separator) of a table as text, separated by commas,
+    semicolons, tabs or bars: by what its header has most of.
 
     Strict, because a stray quote or a truncated file would otherwise swallow rows in silence.
     """
@@ -204,7 +204,7 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     for column, count in Counter(columns).items():
         if column and count > 1:
             raise UserError(f"{path.name}: column {column} occurs twice ({found(columns)})")
-    return columns, rows
+    return columns, rows, separator
 
 
 def require(path: Path, required: Sequence[str], there: Sequence[str], columns: list[str]) -> None:

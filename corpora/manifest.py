@@ -70,8 +70,11 @@ def read_csv(
     """
     root = (root or path.parent).resolve()
     corpus = Corpus(path.stem, root, label_range or (0.0, 1.0), [])
-    names, lines = base.read_table(path)
+    names, lines, separator = base.read_table(path)
     columns = match_columns(path, names, targets, corpus.notes)
+    if separator != ",":
+        numbers = [position for column, position in columns.items() if column in (*TIMES, *LABELS)]
+        point_decimals(path, lines, numbers, corpus.notes)
     if targets is None:
         targets = [label for label in LABELS if label in columns]
     ratings: dict[str, dict[str, Utterance]] = defaultdict(dict)  # utt_id -> rater -> row
@@ -191,6 +194,25 @@ def check_splits(path: Path, words: set[str]) -> None:
         if len(alike) > 1 and special & set(alike):
             fix = "rename one of them to test, test2 or the other"
             raise UserError(f"{path.name}: splits {alike[0]} and {alike[1]}: {fix}")
+
+
+def point_decimals(
+    path: Path, lines: list[tuple[int, list[str]]], positions: list[int], notes: list[str]
+) -> None:
+    """Writes 2,5 as 2.5 in these columns; UserError if others of their cells have points."""
+    commas, points = [], []
+    for row, cells in lines:
+        for i in positions:
+            if "." in cells[i]:
+                points.append(row)
+            elif "," in cells[i]:
+                commas.append(row)
+                cells[i] = cells[i].replace(",", ".")
+    if commas and points:
+        fault = f"decimal commas (row {commas[0]}) and points (row {points[0]})"
+        raise UserError(f"{path.name}: {fault}: use one of them")
+    if commas:
+        notes.append(f"decimal commas read as points: {len(commas)} cells")
 
 
 # ---------------------------------------------------------------------------------------------

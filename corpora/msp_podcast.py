@@ -42,7 +42,7 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
     corpus = Corpus("msp_podcast", root, label_range, [])
     audio = {name for name in os.listdir(folder) if name[0] != "."}
     named, silent = set(), 0
-    columns, rows = read_table(table)
+    columns, rows, _ = read_table(table)
     require(table, ("FileName", "EmoAct", "EmoVal", "Split_Set"), columns, columns)
     for row, texts in rows:
         cells = dict(zip(columns, texts))
