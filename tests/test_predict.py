@@ -357,7 +357,6 @@ def decoder(request, tmp_path, monkeypatch):
     def forget():
         for function in (audio.torchcodec, audio.convert, files.version_of):
             function.cache_clear()
-        predict.note_missing_decoder.cache_clear()
 
     def install():
         forget()
@@ -400,12 +399,11 @@ def test_other_formats_are_read_like_a_wav_or_one_line_says_what_to_install(
     install()
     for more in ([], ["--window", 0.2, "--hop", 0.2]):
         capsys.readouterr()
-        predict.note_missing_decoder.cache_clear()
         got = predicted([*argv, *more], tmp_path / "out.csv")
         said = capsys.readouterr().err
         names = {Path(row["path"]).name for row in got}
         if name == "none":
-            assert names == {clip.name} and said.count("(apt install ffmpeg)") == 1
+            assert names == {clip.name}
             assert said.count("needs the program ffmpeg or the package torchcodec") == 9
             continue
         assert names == {clip.name, *BEGINNINGS} and "moov atom not found" in said
@@ -746,10 +744,9 @@ def test_wrong_input_is_named_and_what_is_read_is_not_written_over(
         ("a.wav --out nowhere/x.csv", "--out nowhere/x.csv: no such folder"),
         ("a.wav --out x.csv --window 8 --hop 9", "0 < hop <= window"),
         ("a.wav --out x.csv --window 0.01", "0.1 s or more"),
-        ("a.wav --out x.csv --hop 1", "give --window"),
         ("a.wav --out x.csv --max_seconds -1", "--max_seconds: 0.1 or more"),
         ("a.wav --out x.csv --max_seconds inf", "--max_seconds: 0.1 or more"),
-        ("a.wav --out x.csv --data_dir d", "give --data"),
+        ("a.wav --out x.csv --data_dir d", "need --data"),
         ("a.wav --out x.csv --plot pictures", "give --window"),
         ("a.wav --out x.csv --state s", "--state needs --stream"),
         ("--stream --data b.csv", "--stream takes files"),
