@@ -712,13 +712,14 @@ PAGE = """<!doctype html>
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>
 body { font: 15px/1.45 sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums;
+  display: block; overflow-x: auto }
 th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ccc }
 th:first-child, td:first-child { text-align: left }
 h2 { margin-top: 2.5rem } img { max-width: 100% } figure { margin: 1.5rem 0 }
 </style></head><body>
 {% for section in sections %}<h2>{{ section.title }}</h2>
-{% if section.table is not none %}{{ section.table.to_html(index=False) | safe }}{% endif %}
+{% if section.table is not none %}{{ section.table.to_html(index=False, border=0) | safe }}{% endif %}
 <ul>{% for note in section.notes %}<li>{{ note }}</li>{% endfor %}</ul>
 {% for caption, png in section.pictures.items() %}<figure>
 <img src="data:image/png;base64,{{ png }}" alt=""><figcaption>{{ caption }}</figcaption></figure>

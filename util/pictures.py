@@ -190,9 +190,10 @@ def plot_circumplex(rows: pd.DataFrame) -> "Figure":
     arrows = grid.mean()[grid.size() >= 3]
     axis.quiver(
         arrows["x"], arrows["y"], arrows["dx"], arrows["dy"], angles="xy", scale_units="xy",
-        scale=1, width=0.006, color=COLOURS[0],
+        scale=1, width=0.004, color=COLOURS[0],
     )  # fmt: skip
-    axis.set(xlabel="valence", ylabel="arousal", title="true (dots) to predicted (cell means)")
+    title = "true (dots) to predicted (cell means)"
+    axis.set(xlabel="valence", ylabel="arousal", title=title, aspect="equal")
     return figure
 
 
