@@ -345,103 +345,71 @@ def check(args: argparse.Namespace) -> None:
     schedule, trained = parse_unfreeze(args.unfreeze), stages(args.unfreeze)
     reads_features = args.encoder.endswith("transformer")
     cached = args.feature_cache in ("on", "exact")
-    gates, there = args.gates or (), {"speech", "none"}
-    there |= {"vectors"} if args.vectors else set()
     absent = [directory for directory in args.vectors or () if not Path(directory).is_dir()]
-    there |= {"prosody"} if args.prosody != "none" else set()
+    gates, inputs = args.gates or (), {"speech", "none"}  # what a gate can single out
+    if args.vectors:
+        inputs.add("vectors")
+    if args.prosody != "none":
+        inputs.add("prosody")
     for flag in ("separation_every", "plot_every"):
         if getattr(args, flag) % args.eval_every:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be a multiple of --eval_every")
+    # fmt: off
     for wrong, message in (
         (args.max_steps == 0, "--max_steps 0: must be at least 1, or -1 for no limit"),
         (args.seed >= 2**63, f"--seed {args.seed}: must be below 2^63"),
         (1 in (args.dropout, args.wavlm_dropout), "--dropout 1 leaves nothing: must be below 1"),
-        (
-            args.ema_alpha != "learned" and float(args.ema_alpha) == 1,
-            "--ema_alpha 1 never changes the state: must be below 1",
-        ),
+        (args.ema_alpha != "learned" and float(args.ema_alpha) == 1,
+         "--ema_alpha 1 never changes the state: must be below 1"),
         (not -math.inf < low < high < math.inf, "--label_range LO HI: LO must be below HI"),
-        (
-            is_table(args.data) and not Path(args.data).is_file(),
-            f"--data {args.data}: no such file",
-        ),
+        (is_table(args.data) and not Path(args.data).is_file(),
+         f"--data {args.data}: no such file"),
         (args.resume and args.overwrite, "--resume and --overwrite exclude each other"),
-        (
-            "/" in name or name in ("", ".", ".."),
-            f"--name {args.name}: must not contain / (but for NAME/seed{args.seed}, by which "
-            f"launch.sh --seeds names the runs with --seed {args.seed})",
-        ),
+        ("/" in name or name in ("", ".", ".."),
+         f"--name {args.name}: must not contain / (but for NAME/seed{args.seed}, by which "
+         f"launch.sh --seeds names the runs with --seed {args.seed})"),
         (reads_features and not args.features_dir, "the Transformers need --features_dir DIR"),
-        (
-            args.features_dir and not reads_features,
-            f"--features_dir is not used by --encoder {args.encoder}: remove it",
-        ),
+        (args.features_dir and not reads_features,
+         f"--features_dir is not used by --encoder {args.encoder}: remove it"),
         (absent, f"--vectors {' '.join(absent)}: no such directory (text.py makes one)"),
         (args.feature_rate and not args.features_dir, "--feature_rate is that of --features_dir"),
-        (
-            args.augment and reads_features,
-            "--augment works on waveforms, but this encoder reads --features_dir",
-        ),
+        (args.augment and reads_features,
+         "--augment works on waveforms, but this encoder reads --features_dir"),
         (reads_features and args.d_model % 64, "--d_model: must be a multiple of 64"),
-        (
-            args.encoder == "lightweight_transformer" and args.d_model % 256,
-            "--d_model: must be a multiple of 256, of which a quarter is used",
-        ),
-        (
-            args.feedback and (args.context == 1 or not args.d_state),
-            "--feedback needs a previous turn: give --context above 1 and --d_state",
-        ),
-        (
-            args.speaker != "none" and args.no_film,
-            f"--speaker {args.speaker} is read by FiLM alone: remove it, or --no_film",
-        ),
-        (
-            gates and len(gates) != len(args.targets),
-            f"--gates {' '.join(gates)}: give one for each of {' '.join(args.targets)}",
-        ),
-        (
-            not there.issuperset(gates),
-            f"--gates {' '.join(gates)}: the inputs are {' '.join(sorted(there - {'none'}))}: "
-            "name these or none, or give --prosody egemaps or --vectors DIR",
-        ),
+        (args.encoder == "lightweight_transformer" and args.d_model % 256,
+         "--d_model: must be a multiple of 256, of which a quarter is used"),
+        (args.feedback and (args.context == 1 or not args.d_state),
+         "--feedback needs a previous turn: give --context above 1 and --d_state"),
+        (args.speaker != "none" and args.no_film,
+         f"--speaker {args.speaker} is read by FiLM alone: remove it, or --no_film"),
+        (gates and len(gates) != len(args.targets),
+         f"--gates {' '.join(gates)}: give one for each of {' '.join(args.targets)}"),
+        (not inputs.issuperset(gates),
+         f"--gates {' '.join(gates)}: the inputs are {' '.join(sorted(inputs - {'none'}))}: "
+         "name these or none, or give --prosody egemaps or --vectors DIR"),
         (args.train_only and not args.init_from, "--train_only needs --init_from, a trained model"),
         (args.train_only and args.no_film, "--train_only film needs FiLM: remove --no_film"),
-        (
-            args.amp == "fp16" and not uses_cuda(args.device),
-            "--amp fp16 needs a GPU: use --amp bf16 or off on a CPU",
-        ),
-        (
-            schedule[-1][0] > args.epochs,
-            f"--unfreeze {args.unfreeze}: its last epoch is after --epochs {args.epochs}",
-        ),
-        (
-            args.lora and args.encoder != "wavlm",
-            f"--lora {args.lora} is for WavLM, not for --encoder {args.encoder}",
-        ),
-        (
-            args.lora and not args.train_only and {*trained, "none"} != {"none", "lora"},
-            f"--lora {args.lora} trains none of WavLM's weights: remove --unfreeze {args.unfreeze}",
-        ),
-        (
-            not args.lora and ("lora" in trained or args.lora_alpha),
-            "--unfreeze lora and --lora_alpha need a rank, --lora R",
-        ),
-        (
-            cached and args.augment,
-            f"--feature_cache {args.feature_cache} keeps what WavLM makes of the recording itself, "
-            "--augment changes it every epoch: remove one of the two",
-        ),
-        (
-            cached and args.encoder != "wavlm",
-            f"--feature_cache {args.feature_cache} is for WavLM, not for --encoder {args.encoder}",
-        ),
-        (
-            cached and not any(reads_cache(args, stage) for stage in trained),
-            f"--feature_cache {args.feature_cache}: --unfreeze {args.unfreeze} freezes no layers",
-        ),
+        (args.amp == "fp16" and not uses_cuda(args.device),
+         "--amp fp16 needs a GPU: use --amp bf16 or off on a CPU"),
+        (schedule[-1][0] > args.epochs,
+         f"--unfreeze {args.unfreeze}: its last epoch is after --epochs {args.epochs}"),
+        (args.lora and args.encoder != "wavlm",
+         f"--lora {args.lora} is for WavLM, not for --encoder {args.encoder}"),
+        (args.lora and not args.train_only and {*trained, "none"} != {"none", "lora"},
+         f"--lora {args.lora} trains none of WavLM's weights: remove --unfreeze {args.unfreeze}"),
+        (not args.lora and ("lora" in trained or args.lora_alpha),
+         "--unfreeze lora and --lora_alpha need a rank, --lora R"),
+        (cached and args.augment,
+         f"--feature_cache {args.feature_cache} keeps what WavLM makes of the recording itself, "
+         "--augment changes it every epoch: remove one of the two"),
+        (cached and args.encoder != "wavlm",
+         f"--feature_cache {args.feature_cache} is for WavLM, not for --encoder {args.encoder}"),
+        (cached and not any(reads_cache(args, stage) for stage in trained),
+         f"--feature_cache {args.feature_cache}: --unfreeze {args.unfreeze} freezes no layers"),
     ):
         if wrong:
             raise UserError(message)
+    # fmt: on
 
 
 # ---------------------------------------------------------------------------------------------

@@ -30,18 +30,16 @@ from model import (
     EmotionModel,
     ModelConfig,
     loss_from_sums,
+    metrics,
     moment_sums,
     track_dialogues,
 )
-from util import distributed
+from util import distributed, runs
 from util.files import UserError, digest, in_words, weights_digest
 from wavlm import (
     LORA,
-    PADDING_BIAS,
     WavLM,
     WavLMError,
-    attend,
-    dense_table,
     load_wavlm,
     read_config,
 )
@@ -170,6 +168,32 @@ def build_model(
     return model
 
 
+def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
+    """The model before its first step, the same on every rank."""
+    if not args.init_from:
+        model = build_model(args, fold.shape)
+        inputs = ((model.prosody, fold.dataset.prosody), (model.vectors, fold.dataset.vectors))
+        for module, values in inputs:
+            if module is not None:
+                module.fit(torch.from_numpy(values[fold.splits["train"]]))
+        return model
+    model, _ = runs.load_model(args.init_from, "--init_from")
+    runs.check_unseen(args.init_from, fold.corpus, fold.splits)
+    expected = (model.config.speaker_dim, model.config.frame_dim)
+    found = (fold.shape.speaker_dim, fold.shape.frame_dim)
+    if expected != found:
+        raise UserError(
+            f"--init_from: its model reads speaker vectors and frames of widths {expected}, "
+            f"--speaker and --features_dir have {found} (0 = none)"
+        )
+    expected = tuple(model.config.vector_dims)
+    if expected != fold.shape.vector_dims:
+        fault = f"its model reads vectors of widths {expected}, not {fold.shape.vector_dims}"
+        raise UserError(f"--init_from: {fault}: give its --vectors, in its order")
+    set_checkpointing(model, args.gradient_checkpointing)
+    return model
+
+
 def set_checkpointing(model: EmotionModel, on: bool) -> None:
     """Sets --gradient_checkpointing; UserError if the encoder has none."""
     encoder = model.encoder.wavlm if model.config.encoder == "wavlm" else model.encoder
@@ -177,114 +201,6 @@ def set_checkpointing(model: EmotionModel, on: bool) -> None:
         encoder.gradient_checkpointing = on
     elif on:
         raise UserError(f"--encoder {model.config.encoder} has no --gradient_checkpointing")
-
-
-def check_attention(model: EmotionModel, args: argparse.Namespace, device: torch.device) -> None:
-    """Falls back to sdpa, with a line in the log, if --attention fused does not work on the device.
-
-    It is tried once, in the run's precision: its kernel may be missing, or wrong, on a new GPU.
-    """
-    if args.encoder != "wavlm" or args.attention != "fused":
-        return
-    wavlm, dtype = model.encoder.wavlm, AUTOCAST[args.amp]
-    heads = wavlm.config.num_attention_heads
-    try:
-        error = attention_error(heads, wavlm.config.hidden_size // heads, dtype, device)
-        reason = f"it differs from eager attention by {error:.0e} of the largest value"
-    except Exception as fault:  # of a kernel: anything
-        error, reason = math.inf, in_one_line(fault)
-    if not error <= TOLERANCE[dtype]:
-        wavlm.attention = "sdpa"
-        log.info(f"--attention fused does not work on {device}, sdpa is used: {reason}")
-
-
-def in_one_line(fault: Exception) -> str:
-    """Kind and text of what a kernel or a compiler raised."""
-    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:160]}"
-
-
-# of a trial's results, relative to the largest of each; float32 may be TF32 [guess]
-TOLERANCE = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
-
-
-@torch.enable_grad()
-def attention_error(heads: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Largest difference of fused from eager attention, forward and backward, with padding; NaN if
-    a value is."""
-    frames, padded, real = 29, 32, 20  # no multiple of 8; the second utterance is shorter
-    generator = torch.Generator().manual_seed(0)  # not the run's
-    shapes = [(2, heads, frames, width)] * 3 + [(2, heads, frames, 1), (heads, frames + padded - 1)]
-    leaves = [
-        torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-        for shape in shapes
-    ]
-    key_bias = torch.zeros(2, 1, 1, padded, dtype=dtype, device=device)
-    key_bias[1, ..., real:frames] = PADDING_BIAS
-    is_real = torch.ones(2, 1, frames, 1, dtype=torch.bool, device=device)
-    is_real[1, :, real:] = False
-    results = []
-    for kind in ("eager", "fused"):
-        position = leaves[4] if kind == "fused" else dense_table(leaves[4], frames)
-        out = attend(*leaves[:4], position, key_bias, 0.0, kind).float() * is_real
-        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
-    errors = [(a - b).abs().max() / a.abs().max() for a, b in zip(*results)]
-    return float(torch.stack(errors).float().max())
-
-
-def check_compile(
-    model: EmotionModel, dataset: data.Batches, args: argparse.Namespace, device: torch.device
-) -> None:
-    """Compiles the layers, or leaves them as they are, with a line in the log, if that does not
-    work on the device of some rank (all ranks participate).
-
-    They are tried on two clips, in the run's precision and in every stage. The same runs without
-    torch.compile first, so that an error of the model itself keeps its traceback.
-    """
-    median = np.argsort(dataset.lengths)[len(dataset.lengths) // 2 :][:2].tolist()
-    batch = to_device(dataset.collate(data.BatchSpec(tuple((row,) for row in median))), device)
-
-    def trial() -> Tensor:
-        with autocast(device, args.amp):
-            for stage in stages(args.unfreeze):
-                set_trainable(model, stage, args.train_only)
-                vectors = model.encode(batch)
-                if vectors.requires_grad:
-                    vectors.square().sum().backward()
-            model.zero_grad()
-            with inference(model):
-                return model.encode(batch).cpu()  # waits for the device
-
-    expected, reason = trial(), ""
-    compile_layers(model)
-    try:
-        error = float((trial() - expected).abs().max() / expected.abs().max())
-        if not error <= TOLERANCE[AUTOCAST[args.amp]]:
-            reason = f"it differs from the plain layers by {error:.0e} of the largest value"
-    except Exception as fault:  # of dynamo, inductor, triton, a C compiler: no common base class
-        reason = in_one_line(fault)
-    if distributed.any_rank(bool(reason)):
-        model.zero_grad()
-        torch.compiler.set_stance("force_eager")
-        reason = reason or "another rank cannot"
-        log.info(f"--compile does not work on {device}, the layers run as they are: {reason}")
-
-
-def compile_layers(model: EmotionModel) -> None:
-    """Compiles the encoder's layers in place, for any length; state_dict keeps its names.
-
-    All layers share one code object, whose variants (frozen or not, evaluation, a first layer fed
-    by the frozen part) may be more than the 8 after which torch gives up and runs it uncompiled.
-    """
-    torch.compiler.set_stance("default")
-    torch._dynamo.config.recompile_limit = 64
-    # backward rebuilds attention's bias; without this, torch keeps forward's copy for it
-    torch._functorch.config.ban_recompute_materialized_backward = False
-    if model.config.encoder == "wavlm":
-        layers = model.encoder.wavlm.encoder.layers
-    else:
-        layers = model.encoder.blocks
-    for layer in layers:
-        layer.compile(dynamic=True)
 
 
 def param_groups(model: EmotionModel, args: argparse.Namespace) -> list[dict]:
@@ -386,6 +302,19 @@ def selection_score(scores: dict[str, float], args: argparse.Namespace) -> float
     return statistics.fmean(cccs)
 
 
+def selection_notes(args: argparse.Namespace, fold: data.Fold) -> list[str]:
+    """What is unusual in the choice of the best epoch; UserError if dev has no label for it."""
+    trained = in_words(trained_targets(args))
+    labels = fold.labels[fold.splits["dev"]]
+    perfect = selection_score(metrics(labels, labels, args.targets), args)
+    notes = []
+    if not all(args.target_weights):
+        notes.append(f"the best epoch is that of the highest dev CCC of {trained}")
+    if perfect < 0.01:  # of constant labels it is 0
+        notes.append(f"no dev CCC of {trained} can differ from 0: epoch 1 counts as the best")
+    return notes
+
+
 @dataclass
 class StepResult:
     """What one update returns; sums and norm stay on the device."""
@@ -437,28 +366,28 @@ def train_step(
     """
     device = next(ddp_model.parameters()).device
     batches = [to_device(batch, device) for batch in batches]
+    labels = [batch["labels"] for batch in batches]
     teacher_forcing = 1 - progress.epoch / max(1, args.epochs - 1)
 
     def forward(micro_step: int) -> Tensor:
         seed_micro_step(args.seed, progress.step, micro_step, distributed.rank())
         with autocast(device, args.amp):
-            preds = ddp_model(batches[micro_step], teacher_forcing)  # (B, E)
-        return moment_sums(preds, batches[micro_step]["labels"])  # (6, E) float64
+            return ddp_model(batches[micro_step], teacher_forcing)  # (B, E)
 
     last = len(batches) - 1
     exact = args.loss == "mse" or args.exact_ccc == "on"
     two_passes = exact and args.loss != "mse" and last > 0
-    total, first_sums = zero_sums(device, args), None
+    total, first = zero_sums(device, args), None
     if two_passes:
         model = getattr(ddp_model, "module", ddp_model)
         with torch.no_grad():
             with autocast(device, args.amp):
                 batches = [model.encode_frozen(batch) for batch in batches]
             for micro_step in range(1, len(batches)):
-                total += forward(micro_step)
+                total += moment_sums(forward(micro_step), labels[micro_step])
         with distributed.synchronised(ddp_model, False):
-            first_sums = forward(0)
-        total += first_sums.detach()
+            first = forward(0)
+        total += moment_sums(first.detach(), labels[0])
         distributed.sum_over_ranks(total)
     elif args.loss == "mse":
         total[0] = torch.tensor(batches[0]["step_size"])
@@ -466,8 +395,9 @@ def train_step(
     seen = zero_sums(device, args)
     for micro_step in range(len(batches)):
         with distributed.synchronised(ddp_model, micro_step == last):
-            sums = forward(micro_step) if first_sums is None else first_sums
-            first_sums = None
+            preds = forward(micro_step) if first is None else first
+            first = None
+            sums = moment_sums(preds, labels[micro_step])  # (6, E) float64
             seen += sums.detach()
             if micro_step == last and not two_passes:
                 distributed.sum_over_ranks(seen)
@@ -493,14 +423,18 @@ def train_step(
 # Batches on their way to the model
 
 
+def loader_workers(dataset: data.Batches, args: argparse.Namespace) -> int:
+    """Processes that make batches: none if these are cached vectors, which take no time."""
+    small = dataset.frozen is not None and not dataset.frozen.has_frames
+    return 0 if small else args.num_workers
+
+
 def make_loader(
     dataset: data.Batches, plan: object, args: argparse.Namespace, device: torch.device
 ) -> DataLoader:
-    """The batches of `plan` in order, made by num_workers processes; cached vectors are read in
-    this one."""
+    """The batches of `plan` in order."""
     workers = {}
-    small = dataset.frozen is not None and not dataset.frozen.has_frames
-    num_workers = 0 if small else args.num_workers
+    num_workers = loader_workers(dataset, args)
     if num_workers:
         workers = {"prefetch_factor": data.PREFETCH, "persistent_workers": True}
         workers["worker_init_fn"] = distributed.start_worker
@@ -521,7 +455,8 @@ def bytes_on_their_way(dataset: data.Batches, args: argparse.Namespace) -> int:
     one = dataset.collate(data.BatchSpec(((longest,),)))
     size = sum(value.nbytes for value in one.values() if isinstance(value, Tensor))
     evaluated = data.EVAL_SECONDS * dataset.rate / dataset.lengths[longest]
-    return int(args.num_workers * data.PREFETCH * max(args.batch_size, evaluated) * size)
+    held = loader_workers(dataset, args) * data.PREFETCH
+    return int(held * max(args.batch_size, evaluated) * size)
 
 
 def group_micro_batches(batches: Iterator[dict], accumulation: int) -> Iterator[list[dict]]:

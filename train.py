@@ -27,7 +27,6 @@ import functools
 import itertools
 import logging
 import time
-import traceback
 from dataclasses import asdict, dataclass
 
 import torch
@@ -43,11 +42,11 @@ from corpora import BLIND, TESTS, num_folds
 from flags import parse_args
 from model import EmotionModel, metrics
 from step import Progress
-from util import distributed, pictures, runs
+from util import distributed, exits, pictures, runs, trials
 from util import log as logs
 from util.checkpoints import read_checkpoint
 from util.distributed import Ranks, Stopped
-from util.files import UserError, in_words, open_standard_streams, say
+from util.files import UserError, open_standard_streams, without_gc
 from util.runs import RunFiles
 
 log = logging.getLogger("vatune")
@@ -90,6 +89,24 @@ def main(args: argparse.Namespace) -> int:
     distributed.stop_signals.clear()
     distributed.raised_signals.clear()
     distributed.handle_signals(at_once=True)  # before the first step there is nothing to save
+    run = set_up(args)
+    if run is None:
+        return 0
+    if train(run):
+        distributed.wait_for_ranks()  # torchrun kills the others once one exits: rank 0 has saved
+        log.info(f"stopped by a signal at step {run.progress.step}: continue with --resume")
+        return distributed.RETRY_EXIT_CODE
+    finish(run)
+    distributed.end_ranks()
+    return 0
+
+
+@without_gc()
+def set_up(args: argparse.Namespace) -> Run | None:
+    """The run before its first step, or back where last.pt was written (all ranks participate).
+
+    None if there is nothing to do: --dry_run, or --resume of a complete run.
+    """
     given = dict(vars(args))
     ranks = distributed.find_ranks(args.device)
     logs.start_logging(None, console=ranks.rank == 0)
@@ -99,17 +116,20 @@ def main(args: argparse.Namespace) -> int:
         logs.start_logging(files.directory / "train.log", console=True)
     distributed.configure_device(ranks.device, args.tf32 == "on", args.memory_fraction)
     torch.manual_seed(args.seed)
-    model = start_model(args, fold).to(ranks.device)
-    step.check_attention(model, args, ranks.device)
+    model = step.start_model(args, fold).to(ranks.device)
+    trials.check_attention(model, args, ranks.device)
     if args.compile:
-        step.check_compile(model, fold.dataset, args, ranks.device)
-    last = load_interrupted(args, given, files)
+        trials.check_compile(model, fold.dataset, args, ranks.device)
+    last = None
+    if args.resume:
+        decisive = {k: v for k, v in given.items() if k not in flags.FREE_ON_RESUME}
+        last = runs.read_interrupted(files, decisive, frozen=step.stays_frozen(args, epoch=0))
     if last and files.is_complete():
         log.info(f"{files.directory} is complete: nothing to resume")
         distributed.wait_for_ranks()  # they have read last.pt
         if not (args.keep_last or last["args"].get("keep_last")):
             files.remove_last()
-        return 0
+        return None
     batch_note = memory.choose_batch(args, fold, model, ranks, last)
     planned = None  # only rank 0 writes of it
     if ranks.rank == 0:
@@ -133,16 +153,9 @@ def main(args: argparse.Namespace) -> int:
     if planned:
         log.info(planned.line() + batch_note)
     if args.dry_run:
-        return 0
+        return None
     begin(run, last)
-    last = None  # as large as the model and its optimizer
-    if train(run):
-        distributed.wait_for_ranks()  # torchrun kills the others once one exits: rank 0 has saved
-        log.info(f"stopped by a signal at step {run.progress.step}: continue with --resume")
-        return distributed.RETRY_EXIT_CODE
-    finish(run)
-    distributed.end_ranks()
-    return 0
+    return run
 
 
 def train(run: Run) -> bool:
@@ -249,29 +262,36 @@ def finish(run: Run) -> None:
     tests = [split for split in scores if split != "dev"]
     record = {f"{split}/{name}": x for split in tests for name, x in scores[split].items()}
     files.record("test", progress.step, {"epoch": progress.best_epoch} | record)
+    files.write_json("result.json", result(run, scores))  # from here on the run is complete
+    show_embeddings(run, "test", vectors["test"], measure=False, draw=True)
+    if args.preset == "verify" and args.unfreeze != "none":
+        log.info(report.against_frozen(files.directory))
+    if not args.keep_last:
+        files.remove_last()
+    files.close()
+    log.info(f"done in {progress.seconds:.0f} s: {files.directory / 'result.json'}")
+
+
+def result(run: Run, scores: dict[str, dict[str, float]]) -> dict:
+    """Content of result.json; `scores`: metrics of dev and of each test split that has labels."""
+    args, fold, progress, device = run.args, run.fold, run.progress, run.ranks.device
     trained = [p for group in run.optimizer.param_groups for p in group["params"]]
     is_cut = run.total_steps < run.plan.steps_per_epoch * args.epochs
-    result = {
-        "name": args.name,
-        "fold": args.fold,
-        "num_folds": num_folds(fold.corpus),
-        "encoder": args.encoder,
+    flags_shown = ("name", "fold", "encoder", "wavlm_revision", "data", "targets", "seed")
+    medians = ("audio_seconds_per_second", "tflops", "peak_share")
+    return {
+        **{name: getattr(args, name) for name in flags_shown},
         "wavlm": args.wavlm if args.encoder == "wavlm" else None,
-        "wavlm_revision": args.wavlm_revision,
-        "data": args.data,
-        "targets": args.targets,
-        "seed": args.seed,
+        "num_folds": num_folds(fold.corpus),
         "best_epoch": progress.best_epoch,
         "epochs_run": progress.epoch,
         "stopped": progress.stopped or ("max_steps" if is_cut else "epochs"),
         "seconds": progress.seconds,
-        "audio_seconds_per_second": files.median("audio_seconds_per_second"),
+        **{name: run.files.median(name) for name in medians},
         "gflop_per_audio_second": {k: sum(v) / 1e9 for k, v in run.planned.flops.items()},
-        "tflops": files.median("tflops"),
-        "peak_share": files.median("peak_share"),
-        "device": distributed.device_name(run.ranks.device),
+        "device": distributed.device_name(device),
         "peak_gib_predicted": run.planned.peak_gib,
-        "peak_gib_measured": distributed.peak_gib(run.ranks.device),
+        "peak_gib_measured": distributed.peak_gib(device),
         "parameters_total": sum(p.numel() for p in run.model.parameters()),
         "parameters_trainable": sum(p.numel() for p in trained),
         "git_commit": run.git_commit,
@@ -280,14 +300,6 @@ def finish(run: Run) -> None:
         "splits": {name: len(rows) for name, rows in fold.splits.items()},
         **scores,
     }
-    files.write_json("result.json", result)  # from here on the run is complete
-    show_embeddings(run, "test", vectors["test"], measure=False, draw=True)
-    if args.preset == "verify" and args.unfreeze != "none":
-        log.info(report.against_frozen(files.directory))
-    if not args.keep_last:
-        files.remove_last()
-    files.close()
-    log.info(f"done in {progress.seconds:.0f} s: {files.directory / 'result.json'}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,65 +316,12 @@ def load_fold(args: argparse.Namespace, ranks: Ranks) -> data.Fold:
         if not (args.resume or args.overwrite or args.dry_run):
             runs.refuse_existing(runs.run_dir(args))
         fold = data.load_fold(args)
-        fold.corpus.notes += selection_notes(args, fold)
+        fold.corpus.notes += step.selection_notes(args, fold)
     except UserError as error:
         fault = error
     distributed.start_ranks(ranks, max(distributed.START_SECONDS, args.timeout))
     distributed.raise_together(fault)
     return fold
-
-
-def selection_notes(args: argparse.Namespace, fold: data.Fold) -> list[str]:
-    """What is unusual in the choice of the best epoch; UserError if dev has no label for it."""
-    trained = in_words(step.trained_targets(args))
-    labels = fold.labels[fold.splits["dev"]]
-    perfect = step.selection_score(metrics(labels, labels, args.targets), args)
-    notes = []
-    if not all(args.target_weights):
-        notes.append(f"the best epoch is that of the highest dev CCC of {trained}")
-    if perfect < 0.01:  # of constant labels it is 0
-        notes.append(f"no dev CCC of {trained} can differ from 0: epoch 1 counts as the best")
-    return notes
-
-
-def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
-    """The model before its first step, the same on every rank."""
-    if not args.init_from:
-        model = step.build_model(args, fold.shape)
-        inputs = ((model.prosody, fold.dataset.prosody), (model.vectors, fold.dataset.vectors))
-        for module, values in inputs:
-            if module is not None:
-                module.fit(torch.from_numpy(values[fold.splits["train"]]))
-        return model
-    model, _ = runs.load_model(args.init_from, "--init_from")
-    runs.check_unseen(args.init_from, fold.corpus, fold.splits)
-    expected = (model.config.speaker_dim, model.config.frame_dim)
-    found = (fold.shape.speaker_dim, fold.shape.frame_dim)
-    if expected != found:
-        raise UserError(
-            f"--init_from: its model reads speaker vectors and frames of widths {expected}, "
-            f"--speaker and --features_dir have {found} (0 = none)"
-        )
-    expected = tuple(model.config.vector_dims)
-    if expected != fold.shape.vector_dims:
-        fault = f"its model reads vectors of widths {expected}, not {fold.shape.vector_dims}"
-        raise UserError(f"--init_from: {fault}: give its --vectors, in its order")
-    step.set_checkpointing(model, args.gradient_checkpointing)
-    return model
-
-
-def load_interrupted(args: argparse.Namespace, given: dict, files: RunFiles) -> dict | None:
-    """Content of last.pt with --resume, if there is one; UserError if it belongs to another run.
-
-    A complete run has removed it: then only what tells whether this is the same run.
-    """
-    last = runs.load_last(files.directory, files.writes) if args.resume else None
-    if args.resume and last is None and files.is_complete():
-        last = runs.end_of_run(files, given)
-    if last:
-        decisive = {k: v for k, v in given.items() if k not in flags.FREE_ON_RESUME}
-        runs.check_resumable(decisive, last, files, step.stays_frozen(args, epoch=0))
-    return last
 
 
 def begin(run: Run, last: dict | None) -> None:
@@ -376,7 +335,7 @@ def begin(run: Run, last: dict | None) -> None:
         run.meter.load_state(last["meter"])
         records = last["records"]
     elif step.stays_frozen(run.args, epoch=0):
-        content = {"model": runs.wavlm_weights(run.model), "args": run.given}
+        content = {"model": runs.split_weights(run.model)[0], "args": run.given}
         run.files.save({"frozen.pt": content}, step=0)
     run.files.start(records, run.progress.step)
     label_range = list(run.fold.corpus.label_range)
@@ -473,6 +432,7 @@ def finish_epoch(run: Run, epoch: int) -> dict[str, dict]:
             "model": weights_to_save(run, epoch),
             "config": asdict(run.model.config),
             "args": run.given,
+            "data": files.data_digest,
             "label_range": list(fold.corpus.label_range),
             "epoch": epoch + 1,
         }
@@ -500,9 +460,9 @@ def show_embeddings(run: Run, split: str, vectors: Tensor, measure: bool, draw: 
 
 
 def weights_to_save(run: Run, epoch: int) -> dict[str, Tensor]:
-    """All weights, without those of a WavLM that has not trained: 1.3 GB for Large."""
+    """All weights, or only those outside WavLM while that is frozen: 1.3 GB less for Large."""
     if step.stays_frozen(run.args, epoch):
-        return runs.other_weights(run.model)
+        return runs.split_weights(run.model)[1]
     return run.model.state_dict()
 
 
@@ -530,44 +490,10 @@ def save(run: Run, epoch: int, best: dict[str, dict]) -> None:
     run.meter.restart()  # saving is no part of a step's time
 
 
-# ---------------------------------------------------------------------------------------------
-# Exit codes
-
-
 def cli(argv: list[str] | None = None) -> int:
-    """main with exit codes: 0 done, 75 resume me, 2 wrong flags or data, 1 anything else.
-
-    Every rank prints its own reason, if it has one. Mistakes of the user and faults of the machine
-    are one or two lines; everything else keeps its traceback.
-    """
+    """The exit code: 0 done, 75 resume me, 2 wrong flags or data, 1 anything else."""
     open_standard_streams()
-    args = parse_args(argv)
-    rank, code, reason = os.environ.get("RANK", "0"), 1, "done"
-    try:
-        code = main(args)
-    except Stopped:
-        code = distributed.RETRY_EXIT_CODE
-    except distributed.FaultOnOtherRank:
-        return 2
-    except UserError as error:
-        code, reason = 2, str(error)
-    except Exception as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
-        reason = distributed.machine_fault(error, runs.run_dir(args), args.timeout)
-        if distributed.raised_signals:  # Stopped broke a library's thread or process pool
-            code = distributed.RETRY_EXIT_CODE
-        elif not reason:
-            reason = f"{type(error).__name__}: {error}"
-            say(traceback.format_exc())
-        distributed.kill_workers()  # freeing `error` frees the loader, which waits for its workers
-    if code == distributed.RETRY_EXIT_CODE:
-        reason = "stopped by a signal: continue with --resume"
-    elif code:
-        where = "" if rank == "0" else f"rank {rank}: "
-        say(f"train.py: error: {where}{reason}")
-    runs.end_status(runs.run_dir(args), code, reason)
-    distributed.kill_workers()
-    return code
+    return exits.exit_code(main, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python tests/bench_peers.py --wavlm tiny --steps 30                # to see it work: a minute
     python tests/bench_peers.py --wavlm base                           # CPU: twenty minutes
     python tests/bench_peers.py --wavlm large --amp fp16 --batch_size 16 --steps 60     # GPU
+    python tests/bench_peers.py --wavlm base --unfreeze top:3          # the rest frozen, or cached
 
 The first steps of fine-tuning WavLM for two targets: the same weights (random, saved once), the
 same recordings (noise, with IEMOCAP's durations: log-normal, mean 4.46 s, at most 12 s), AdamW,
@@ -73,14 +74,17 @@ def make_job(directory: Path, args: argparse.Namespace) -> None:
 class MeanPoolHead(nn.Module):
     """AutoModel, mean over real frames, two linear maps: what people write."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, unfreeze: str) -> None:
         from transformers import AutoModel
 
         super().__init__()
         self.encoder = AutoModel.from_pretrained(path, layerdrop=0.0, mask_time_prob=0.0)
         self.encoder.freeze_feature_encoder()
-        for parameter in self.encoder.feature_extractor.parameters():
-            parameter.requires_grad = False
+        self.encoder.feature_extractor.requires_grad_(False)
+        if unfreeze != "transformer":  # top:K
+            self.encoder.requires_grad_(False)
+            for layer in self.encoder.encoder.layers[-int(unfreeze.removeprefix("top:")) :]:
+                layer.requires_grad_(True)
         width = self.encoder.config.hidden_size
         self.head = nn.Sequential(nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, 2))
 
@@ -158,7 +162,7 @@ def run_trainer(directory: Path, args: argparse.Namespace, grouped: bool) -> dic
         save_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     clock = Clock()
-    model = MeanPoolHead(directory / "wavlm")
+    model = MeanPoolHead(directory / "wavlm", args.unfreeze)
     trainer = Grouped(
         model=model, args=flags, train_dataset=Clips(), data_collator=collate, callbacks=[clock]
     )
@@ -176,7 +180,7 @@ def run_vatune(directory: Path, args: argparse.Namespace) -> dict:
     flags += ["--no_film", "--d_state", "0", "--epochs", "1", "--log_every", "1", "--layers"]
     flags += [json.loads((directory / "wavlm/config.json").read_text())["num_hidden_layers"]]
     flags += ["--batch_size", args.batch_size, "--amp", args.amp, "--cache_dir", directory / "c"]
-    flags += ["--unfreeze", "transformer", "--attention", args.attention]
+    flags += ["--unfreeze", args.unfreeze, "--attention", args.attention]
     flags += ["--num_workers", "0", "--out", directory / "runs", "--name", "b", "--overwrite"]
     flags += ["--encoder_lr", "1e-5", "--lr", "1e-5", "--max_steps", args.steps]
     assert train.main(train.parse_args([str(flag) for flag in flags])) == 0
@@ -209,6 +213,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=12, help="of which the first is not timed")
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
+    p.add_argument("--unfreeze", default="transformer", help="or top:K")
     p.add_argument("--attention", default="fused", help="of train.py")
     p.add_argument("--runs", type=int, default=3)
     p.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
@@ -239,7 +244,8 @@ def main() -> None:
                 entries.append(json.loads(line[0].removeprefix("RESULT ")))
                 print(contestant, entries[-1], flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"\n{args.wavlm}, {args.steps} steps of {args.batch_size} utterances, amp {args.amp}")
+    job = f"{args.wavlm}, {args.unfreeze}, amp {args.amp}"
+    print(f"\n{job}, {args.steps} steps of {args.batch_size} utterances")
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| job | s | audio-s/s | peak GiB | loss | train.py is faster by |")
     print("|---|---|---|---|---|---|")

@@ -464,3 +464,17 @@ def test_the_target_of_the_readme_is_in_loss_metrics_files_and_predictions(hacke
     assert "engagement" in said and (hacked.directory / "report/report.html").exists()
     said = hacked.run("python data.py --data manifest.csv")
     assert "correlation of valence and engagement" in said
+
+
+def test_the_loss_of_the_readme_does_not_depend_on_how_a_batch_is_split(hacked):
+    same = " --dropout 0 --wavlm_dropout 0 --global_batch_size 8 --log_every 1 --batch_size "
+    norms = {"plain": [], "l1": [], "split": []}
+    hacked.run(f"python train.py --preset demo --name plain{same}8")
+    command = apply_example("A loss", hacked) + same
+    hacked.run(f"{command}8")
+    hacked.run(f"{command}2".replace("l1", "split"))
+    for name, found in norms.items():
+        lines = (hacked.directory / f"runs/{name}/fold1/metrics.jsonl").read_text().splitlines()
+        found += [r["gradient_norm"] for r in map(json.loads, lines) if r["event"] == "train"]
+    assert norms["l1"] == pytest.approx(norms["split"], rel=1e-4)
+    assert norms["l1"] != pytest.approx(norms["plain"], rel=1e-2)

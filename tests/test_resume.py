@@ -21,7 +21,7 @@ from conftest import quick_flags, save_narrow_wavlm
 from fault_kills import EVERYTHING, Run, assert_same_outcome, raise_on, real_fp16, run_ranks
 
 from train import cli
-from util.checkpoints import read_checkpoint, save_checkpoint
+from util.checkpoints import read_checkpoint
 
 SETTINGS = {  # utterances of a step, flags
     "dialogues, feedback, augmentation": (8, [*EVERYTHING, "--epochs", "2"]),
@@ -246,14 +246,3 @@ def test_data_that_was_only_moved_goes_on_to_the_same_end(place, tmp_path):
     whole = place.run_dir.parents[2] / "whole/run/fold1"
     for name in names:
         assert (place.run_dir / name).read_bytes() == (whole / name).read_bytes()
-
-
-def test_a_checkpoint_that_knows_nothing_of_its_data_goes_on_with_a_line(place, capsys):
-    shutil.rmtree(place.run_dir.parents[1])
-    shutil.copytree(place.run_dir.parents[2] / "stopped", place.run_dir.parents[1])
-    last = read_checkpoint(place.run_dir / "last.pt")
-    del last["data"]
-    save_checkpoint(place.run_dir / "last.pt", last)
-    (place.run_dir / "data.csv").unlink()
-    assert cli([*place.options(place.root), "--resume"]) == 0
-    assert "whether the data has changed is not known" in capsys.readouterr().out

@@ -16,9 +16,9 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from transformers import WavLMConfig as HFConfig
 from transformers import WavLMModel
 
-import step
 import wavlm
 from model import EmotionModel, ModelConfig
+from util import trials
 from wavlm import ATTENTIONS, SIZES, WavLM, WavLMConfig, WavLMError, attend, load_wavlm, save_wavlm
 
 NARROW = WavLMConfig(
@@ -563,7 +563,7 @@ def test_a_compiled_layer_keeps_no_attention_bias():
         partition_fn=min_cut_rematerialization_partition,
     )
     model = EmotionModel(ModelConfig(prosody_dim=0), WavLM(NARROW))
-    step.compile_layers(model)  # its settings of torch
+    trials.compile_layers(model)  # its settings of torch
     with torch.device("meta"):
         layer = wavlm.Layer(NARROW, True).half().train()
         frames, padded, heads = 65, 72, NARROW.num_attention_heads

@@ -8,7 +8,7 @@ that started it. Nothing here knows the model or the run's files.
 import contextlib
 import ctypes
 import datetime
-import errno
+import inspect
 import itertools
 import logging
 import math
@@ -21,7 +21,6 @@ import select
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -46,12 +45,6 @@ START_SECONDS = 1800  # time-out up to the first step: compiling, cold disks [gu
 STALL_SECONDS = 3  # that a batch may take after a signal to stop [guess]
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_REMEDY = "give --num_workers 0, or more shared memory (docker run --shm-size 8g)"
-DISK_REMEDIES = {
-    errno.ENOSPC: "free disk space on {}",
-    errno.EDQUOT: "free disk space, your quota on {} is used up",
-    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
-    **dict.fromkeys((errno.EIO, errno.EROFS, errno.EACCES), "make it writable"),
-}
 GIB = 2**30
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts
@@ -282,8 +275,10 @@ def wrap_ddp(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     if not dist.is_initialized():
         return model
     ids = [device.index] if device.type == "cuda" else None
+    known = inspect.signature(DistributedDataParallel).parameters  # the flag's name has changed
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     ddp_model = DistributedDataParallel(
-        model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        model, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False}
     )
     ddp_model.register_comm_hook(None, average_bucket)
     return ddp_model
@@ -585,51 +580,3 @@ def until_stopped(batches: Iterator[dict], polls: int) -> Iterator[dict]:
             no_batch = True
     if no_batch:
         agree_on_step(no_batch=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# What ended the run
-
-
-def machine_fault(error: Exception, directory: Path, timeout: float) -> str:
-    """One or two lines on a fault of the machine, with what to do; "" for any other error."""
-    text = str(error) or type(error).__name__
-    first_line = text.splitlines()[0]
-    if isinstance(error, FloatingPointError):
-        return text
-    if is_out_of_memory(error):
-        return f"out of memory: {first_line}"
-    if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
-        where = Path(error.filename or fullest_disk(directory))
-        remedy = DISK_REMEDIES[error.errno].format(disk_of(where))
-        return f"{where}: {error.strerror}: {remedy}, then rerun with --resume"
-    if text.startswith("DataLoader"):
-        return (
-            f"{first_line.strip(' .')}{faulty_children()}: rerun with --resume; if memory ran out "
-            f"(shared memory: {disk_of(SHARED_MEMORY)}), {SHARED_MEMORY_REMEDY}"
-        )
-    if isinstance(error, dist.DistError) or "third_party/gloo" in text:
-        return (
-            f"a rank died, or gave no answer for --timeout {timeout:g} s; look for its own "
-            f"message, then rerun with --resume ({first_line[:120]})"
-        )
-    return ""
-
-
-def fullest_disk(directory: Path) -> Path:
-    """Which of the disks that a run in `directory` writes to has least space left."""
-    places = [directory, Path(tempfile.gettempdir()), SHARED_MEMORY]
-    return min(filter(Path.exists, places), key=lambda place: shutil.disk_usage(place).free)
-
-
-def faulty_children() -> str:
-    """Pids and states of child processes that are dead, stopped or waiting for a disk, on Linux."""
-    stats = []
-    time.sleep(0.2)  # one that dies closes its connections before it counts as dead
-    with contextlib.suppress(OSError):
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in children]
-    states = [(stat.split()[0], stat.rpartition(")")[2].split()[0]) for stat in stats]
-    names = {"Z": "is dead", "T": "is stopped", "D": "waits for a disk"}
-    faulty = [f"worker {pid} {names[state]}" for pid, state in states if state in names]
-    return f" ({', '.join(faulty)})" if faulty else ""

@@ -41,7 +41,6 @@ from util.files import (
     optional_module,
     replace_text,
     replacing,
-    without_gc,
     without_nan,
 )
 from wavlm import LORA
@@ -144,71 +143,64 @@ def load_last(directory: Path, writes: bool) -> dict | None:
     raise UserError(f"--resume: {'; '.join(faults)}: start anew with --overwrite")
 
 
-def end_of_run(files: "RunFiles", flags: dict) -> dict:
-    """What check_resumable reads of last.pt, for a complete run without one; best.pt, which it
-    reads, too, has the flags of that run."""
-    result, data = read_json(files.directory / "result.json"), files.directory / "data.csv"
-    text = data.read_text("utf-8", errors="replace") if data.is_file() else files.data
-    return {
-        "args": flags,
-        "data": digest(text),
-        "world_size": distributed.world_size(),
-        "progress": {"best_epoch": result["best_epoch"]},
-    }
+def read_interrupted(files: "RunFiles", flags: dict, frozen: bool) -> dict | None:
+    """Content of last.pt, or of best.pt if the run is complete and has removed it; None if there is
+    nothing to resume.
 
-
-def check_resumable(flags: dict, last: dict, files: "RunFiles", frozen: bool) -> None:
-    """UserError if a file of the interrupted run is damaged, missing, older than `last` or of
-    another run, if its data was other data, or if one of `flags`, those that decide the result, had
-    another value.
-
-    Flags that are new in the code since the run began are logged and nothing else.
+    UserError if a file that the run needs is damaged, missing, older than last.pt or of another
+    run: with another value of one of `flags`, those that decide the result, or with other data.
+    `frozen`: WavLM does not train in the first stage, so frozen.pt has its weights.
     """
-    needed, directory = [], files.directory
-    if "data" in last:  # the content counts, wherever it is now
-        places = {"data", "features_dir", "vectors"}
-        if "speaker vector" in files.data.partition("\n")[0]:
-            places.add("speaker")
-        flags = {flag: value for flag, value in flags.items() if flag not in places}
-    if last["world_size"] != distributed.world_size():
-        raise UserError(
-            f"--resume: the interrupted run had {last['world_size']} ranks, this one has "
-            f"{distributed.world_size()}: start as many"
-        )
-    if last["progress"]["best_epoch"]:
-        needed.append("best.pt")
-    if frozen:
-        needed.append("frozen.pt")
-    contents = {"--resume": last}
-    for name in needed:
+    last, contents = load_last(files.directory, files.writes), {}
+    if last is None and not files.is_complete():
+        return None
+    if last:
+        contents["--resume"] = last
+        if last["world_size"] != distributed.world_size():
+            raise UserError(
+                f"--resume: the interrupted run had {last['world_size']} ranks, this one has "
+                f"{distributed.world_size()}: start as many"
+            )
+    needed = ["best.pt"] if last is None or last["progress"]["best_epoch"] else []
+    for name in [*needed, "frozen.pt"] if frozen else needed:
         try:
-            contents[f"{directory / name}"] = read_checkpoint(directory / name)
+            contents[f"{files.directory / name}"] = read_checkpoint(files.directory / name)
         except UserError as error:
             raise UserError(f"--resume: {error}: start anew with --overwrite") from None
     for what, content in contents.items():
-        before = content["args"]
-        for flag in sorted(flags.keys() & before.keys()):
-            if before[flag] != flags[flag]:
-                raise UserError(
-                    f"{what}: --{flag} was {before[flag]} in the interrupted run and is "
-                    f"{flags[flag]} now: give the old value, or start anew with --overwrite"
-                )
-        if content.get("epoch", math.inf) < last["progress"]["best_epoch"]:
+        check_same_run(what, content, flags, files)
+        if last and content.get("epoch", math.inf) < last["progress"]["best_epoch"]:
             raise UserError(f"{what} is older than last.pt: start anew with --overwrite")
-    for flag in sorted(flags.keys() - last["args"].keys()):
+    first = next(iter(contents.values()))
+    for flag in sorted(flags.keys() - first["args"].keys()):
         log.info(f"--resume: --{flag} {flags[flag]} is new since the run began")
-    if "data" not in last:
-        log.warning("--resume: last.pt is of older code: whether the data has changed is not known")
-    elif last["data"] != files.data_digest:
-        before = directory / "data.csv"
-        text = before.read_text("utf-8", errors="replace") if before.is_file() else ""
-        what = "data.csv, which would tell in what, is missing or damaged"
-        if digest(text) == last["data"]:
-            what = differences(text, files.data)
-        raise UserError(
-            f"--resume: the data differs from that of the interrupted run: {what}: restore it, or "
-            "start anew with --overwrite"
-        )
+    return first
+
+
+def check_same_run(what: str, content: dict, flags: dict, files: "RunFiles") -> None:
+    """UserError if the content of a checkpoint is of a run with other data, or with another value
+    of a flag that both know."""
+    before = content["args"]
+    places = {"data", "features_dir", "vectors"}  # wherever the data is now, its digest counts
+    if "speaker vector" in files.data.partition("\n")[0]:
+        places.add("speaker")
+    for flag in sorted(flags.keys() & before.keys() - places):
+        if before[flag] != flags[flag]:
+            raise UserError(
+                f"{what}: --{flag} was {before[flag]} in the interrupted run and is {flags[flag]} "
+                "now: give the old value, or start anew with --overwrite"
+            )
+    if content.get("data", files.data_digest) == files.data_digest:
+        return
+    path = files.directory / "data.csv"
+    text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
+    found = "data.csv, which would tell in what, is missing or damaged"
+    if digest(text) == content["data"]:
+        found = differences(text, files.data)
+    raise UserError(
+        f"--resume: the data differs from that of the interrupted run: {found}: restore it, or "
+        "start anew with --overwrite"
+    )
 
 
 def is_wavlms_own(name: str) -> bool:
@@ -216,13 +208,11 @@ def is_wavlms_own(name: str) -> bool:
     return name.startswith(WAVLM) and not name.endswith(LORA)
 
 
-def wavlm_weights(model: EmotionModel) -> dict[str, Tensor]:
-    return {k: v for k, v in model.state_dict().items() if is_wavlms_own(k)}
-
-
-def other_weights(model: EmotionModel) -> dict[str, Tensor]:
-    """All weights except those of a WavLM that has not trained, which are in frozen.pt, once."""
-    return {k: v for k, v in model.state_dict().items() if not is_wavlms_own(k)}
+def split_weights(model: EmotionModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(WavLM's own weights, all others): while WavLM is frozen, its own are in frozen.pt, once."""
+    weights = model.state_dict()
+    own = {name: tensor for name, tensor in weights.items() if is_wavlms_own(name)}
+    return own, {name: tensor for name, tensor in weights.items() if name not in own}
 
 
 def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
@@ -276,7 +266,6 @@ def audio_source(
 # The data of a run
 
 
-@without_gc()
 def data_table(fold: Fold) -> str:
     """CSV of all that the data decides about a run: a line per utterance, with digests instead of
     paths, so that moved files are the same data."""
@@ -410,20 +399,6 @@ def claim(path: Path, resume: bool, overwrite: bool) -> TextIO:
     return lock
 
 
-def end_status(directory: Path, exit_code: int, reason: str) -> None:
-    """Completes status.json of this process or its torchrun, which turns every exit code into 1.
-
-    The first rank that ends says why: torchrun ends the others by a signal.
-    """
-    with contextlib.suppress(OSError, ValueError):  # no such file, or no room for a new one
-        status = json.loads((directory / "status.json").read_text())
-        same_launcher = "TORCHELASTIC_RUN_ID" in os.environ and status["launcher"] == os.getppid()
-        ours = status["pid"] == os.getpid() or same_launcher
-        if ours and status["host"] == platform.node() and status["exit_code"] is None:
-            now = {"exit_code": exit_code, "reason": reason, "time": time.time()}
-            replace_text(directory / "status.json", json.dumps(status | now, indent=1) + "\n")
-
-
 class RunFiles:
     """What a run writes: checkpoints, metrics.jsonl, TensorBoard, JSON and CSV files.
 
@@ -514,15 +489,15 @@ class RunFiles:
         status |= {"host": platform.node(), "pid": os.getpid(), "launcher": os.getppid()}
         self.write_json("status.json", status)
 
-    @without_gc()
     def write_splits(self, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
         """splits.json: per split {utt_id: (audio path, start, end)}; data.csv; skipped.csv."""
         sources, folders = {}, {}
         for split, rows in splits.items():
             utterances = [corpus.utterances[row] for row in rows]
             sources[split] = {u.utt_id: audio_source(u, folders) for u in utterances}
-        self.write_json("splits.json", sources)
         if self.writes:
+            text = json.dumps(sources)  # with indent it takes ten times as long
+            replace_text(self.directory / "splits.json", text + "\n")
             replace_text(self.directory / "data.csv", self.data)
             write_skipped(self.directory / "skipped.csv", corpus)
 
