@@ -719,7 +719,8 @@ th:first-child, td:first-child { text-align: left }
 h2 { margin-top: 2.5rem } img { max-width: 100% } figure { margin: 1.5rem 0 }
 </style></head><body>
 {% for section in sections %}<h2>{{ section.title }}</h2>
-{% if section.table is not none %}{{ section.table.to_html(index=False, border=0) | safe }}{% endif %}
+{% if section.table is not none %}
+{{ section.table.to_html(index=False, border=0) | safe }}{% endif %}
 <ul>{% for note in section.notes %}<li>{{ note }}</li>{% endfor %}</ul>
 {% for caption, png in section.pictures.items() %}<figure>
 <img src="data:image/png;base64,{{ png }}" alt=""><figcaption>{{ caption }}</figcaption></figure>

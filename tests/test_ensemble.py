@@ -6,8 +6,17 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import TARGETS, change_predictions, elsewhere, figures_of, run, write_fold
-from test_seeds import SCORES, ccc, drawn_plainly, grid, noisy, quick, rows_of
+from test_report import (
+    TARGETS,
+    ccc,
+    change_predictions,
+    drawn_plainly,
+    elsewhere,
+    figures_of,
+    run,
+    write_fold,
+)
+from test_seeds import SCORES, grid, noisy, quick, rows_of
 
 from util import files
 

@@ -522,18 +522,6 @@ for words in {[["--help"], ["--checkpoint", str(directory), str(corpus.parent / 
     )
 
 
-def test_a_package_that_a_run_needs_is_named_with_its_version(
-    trained, corpus, tmp_path, monkeypatch
-):
-    (tmp_path / "opensmile.py").write_text("raise OSError('libSMILEapi.so: cannot open')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "opensmile", raising=False)
-    with pytest.raises(
-        UserError, match=r"needs opensmile, which does not work \(opensmile \d.*libSMILEapi"
-    ):
-        predicted(["--checkpoint", trained, corpus.parent / "s1d0t0.wav"], tmp_path / "out.csv")
-
-
 # --- windows
 
 
@@ -760,13 +748,6 @@ def test_flags_that_exclude_each_other_are_one_line(words, said, capsys):
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 2  # usage, then the error
-
-
-def test_the_command_line_exits_with_2_and_one_line(tmp_path):
-    command = [sys.executable, "predict.py", "--checkpoint", "x", "y.wav", "--out", "z.csv"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "y.wav" in done.stderr
 
 
 def test_a_kept_cache_gives_the_same_predictions_without_decoding_again(

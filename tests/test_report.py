@@ -20,7 +20,6 @@ from matplotlib.image import imread
 
 import report
 import train
-from model import metrics
 from util import files, intervals, pictures, runs
 
 ROOT = Path(__file__).parent.parent
@@ -220,17 +219,26 @@ def test_bootstrap_interval_covers_the_true_ccc_about_95_times_in_100(monkeypatc
     assert 0.88 <= hits / trials <= 0.99
 
 
-def paired_plainly(one, two, ids):
-    """Interval of the difference of two mean CCCs in a plain loop over the same draws."""
-    (preds_one, labels), (preds_two, _) = one, two
-    size = int(ids.max()) + 1
-    draws, differences = np.random.default_rng(intervals.SEED), []
-    for _ in range(intervals.RESAMPLES // 100):
-        for times in draws.multinomial(size, np.full(size, 1 / size), size=100):
-            rows = np.repeat(np.arange(len(ids)), times[ids])
-            scores = [metrics(p[rows], labels[rows], TARGETS) for p in (preds_one, preds_two)]
-            differences.append(scores[0]["ccc_mean"] - scores[1]["ccc_mean"])
-    return np.quantile(differences, (0.025, 0.975))
+def ccc(p, y):
+    """Mean over the targets."""
+    cov = ((p - p.mean(0)) * (y - y.mean(0))).mean(0)
+    return np.mean(2 * cov / (p.var(0) + y.var(0) + (p.mean(0) - y.mean(0)) ** 2 + 1e-8))
+
+
+def drawn_plainly(preds, labels, speakers, other=None):
+    """Interval of the mean CCC (less that of `other`) in a plain loop over the same draws."""
+    names, ids = np.unique(speakers, return_inverse=True)
+    size, draws = len(names), np.random.default_rng(intervals.SEED)
+    times = [draws.multinomial(size, np.full(size, 1 / size), size=100) for _ in range(2)]
+    count = len(preds)
+    seeds = draws.multinomial(count, np.full(count, 1 / count), size=200)
+    values = []
+    for of_cluster, of_seed in zip(np.concatenate(times), seeds):
+        rows = np.repeat(np.arange(len(ids)), of_cluster[ids])
+        both = [preds] if other is None else [preds, other]
+        means = [np.average([ccc(p[rows], labels[rows]) for p in x], weights=of_seed) for x in both]
+        values.append(means[0] - (means[1] if other is not None else 0))
+    return np.quantile(values, (0.025, 0.975))
 
 
 def change_predictions(directory, **columns):
@@ -262,10 +270,10 @@ def test_paired_differences_are_those_of_a_plain_loop_over_the_utterances_of_bot
     for name in (two, one):
         rows = test_rows(name, "fold[12]")
         tables.append(rows[rows["utt_id"] != "u1-3"].sort_values("utt_id"))
-    ids, _ = intervals.cluster_ids(tables[0])
-    pairs = [runs.tensors(rows, TARGETS) for rows in tables]
-    scores = [metrics(*pair, TARGETS)["ccc_mean"] for pair in pairs]
-    expected = [scores[0] - scores[1], *paired_plainly(*pairs, ids)]
+    labels, speakers = tables[0][list(TARGETS)].to_numpy(), tables[0]["speaker"]
+    preds = [rows[runs.predicted(TARGETS)].to_numpy() for rows in tables]
+    interval = drawn_plainly(preds[0][None], labels, speakers, preds[1][None])
+    expected = [ccc(preds[0], labels) - ccc(preds[1], labels), *interval]
     assert paired["ccc_mean"] == pytest.approx(expected, abs=1e-9)
 
     assert run(two, one, "--baseline", two, "--out", tmp_path) == 1

@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 from test_report import (
     TARGETS,
+    ccc,
     change_predictions,
+    drawn_plainly,
     elsewhere,
     figures_of,
     line_of,
@@ -62,28 +64,6 @@ def rows_of(directory, seeds, folds=(1, 2)):
     ]
     preds = np.array([table[[f"pred_{t}" for t in TARGETS]] for table in tables])
     return preds, tables[0][list(TARGETS)].to_numpy(), tables[0]["speaker"].to_numpy()
-
-
-def ccc(p, y):
-    """Mean over the targets."""
-    cov = ((p - p.mean(0)) * (y - y.mean(0))).mean(0)
-    return np.mean(2 * cov / (p.var(0) + y.var(0) + (p.mean(0) - y.mean(0)) ** 2 + 1e-8))
-
-
-def drawn_plainly(preds, labels, speakers, other=None):
-    """Interval of the mean CCC (less that of `other`) in a plain loop over the same draws."""
-    names, ids = np.unique(speakers, return_inverse=True)
-    size, draws = len(names), np.random.default_rng(intervals.SEED)
-    times = [draws.multinomial(size, np.full(size, 1 / size), size=100) for _ in range(2)]
-    count = len(preds)
-    seeds = draws.multinomial(count, np.full(count, 1 / count), size=200)
-    values = []
-    for of_cluster, of_seed in zip(np.concatenate(times), seeds):
-        rows = np.repeat(np.arange(len(ids)), of_cluster[ids])
-        both = [preds] if other is None else [preds, other]
-        means = [np.average([ccc(p[rows], labels[rows]) for p in x], weights=of_seed) for x in both]
-        values.append(means[0] - (means[1] if other is not None else 0))
-    return np.quantile(values, (0.025, 0.975))
 
 
 def test_mean_spreads_and_intervals_over_seeds_and_folds_are_those_of_numpy(grid, capsys):
