@@ -462,15 +462,10 @@ def read_state(path: Path, key: str, device: torch.device) -> dict | None:
     """
     if not path.exists():
         return None
-    try:
-        content = read_checkpoint(path, device)
-    except UserError:
-        content = {}
-    fix = "give another file, or delete it"
-    if "state" not in content:
-        raise UserError(f"--state {path}: not a state of predict.py, or damaged: {fix}")
-    if content["checkpoint"] != key:
-        raise UserError(f"--state {path}: of another checkpoint than --checkpoint: {fix}")
+    content = read_checkpoint(path, device)
+    if content.get("checkpoint") != key:
+        fault = "not a state of predict.py, or one of another checkpoint"
+        raise UserError(f"--state {path}: {fault}: give another file, or delete it")
     return content["state"]
 
 

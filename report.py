@@ -383,24 +383,21 @@ def ensemble_of(experiments: list[Experiment]) -> dict:
     """Figures of the mean of the test predictions of all runs of a fold, against the best single
     run; all have the same targets.
 
-    Each seed of an experiment is a member. The best one is chosen on dev, over the same folds: the
-    best on test would be too good by chance. A fold that a member lacks is left out; UserError if
-    none is left, or if two members were not tested on the same utterances with the same labels.
+    Each seed of an experiment is a member. The best one is chosen on dev: the best on test would be
+    too good by chance. UserError if a run is missing, or if two members were not tested on the same
+    utterances with the same labels.
     """
+    if any(e.problems for e in experiments):
+        raise UserError("--ensemble: a run is missing: give --folds and --seeds that all RUNs have")
     targets, members, dev = experiments[0].targets, {}, {}
     for e in experiments:
         for seed in e.seeds:
             name = e.name if seed < 0 else f"{e.name}/seed{seed}"
             members[name] = e.tests[e.tests["seed"] == seed].assign(seed=-1)
-            dev[name] = {r.fold: e.folds[r]["dev/ccc_mean"] for r in e.present if r.seed == seed}
+            cccs = [figs["dev/ccc_mean"] for run, figs in e.folds.items() if run.seed == seed]
+            dev[name] = float(np.mean(cccs))
     if len(members) < 2:
         raise UserError("--ensemble: give several RUNs, or one with several seeds")
-    wanted = sorted({run.fold for e in experiments for run in e.folds})
-    lacking = {fold: [name for name in dev if fold not in dev[name]] for fold in wanted}
-    folds = [fold for fold in wanted if not lacking[fold]]
-    if not folds:
-        raise UserError(f"--ensemble: no fold is there in all of {', '.join(members)}")
-    members = {name: rows[rows["fold"].isin(folds)] for name, rows in members.items()}
     first, mean = next(iter(members.items()))
     preds = []
     for name, rows in members.items():
@@ -410,7 +407,6 @@ def ensemble_of(experiments: list[Experiment]) -> dict:
         _, rows = shared_rows(mean, rows, targets)
         preds.append(rows[runs.predicted(targets)])
     mean = mean.assign(**dict(zip(runs.predicted(targets), np.mean(preds, axis=0).T)))
-    dev = {name: float(np.mean([dev[name][fold] for fold in folds])) for name in members}
     best = max(dev, key=lambda name: np.nan_to_num(dev[name], nan=-1))
     scores, differences = {}, {}
     for fold, rows in mean.groupby("fold"):
@@ -419,11 +415,6 @@ def ensemble_of(experiments: list[Experiment]) -> dict:
     pooled, interval, clusters = pooled_scores(mean, targets)
     return {
         "members": list(members),
-        "notes": [
-            f"fold {fold} is left out: not there in {', '.join(names)}"
-            for fold, names in lacking.items()
-            if names
-        ],
         "best": best,
         "best_dev_ccc": dev[best],
         "best_pooled": mean_metrics(members[best], targets),
@@ -635,7 +626,6 @@ def ensemble_sections(ensemble: dict) -> list[Section]:
     title = f"Ensemble: mean of the test predictions of {len(ensemble['members'])} runs"
     notes = [
         f"of {', '.join(ensemble['members'])}",
-        *ensemble["notes"],
         f"best: {ensemble['best']}, the single run with the highest mean dev CCC "
         f"({ensemble['best_dev_ccc']:.3f}); one chosen on test would look better than it is",
     ]
