@@ -8,23 +8,23 @@
 The bytes are those of step.train_step on the meta device (util/tracing.py), so a changed model is
 planned with no line changed here. In every phase of a step they are linear in the batch size: two
 traces give the line, and one more confirms the batch it proposes. The hours are the floating-point
-operations of that step at a machine's rate. Also here: the search behind --batch_size auto.
+operations of that step at a machine's rate. Nothing here is tried on the device but --calibrate.
 
 tests/bench_memory.py compares plans with real steps. GiB = 2^30 bytes.
 Tags: [measured] by us, [P] published, [guess].
 """
 
 import argparse
-import contextlib
 import functools
 import json
+import logging
 import math
 import re
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,11 +37,11 @@ import data
 import flags
 import step
 from corpora import Corpus, make_splits, num_folds, read_corpus
-from model import AUTOCAST, EmotionModel, ModelConfig
+from model import AUTOCAST, EmotionModel
 from step import Progress
 from util import distributed, runs, tracing
 from util.distributed import GIB, uses_cuda
-from util.files import UserError, digest, replace_text
+from util.files import UserError, replace_text, run_script
 from util.tracing import KINDS, Trace
 from wavlm import read_config
 
@@ -50,11 +50,14 @@ ALLOCATOR_SLACK = 0.02  # of the peak, lost in the allocator's segments [guess]
 FITS, TIGHT = 0.90, 0.97  # shares of the card: clips of many lengths fragment what is reserved
 CUBLAS_BYTES, HOPPER_CUBLAS_BYTES = 8_519_680, 2**25  # per thread: forward's and backward's [P]
 BATCHES = (1, 4, 8, 16, 32, 64)
+LESS_MEMORY = "lower --max_seconds, unfreeze less, or give --gradient_checkpointing"
 PADDED = 1.06  # seconds with padding per second of audio, in batches of like length [measured]
 UTILIZATION = (0.1, 0.5)  # share of a card's published peak that training reaches [guess]
 CPU_TFLOPS = 0.05  # of one core, float32 [guess]
 
-# GiB, dense half-precision and TF32 (float32 if a card has no TF32) TFLOPS [P: vendors]
+log = logging.getLogger("vatune")
+
+# GiB, and TFLOPS in dense half precision and in TF32 (float32 without it) [P: vendors]
 GPUS = {
     "t4": (15, 65, 8.1), "v100": (32, 125, 15.7), "rtx2080ti": (11, 53.8, 13.4),
     "rtx3090": (24, 71, 35.6), "rtx4090": (24, 165, 82.6), "rtx5090": (32, 210, 105),
@@ -109,31 +112,31 @@ def make_batch(
 ) -> dict[str, Tensor]:
     """A micro-batch of `size` utterances of shape.length, as data.Batches makes them, with random
     values on the model's device; if `cached`, with what its frozen part makes of the audio."""
+    samples = max(data.MIN_SAMPLES, shape.length)
+    sizes = {"labels": (len(args.targets),)}
+    if cached:
+        mask, length = "frame_mask", model.encoder.wavlm.frame_lengths(samples)
+        sizes |= model.frozen_shapes(samples)
+    elif shape.frame_dim:
+        mask, length = "frame_mask", shape.length
+        sizes["frames"] = (length, shape.frame_dim)
+    else:
+        mask, length = "attention_mask", samples
+        sizes["input_values"] = (length,)
+    if args.prosody == "egemaps":
+        sizes["prosody"] = (88,)
+    if shape.speaker_dim:
+        sizes["speaker"] = (shape.speaker_dim,)
+    if shape.vector_dims:
+        sizes["vectors"] = (sum(shape.vector_dims),)
     turns = args.context if size % args.context == 0 else 1
     with next(model.parameters()).device:
-        batch = {
-            "labels": torch.rand(size, len(args.targets)),
-            "chunk_index": torch.arange(size).reshape(-1, turns),
-        }
-        if cached:
-            samples = max(data.MIN_SAMPLES, shape.length)
-            frames = model.encoder.wavlm.frame_lengths(samples)
-            batch["frame_mask"] = torch.ones(size, frames, dtype=torch.bool)
-            for name, state in model.frozen_shapes(samples).items():
-                batch[name] = torch.rand(size, *state, dtype=step.stored_dtype(name, args))
-        elif shape.frame_dim:
-            batch["frames"] = torch.rand(size, shape.length, shape.frame_dim)
-            batch["frame_mask"] = torch.ones(size, shape.length, dtype=torch.bool)
-        else:
-            samples = max(data.MIN_SAMPLES, shape.length)
-            batch["input_values"] = torch.rand(size, samples)
-            batch["attention_mask"] = torch.ones(size, samples, dtype=torch.bool)
-        if args.prosody == "egemaps":
-            batch["prosody"] = torch.rand(size, 88)
-        if shape.speaker_dim:
-            batch["speaker"] = torch.rand(size, shape.speaker_dim)
-        if shape.vector_dims:
-            batch["vectors"] = torch.rand(size, sum(shape.vector_dims))
+        batch = {name: torch.rand(size, *dims) for name, dims in sizes.items()}
+        batch["chunk_index"] = torch.arange(size).reshape(-1, turns)
+        batch[mask] = torch.ones(size, length, dtype=torch.bool)
+    for name in ("stream", "hidden"):  # as the cache holds them
+        if name in batch:
+            batch[name] = batch[name].to(step.stored_dtype(name, args))
     return batch
 
 
@@ -158,10 +161,8 @@ def with_flags(args: argparse.Namespace, **changes: object) -> argparse.Namespac
 
 
 def with_batch(args: argparse.Namespace, size: int, world_size: int) -> argparse.Namespace:
-    """A copy of the flags with another micro-batch, and what follows from it.
-
-    As with --batch_size auto if that was given; else the accumulation stays, not the global batch.
-    """
+    """A copy of the flags with another micro-batch; unless --batch_size is auto, the accumulation
+    stays, not the global batch."""
     copy = with_flags(args)
     if args.batch_size != "auto":
         copy.global_batch_size = None
@@ -190,14 +191,18 @@ class Planner:
         self.args, self.shape, self.world_size = args, shape, world_size
         self.on_gpu = uses_cuda(args.device)
         self.capacity_gib = capacity_gib(args)
-        self.workspaces = 0  # bytes that cuBLAS holds
-        if self.on_gpu:
-            hopper = getattr(args, "gpu", None) in HOPPER
-            if torch.cuda.is_available():
-                hopper = torch.cuda.get_device_capability()[0] >= 9
-            self.workspaces = 2 * (HOPPER_CUBLAS_BYTES if hopper else CUBLAS_BYTES)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.traces: dict[tuple, Trace] = {}
+
+    @functools.cached_property
+    def workspaces(self) -> int:
+        """Bytes that cuBLAS holds."""
+        if not self.on_gpu:
+            return 0
+        hopper = getattr(self.args, "gpu", None) in HOPPER
+        if torch.cuda.is_available():
+            hopper = torch.cuda.get_device_capability()[0] >= 9
+        return 2 * (HOPPER_CUBLAS_BYTES if hopper else CUBLAS_BYTES)
 
     @functools.cached_property
     def model(self) -> EmotionModel:
@@ -271,10 +276,19 @@ class Planner:
                     peaks[phase] = kinds
         return peaks
 
+    def plan(self, args: argparse.Namespace) -> Plan:
+        """The worst moment with utterances of shape.length, evaluation included."""
+        seconds = args.batch_size * self.shape.length / self.shape.rate
+        flops = {
+            stage: (self.trace(args, stage).flops.sum(0) / seconds).tolist()
+            for stage in step.stages(args.unfreeze)
+        }
+        return self.as_plan(args.batch_size, self.peaks(args, args.unfreeze), flops)
+
     def as_plan(
-        self, size: int, peaks: dict[str, Sequence[float]], flops: dict[str, list[float]]
+        self, size: int, peaks: dict[str, np.ndarray], flops: dict[str, list[float]]
     ) -> Plan:
-        moment = max(peaks, key=lambda phase: sum(peaks[phase]))
+        moment = max(peaks, key=lambda phase: peaks[phase].sum())
         kinds = dict(zip(KINDS, np.rint(peaks[moment]).astype(int).tolist()))
         peak = needed = sum(kinds.values()) / GIB
         if self.on_gpu:
@@ -284,78 +298,50 @@ class Planner:
         verdict = "fits" if share < FITS else "tight" if share < TIGHT else "does not fit"
         return Plan(kinds, moment, size, peak, needed, self.capacity_gib, verdict, flops)
 
-    def traced(self, args: argparse.Namespace) -> dict[str, dict]:
-        """What as_plan needs besides the size."""
-        seconds = args.batch_size * self.shape.length / self.shape.rate
-        peaks = {phase: kinds.tolist() for phase, kinds in self.peaks(args, args.unfreeze).items()}
-        flops = {
-            stage: (self.trace(args, stage).flops.sum(0) / seconds).tolist()
-            for stage in step.stages(args.unfreeze)
-        }
-        return {"peaks": peaks, "flops": flops}
-
-    def plan(self, args: argparse.Namespace) -> Plan:
-        """The worst moment with utterances of shape.length, evaluation included."""
-        return self.as_plan(args.batch_size, **self.traced(args))
-
     def line(self, unfreeze: str) -> Callable[[int], Plan]:
         """size -> plan, from the line through two traced sizes.
 
         Below them, where the frozen CNN's slices are not full, from the line to the smallest size:
         the highest moment is a convex function of the size, so that errs on the safe side.
         """
-        few = self.args.context * math.ceil(8 / self.args.context)
-        given = self.args
-        if given.batch_size == "auto":
-            given = with_flags(given, global_batch_size=None)
+        given = with_flags(self.args, global_batch_size=None)
+        one, few = given.context, given.context * math.ceil(8 / given.context)
         traced = {
             size: self.peaks(with_batch(given, size, self.world_size), unfreeze)
-            for size in (given.context, few, 4 * few)
+            for size in (one, few, 4 * few)
         }
 
         def at(size: int) -> Plan:
-            low, high = (given.context, few) if size < few else (few, 4 * few)
+            low, high = (one, few) if size < few else (few, 4 * few)
             share = (size - low) / (high - low)
-            one, two = traced[low], traced[high]
-            return self.as_plan(size, {p: one[p] + share * (two[p] - one[p]) for p in one}, {})
+            peaks = {p: a + share * (traced[high][p] - a) for p, a in traced[low].items()}
+            return self.as_plan(size, peaks, {})
 
         return at
 
 
-def plan(
-    args: argparse.Namespace, shape: data.InputShape, config: ModelConfig, world_size: int
-) -> Plan:
-    """Planner.plan, whose traces the folds and resumed runs of an experiment find in --cache_dir.
-
-    The key holds all flags but those that cannot matter, the model, torch and this code.
-    """
-    planner = Planner(args, shape, world_size)
-    free = flags.FREE_ON_RESUME | {"fold", "seed", "name"}
-    decisive = {name: value for name, value in vars(args).items() if name not in free}
-    here = Path(__file__).parent
-    code = [path.read_text() for path in sorted([*here.glob("*.py"), *here.glob("util/*.py")])]
-    key = digest(
-        decisive, asdict(shape), asdict(config), world_size, planner.on_gpu, planner.workspaces,
-        torch.__version__, code,
-    )  # fmt: skip
-    path = Path(args.cache_dir) / f"plan-{key}.json"
-    traced = runs.read_json(path)
-    if not traced:
-        traced = planner.traced(args)
-        with contextlib.suppress(OSError):  # a cache that may only be read
-            replace_text(path, json.dumps(traced))
-    return planner.as_plan(args.batch_size, **traced)
+def plan_run(args: argparse.Namespace, shape: data.InputShape, world_size: int) -> Plan | None:
+    """The plan of a run; None, with a line in the log, if its step looks at values of tensors, as a
+    changed one may: on the meta device they have none."""
+    try:
+        return Planner(args, shape, world_size).plan(args)
+    except (RuntimeError, TypeError) as error:
+        text = str(error).partition("\n")[0]
+        if "meta" not in text.lower():
+            raise
+        log.warning(
+            f"memory is not planned, torch's meta device cannot run this step: {text[:160]}"
+        )
+        return None
 
 
 # ---------------------------------------------------------------------------------------------
-# --batch_size auto
+# The largest batch, for --batch_size auto
 
 
 def batch_sizes(args: argparse.Namespace, world_size: int, largest: int = 1024) -> list[int]:
     """Micro-batches of complete chunks of turns; those that divide --global_batch_size, if given.
-
-    UserError if there is none.
-    """
+    UserError if there is none."""
     sizes = list(range(args.context, largest + 1, args.context))
     if args.global_batch_size:
         sizes = [size for size in sizes if args.global_batch_size % (size * world_size) == 0]
@@ -381,8 +367,8 @@ def largest_batch(
             return found
     raise UserError(
         f"--batch_size auto: {size} utterances of {shape.length / shape.rate:g} s need "
-        f"{found.needed_gib:.1f} GiB, more than {FITS:.0%} of {planner.capacity_gib:.1f}: lower "
-        "--max_seconds, unfreeze less, or give --gradient_checkpointing"
+        f"{found.needed_gib:.1f} GiB, more than {FITS:.0%} of {planner.capacity_gib:.1f}: "
+        f"{LESS_MEMORY}"
     )
 
 
@@ -406,87 +392,6 @@ def random_step(
         step.train_step(model, batches, optimizer, scaler, args, Progress())
 
     distributed.guard_memory(update, model, step.zero_sums(device, args))
-
-
-def probe(model: EmotionModel, args: argparse.Namespace, shape: data.InputShape) -> bool:
-    """True if steps of the longest utterances run in every stage, and a batch of evaluation.
-
-    All ranks participate. The weights are put back.
-    """
-    before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
-    fits = True
-    try:
-        for stage in step.stages(args.unfreeze):
-            optimizer = step.build_optimizer(model, with_flags(args, unfreeze=stage))
-            for _ in range(2):  # the second has all optimizer states
-                random_step(model, optimizer, args, shape, stage)
-        encode(model, args, shape)
-    except (RuntimeError, MemoryError) as error:  # in a step: StepTooLarge, on all ranks
-        if not distributed.is_out_of_memory(error):
-            raise
-        fits = False
-    finally:
-        optimizer = None  # makes room
-        model.zero_grad()
-        model.load_state_dict(before)
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-    return not distributed.any_rank(not fits)
-
-
-def auto_batch(
-    model: EmotionModel,
-    args: argparse.Namespace,
-    shape: data.InputShape,
-    ranks: distributed.Ranks,
-    largest: int,
-) -> tuple[int, str]:
-    """(micro-batch up to `largest`, how it was found) for --batch_size auto.
-
-    The plan proposes, a probe confirms, all ranks take the smallest (all ranks participate).
-    UserError if nothing fits.
-    """
-    world_size, device = ranks.world_size, ranks.device
-    fault = "--batch_size auto: nothing fits: lower --max_seconds, unfreeze less, or give "
-    fault += "--gradient_checkpointing"
-    try:
-        size = largest_batch(args, shape, world_size, largest).batch_size
-    except UserError as error:
-        size, fault = 0, str(error)
-    size = proposed = min(distributed.gather(size))
-    while size:
-        trial = with_batch(args, size, world_size)
-        trial.gradient_accumulation_steps = min(2, trial.gradient_accumulation_steps)
-        distributed.reset_peak(device)
-        if probe(model, trial, shape):
-            peak = distributed.peak_gib(device)
-            distributed.reset_peak(device)
-            return size, f" | batch {size}, planned as {proposed} and probed at {peak:.2f} GiB"
-        smaller = [n for n in batch_sizes(args, world_size, size) if n <= 0.85 * size]
-        size = max(smaller, default=0)
-    raise UserError(fault)
-
-
-def choose_batch(
-    args: argparse.Namespace,
-    fold: data.Fold,
-    model: EmotionModel,
-    ranks: distributed.Ranks,
-    last: dict | None,
-) -> str:
-    """Sets the batch sizes that are not known yet; returns how one was found, for the log.
-
-    `last`: content of last.pt, whose run had found its micro-batch. All ranks participate.
-    """
-    world_size, note = ranks.world_size, ""
-    if last:
-        flags.split_batch(args, last["batch_size"], world_size, total=last["global_batch_size"])
-    elif args.batch_size == "auto":
-        largest = len(fold.splits["train"]) // (flags.AUTO_STEPS * world_size)
-        largest = max(args.context, largest)
-        size, note = auto_batch(model, args, fold.shape, ranks, largest)
-        flags.split_batch(args, size, world_size)
-    return note
 
 
 # ---------------------------------------------------------------------------------------------
@@ -518,39 +423,35 @@ def known_gpu(name: str) -> str | None:
     return next((gpu for gpu in GPUS if re.search(rf"\b{spaced(gpu)}\b", name.lower())), None)
 
 
-def device_here(args: argparse.Namespace) -> torch.device | None:
-    """The device that --gpu or --device names; None if it is not in this machine."""
+def device_name(args: argparse.Namespace) -> str:
+    """Name of the device that --device or --gpu means; an RTX 4090 if there is none."""
     if not uses_cuda(args.device):
-        return torch.device("cpu")
-    return torch.device("cuda") if torch.cuda.is_available() and not args.gpu else None
+        return distributed.device_name(torch.device("cpu"))
+    if torch.cuda.is_available() and not args.gpu:
+        return distributed.device_name(torch.device("cuda"))
+    return args.gpu or "rtx4090"
 
 
 def machine(args: argparse.Namespace) -> Machine:
-    """What --calibrate found here, else the published peak of --gpu or of the device here."""
-    device, gpu = device_here(args), args.gpu
-    if device:
-        name = distributed.device_name(device)
-        known = runs.read_json(Path(args.cache_dir) / "machine.json").get(name)
-        if known:
-            return Machine(**known)
-        if device.type == "cpu":
-            peak = CPU_TFLOPS * torch.get_num_threads()
-            return Machine("this CPU", peak, peak, UTILIZATION, "a guess: --calibrate")
-        gpu = known_gpu(name)
-    gpu = gpu or "rtx4090"
+    """What --calibrate found here, else the published peak of the card."""
+    name = device_name(args)
+    known = runs.read_json(Path(args.cache_dir) / "machine.json").get(name)
+    if known:
+        return Machine(**known)
+    if not uses_cuda(args.device):
+        peak = CPU_TFLOPS * torch.get_num_threads()
+        return Machine("this CPU", peak, peak, UTILIZATION, "a guess: --calibrate")
+    gpu = known_gpu(name) or "rtx4090"
     low, high = UTILIZATION
     source = f"{low:.0%} to {high:.0%} of its published peak (--calibrate narrows it)"
-    return Machine(gpu, GPUS[gpu][1], GPUS[gpu][2], UTILIZATION, source)
+    return Machine(gpu, *GPUS[gpu][1:], UTILIZATION, source)
 
 
 def achieved(
     found: Plan, stage: str, audio_speed: float, ranks: distributed.Ranks
 ) -> dict[str, float]:
-    """What a speed in seconds of audio per second is in operations: "tflops" of all ranks, and
-    "peak_share" of a card whose published peak is known.
-
-    Those of a step's longest utterances are taken, and of exact CCC's first forward none.
-    """
+    """A speed in seconds of audio per second as "tflops" of all ranks, with padding and without
+    exact CCC's first forward, and as "peak_share" of a card whose published peak is known."""
     tera = np.array(found.flops[stage]) * audio_speed / 1e12
     speeds = {"tflops": float(tera.sum())}
     gpu = known_gpu(distributed.device_name(ranks.device)) if ranks.cuda else None
@@ -559,17 +460,16 @@ def achieved(
     return speeds
 
 
-def calibrate(args: argparse.Namespace) -> Machine:
+def calibrate(args: argparse.Namespace) -> None:
     """Measures a real step of two layers of WavLM-Large here, and keeps the rates in
     --cache_dir."""
     device = torch.device("cuda" if uses_cuda(args.device) else "cpu")
-    shape, rates = data.InputShape(0, 0, 5 * data.SAMPLE_RATE, data.SAMPLE_RATE), []
+    rates = []
     for amp in ("fp16" if device.type == "cuda" else "bf16", "off"):
-        setting = with_flags(
-            args, wavlm="large", layers=[2], unfreeze="transformer", amp=amp, prosody="none",
-            speaker="none", encoder="wavlm", gradient_accumulation_steps=1, batch_size=4,
-            global_batch_size=4,
-        )  # fmt: skip
+        words = "--wavlm large --layers 2 --unfreeze transformer --prosody none --batch_size 4"
+        words += f" --max_seconds 5 --device {device} --amp {amp}"
+        setting = flags.parse_args(words.split(), 1)
+        shape = shape_of(setting)
         model = step.build_model(setting, shape).to(device)
         optimizer = step.build_optimizer(model, setting)
         seconds = []
@@ -586,20 +486,18 @@ def calibrate(args: argparse.Namespace) -> Machine:
     path = Path(args.cache_dir) / "machine.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(runs.read_json(path) | {name: asdict(found)}, indent=1))
-    return found
+    print(f"{name}: {rates[0]:.3f} TFLOPS in half precision, {rates[1]:.3f} in single: {path}")
 
 
 def finished_speed(args: argparse.Namespace) -> float | None:
     """Seconds of audio per second of a finished run below --out, on this device and with these
     settings; None without one."""
-    device = device_here(args)
     out = Path(args.out)
-    results = [*out.glob("*/fold*/result.json"), *out.glob("*/seed*/fold*/result.json")]
-    for path in sorted(results) if device else ():
+    for path in (*out.glob("*/fold*/result.json"), *out.glob("*/seed*/fold*/result.json")):
         result, given = runs.read_json(path), runs.read_json(path.with_name("args.json"))
         given["wavlm"] = KNOWN_SHAPES.get(given.get("wavlm"), given.get("wavlm"))
         same = all(given.get(name) == getattr(args, name) for name in SPEED_FLAGS)
-        if same and result.get("device") == distributed.device_name(device):
+        if same and result.get("device") == device_name(args):
             return result.get("audio_seconds_per_second")
     return None
 
@@ -633,19 +531,13 @@ def clips(args: argparse.Namespace, from_data: bool) -> Clips:
     lengths = np.exp(np.random.default_rng(0).normal(1.26, 0.66, 10_000)).clip(0.585, 34.14)
     mean = float(np.minimum(lengths, args.max_seconds).mean())
     seconds = {name: count * mean for name, count in counts.items()}
-    return Clips(
-        seconds,
-        sum(counts.values()),
-        5,
-        "IEMOCAP's number and lengths of utterances (--data: yours)",
-    )
+    source = "IEMOCAP's number and lengths of utterances (--data: yours)"
+    return Clips(seconds, sum(counts.values()), 5, source)
 
 
-def fold_flops(planner: Planner, unfreeze: str, clips: Clips) -> np.ndarray:
-    """(2,) operations of a fold in half and in single precision, on each rank.
-
-    Those per second of the longest utterances, times seconds of audio with padding.
-    """
+def fold_flops(planner: Planner, unfreeze: str, audio: Clips) -> np.ndarray:
+    """(2,) operations of a fold in half and in single precision, on each rank: those per second of
+    the longest utterances, times seconds of audio with padding."""
     args, longest = planner.args, planner.shape.length / planner.shape.rate
     trained, evaluated = args.batch_size * longest, evaluation_size(planner.shape) * longest
     total = np.zeros(2)
@@ -657,47 +549,48 @@ def fold_flops(planner: Planner, unfreeze: str, clips: Clips) -> np.ndarray:
         if args.exact_ccc == "on" and args.loss == "ccc":  # all micro-steps but one run twice
             per_second = per_second + (1 - 1 / args.gradient_accumulation_steps) * (encode - frozen)
         if step.reads_cache(args, stage):
-            total += frozen * sum(clips.seconds.values())
+            total += frozen * sum(audio.seconds.values())
             encode = encode - frozen
-        total += epochs * per_second * clips.seconds["train"]
-        total += epochs / args.eval_every * encode * clips.seconds["dev"]
+        total += epochs * per_second * audio.seconds["train"]
+        total += epochs / args.eval_every * encode * audio.seconds["dev"]
     return PADDED * total / planner.world_size
 
 
-def disk_gib(planner: Planner, unfreeze: str, clips: Clips) -> float:
+def cache_gib(planner: Planner, unfreeze: str, audio: Clips) -> float:
     """Size of the caches of frozen parts, which all folds share."""
-    total = 0.0
+    args, total = planner.args, 0.0
+    samples = int(data.SAMPLE_RATE * sum(audio.seconds.values()) / audio.count)
     for stage in step.stages(unfreeze):
-        if step.reads_cache(planner.args, stage):
-            step.set_trainable(planner.model, stage, planner.args.train_only)
-            samples = int(data.SAMPLE_RATE * sum(clips.seconds.values()) / clips.count)
-            total += clips.count * step.cached_bytes(planner.model, planner.args, samples)
+        if step.reads_cache(args, stage):
+            step.set_trainable(planner.model, stage, args.train_only)
+            total += audio.count * step.cached_bytes(planner.model, args, samples)
     return total / GIB
 
 
-def hours(planner: Planner, own: argparse.Namespace, unfreezes: list[str]) -> list[dict]:
-    """(fewest, most) hours of a fold and of all folds on --gpus, for each of `unfreezes`."""
-    args, audio, speed = planner.args, clips(planner.args, own.from_data), machine(planner.args)
-    rounds, found = math.ceil(audio.folds / (own.gpus // own.world_size)), []
-    for unfreeze in unfreezes:
-        of_fold, source = speed.hours(fold_flops(planner, unfreeze, audio)), speed.source
-        measured = finished_speed(args) if unfreeze == args.unfreeze else None
-        if measured:
-            of_fold = np.full(2, args.epochs * audio.seconds["train"] / measured / 3600)
-            source = "a finished run here"
-        found.append(
-            {
-                "fold": of_fold.tolist(), "all_folds": (rounds * of_fold).tolist(),
-                "cache_gib": disk_gib(planner, unfreeze, audio),
-                "folds": audio.folds, "machine": speed.name, "source": source,
-                "clips": audio.source,
-            }
-        )  # fmt: skip
-    return found
+def hours(planner: Planner, own: argparse.Namespace, audio: Clips, unfreeze: str) -> dict:
+    """(fewest, most) hours of a fold and of all folds on --gpus, and what they follow from."""
+    args, speed = planner.args, machine(planner.args)
+    of_fold, source = speed.hours(fold_flops(planner, unfreeze, audio)), speed.source
+    measured = finished_speed(args) if unfreeze == args.unfreeze else None
+    if measured:
+        of_fold = np.full(2, args.epochs * audio.seconds["train"] / measured / 3600)
+        source = "a finished run here"
+    rounds = math.ceil(audio.folds / (own.gpus // own.world_size))
+    return {
+        "fold": of_fold.tolist(), "all_folds": (rounds * of_fold).tolist(),
+        "cache_gib": cache_gib(planner, unfreeze, audio), "folds": audio.folds,
+        "machine": speed.name, "source": source, "clips": audio.source,
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
 # Command line
+
+
+def file_width(directory: str) -> int | None:
+    """Width of the vectors in the first .npy file there."""
+    file = next(iter(sorted(Path(directory).glob("*.npy"))), None)
+    return np.load(file, mmap_mode="r", allow_pickle=False).shape[-1] if file else None
 
 
 def shape_of(args: argparse.Namespace, from_data: bool = False) -> data.InputShape:
@@ -706,17 +599,12 @@ def shape_of(args: argparse.Namespace, from_data: bool = False) -> data.InputSha
     UserError if --features_dir or --vectors holds none. The rate of features is that of the corpus
     if --data was given.
     """
-
-    def width_of(directory: str) -> int | None:
-        file = next(iter(sorted(Path(directory).glob("*.npy"))), None)
-        return np.load(file, mmap_mode="r", allow_pickle=False).shape[-1] if file else None
-
     speaker = {"none": 0, "ecapa": 192, "xvector": 512}.get(args.speaker)
     if speaker is None:
-        speaker = width_of(args.speaker) or 512  # an x-vector model
+        speaker = file_width(args.speaker) or 512  # an x-vector model
     frames, rate = 0, data.SAMPLE_RATE
     if args.features_dir:
-        frames, rate = width_of(args.features_dir), args.feature_rate
+        frames, rate = file_width(args.features_dir), args.feature_rate
         if frames is None:
             raise UserError(f"--features_dir {args.features_dir}: no <utt_id>.npy there")
         if not rate and from_data:
@@ -725,18 +613,17 @@ def shape_of(args: argparse.Namespace, from_data: bool = False) -> data.InputSha
             rate = data.FRAME_RATE
             fix = "give --feature_rate, or --data"
             print(f"feature files of {rate} frames per second are assumed: {fix}", file=sys.stderr)
-    vector_dims = tuple(width_of(directory) for directory in args.vectors or ())
-    if None in vector_dims:
+    vectors = tuple(file_width(directory) for directory in args.vectors or ())
+    if None in vectors:
         raise UserError(f"--vectors {' '.join(args.vectors)}: no <utt_id>.npy in one of them")
-    return data.InputShape(speaker, frames, max(1, int(args.max_seconds * rate)), rate, vector_dims)
+    return data.InputShape(speaker, frames, max(1, int(args.max_seconds * rate)), rate, vectors)
 
 
 def comparable(args: argparse.Namespace) -> list[str]:
     """What --unfreeze is compared with; an encoder other than WavLM has nothing to freeze."""
     if args.encoder != "wavlm" or args.train_only:
         return [args.unfreeze]
-    depth = max(args.layers or [read_config(args.wavlm).num_hidden_layers])
-    top = min(6, depth)
+    top = min(6, max(args.layers or [read_config(args.wavlm).num_hidden_layers]))
     third = max(1, args.epochs // 3)
     rows = ["none", f"top:{top}", "all", args.unfreeze]
     if args.epochs >= 3 and "," not in args.unfreeze:
@@ -748,11 +635,10 @@ def plan_text(args: argparse.Namespace, found: Plan) -> str:
     """A plan for a person."""
     model = args.wavlm if args.encoder == "wavlm" else args.encoder
     on_gpu, peak = uses_cuda(args.device), sum(found.bytes.values())
-    where = f"{'GPU' if on_gpu else 'RAM'} of {found.capacity_gib:.1f} GiB"
     lines = [
         f"{model} | unfreeze {args.unfreeze} | batch {args.batch_size} x "
         f"{args.gradient_accumulation_steps} micro-steps of {args.max_seconds:g} s | "
-        f"amp {args.amp} | {where}",
+        f"amp {args.amp} | {'GPU' if on_gpu else 'RAM'} of {found.capacity_gib:.1f} GiB",
         "",
     ]
     for kind, size in found.bytes.items():
@@ -768,34 +654,33 @@ def plan_text(args: argparse.Namespace, found: Plan) -> str:
     return "\n".join(lines)
 
 
-def table_text(planner: Planner, own: argparse.Namespace) -> str:
+def span(hours: list[float]) -> str:
+    low, high = (f"{value:.2f}" for value in hours)
+    return low if low == high else f"{low}-{high}"
+
+
+def table_text(planner: Planner, own: argparse.Namespace, audio: Clips) -> str:
     """Bytes at other batch sizes and hours, for each choice of --unfreeze."""
-    args, unfreezes = planner.args, comparable(planner.args)
-    sizes = [args.context * n for n in BATCHES]
+    args, mark = planner.args, {"fits": " ", "tight": "?", "does not fit": "!"}
     every = batch_sizes(with_flags(args, global_batch_size=None), own.world_size)
-    mark = {"fits": " ", "tight": "?", "does not fit": "!"}
-    costs = hours(planner, own, unfreezes)
-    all_folds = f"{costs[0]['folds']} folds, {own.gpus} GPU" + ("s" if own.gpus > 1 else "")
-
-    def span(hours: list[float]) -> str:
-        low, high = (f"{value:.2f}" for value in hours)
-        return low if low == high else f"{low}-{high}"
-
-    rows = []
-    for unfreeze, cost in zip(unfreezes, costs):
-        line = planner.line(unfreeze)
-        plans = {size: line(size) for size in sizes}
-        row = {size: f"{p.needed_gib:.2f}{mark[p.verdict]}" for size, p in plans.items()}
+    all_folds = f"{audio.folds} folds, {own.gpus} GPU" + ("s" if own.gpus > 1 else "")
+    without_lora = Planner(with_flags(args, lora=0), planner.shape, planner.world_size)
+    rows, sources = {}, {}
+    for unfreeze in comparable(args):
+        row_planner = planner if "lora" in unfreeze or not args.lora else without_lora
+        line, cost = row_planner.line(unfreeze), hours(row_planner, own, audio, unfreeze)
+        row = {}
+        for size in (args.context * n for n in BATCHES):
+            row[size] = f"{line(size).needed_gib:.2f}{mark[line(size).verdict]}"
         row["largest"] = max((n for n in every if line(n).verdict == "fits"), default=0)
         row |= {"h per fold": span(cost["fold"]), all_folds: span(cost["all_folds"])}
         row["cache GiB"] = f"{cost['cache_gib']:.2f}"
-        rows.append(row)
-    table = pd.DataFrame(rows, index=unfreezes)
+        rows[unfreeze], sources[cost["source"]] = row, cost["machine"]
+    table = pd.DataFrame(rows.values(), index=list(rows))
     table.columns.name = "GiB at batch size"
-    sources = ", ".join(dict.fromkeys(cost["source"] for cost in costs))
     return (
         f"{table.to_string()}\n(? tight, ! does not fit {planner.capacity_gib:.1f} GiB)\n"
-        f"({args.epochs} epochs, {costs[0]['clips']}; {costs[0]['machine']}: {sources})"
+        f"({args.epochs} epochs, {audio.source}; {cost['machine']}: {', '.join(sources)})"
     )
 
 
@@ -818,7 +703,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
         help="the plan and hours of this setting as JSON, without the table")
     p.add_argument("--calibrate", action="store_true", help="measure this machine's speed and stop")
     # fmt: on
-    own, rest = p.parse_known_args(sys.argv[1:] if argv is None else argv)
+    own, rest = p.parse_known_args(argv)
     own.gpus = own.world_size if own.gpus is None else own.gpus
     if not 1 <= own.world_size <= own.gpus:
         p.error(f"--world_size {own.world_size} --gpus {own.gpus}: need 1 <= world_size <= gpus")
@@ -837,38 +722,28 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpa
 
 def run(args: argparse.Namespace, own: argparse.Namespace) -> None:
     """Prints what was asked for; UserError on what cannot be planned."""
+    distributed.allow_tf32(args.tf32 == "on")
     if own.calibrate:
-        found = calibrate(args)
-        print(
-            f"{found.name}: {found.half_tflops:.3f} TFLOPS in half precision, "
-            f"{found.single_tflops:.3f} in single: {Path(args.cache_dir) / 'machine.json'}"
-        )
+        calibrate(args)
         return
     shape = shape_of(args, own.from_data)
     if args.batch_size == "auto":
         best = largest_batch(args, shape, own.world_size)
         flags.split_batch(args, best.batch_size, own.world_size)
     planner = Planner(args, shape, own.world_size)
-    found = planner.plan(args)
+    found, audio = planner.plan(args), clips(args, own.from_data)
     if own.json:
-        (cost,) = hours(planner, own, [args.unfreeze])
-        answer = {"flags": vars(args), "plan": asdict(found), "hours": cost}
-        print(json.dumps(answer, indent=1))
+        cost = hours(planner, own, audio, args.unfreeze)
+        print(json.dumps({"flags": vars(args), "plan": asdict(found), "hours": cost}, indent=1))
     else:
         print(plan_text(args, found), flush=True)
-        print(f"\n{table_text(planner, own)}")
+        print(f"\n{table_text(planner, own, audio)}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 2 with one line on what cannot be planned."""
     args, own = parse_args(argv)
-    distributed.allow_tf32(args.tf32 == "on")
-    try:
-        run(args, own)
-    except UserError as error:
-        print(f"memory.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_script("memory.py", lambda: run(args, own))
 
 
 if __name__ == "__main__":

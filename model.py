@@ -14,14 +14,8 @@ References: WavLM arXiv:2110.13900; FiLM arXiv:1709.07871; Mamba arXiv:2312.0075
 ConvNeXt arXiv:2201.03545; CCC: Lin, Biometrics 45 (1989), with 1/n moments.
 """
 
-import contextlib
-import functools
-import importlib.metadata
-import importlib.util
-import itertools
-import logging
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +26,6 @@ from torch.utils.checkpoint import checkpoint
 
 from util.files import UserError
 from wavlm import WavLM, WavLMConfig, add_lora, autocast_off
-
-log = logging.getLogger("vatune")
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 ENCODERS = ("wavlm", "convnext", "baseline", "transformer", "lightweight_transformer")
@@ -100,12 +92,16 @@ class WavLMEncoder(nn.Module):
         self.takes_mask = self.wavlm.config.feat_extract_norm == "layer"
 
     def forward(self, batch: dict) -> tuple[list[Tensor], Tensor]:
-        if "stream" not in batch:
-            return self._finish(*self.run_frozen(batch))
-        stream = batch["stream"]  # from a cache it may have another precision than the run
-        if not torch.is_autocast_enabled("cpu" if stream.is_meta else stream.device.type):
-            stream = stream.to(self.wavlm.feature_projection.projection.weight.dtype)
-        return self._finish(stream, batch["frame_mask"], [])
+        if "stream" in batch:
+            stream, frame_mask, below = batch["stream"], batch["frame_mask"], []
+            # from a cache it may have another precision than the run
+            if not torch.is_autocast_enabled("cpu" if stream.is_meta else stream.device.type):
+                stream = stream.to(self.wavlm.feature_projection.projection.weight.dtype)
+        else:
+            stream, frame_mask, below = self.run_frozen(batch)
+        mask = frame_mask if self.takes_mask else None
+        above = self.wavlm.run_trained(stream, mask, self.layers)
+        return [*below, *above.values()], frame_mask
 
     def run_frozen(self, batch: dict) -> tuple[Tensor, Tensor, list[Tensor]]:
         """What no training changes: (`stream`, which the lowest block that trains reads,
@@ -124,13 +120,6 @@ class WavLMEncoder(nn.Module):
             num_frames = self.wavlm.frame_lengths(waveform.shape[1])
             frame_mask = torch.arange(num_frames, device=frames.device) < frames  # (B, T)
         return stream, frame_mask, list(states.values())
-
-    def _finish(
-        self, stream: Tensor, frame_mask: Tensor, below: list[Tensor]
-    ) -> tuple[list[Tensor], Tensor]:
-        mask = frame_mask if self.takes_mask else None
-        above = self.wavlm.run_trained(stream, mask, self.layers)
-        return [*below, *above.values()], frame_mask
 
 
 class LogMel(nn.Module):
@@ -175,12 +164,12 @@ class LogMel(nn.Module):
 
 
 class UtteranceNorm(nn.Module):
-    """x (B, C, T, M) with zero mean and unit variance per utterance, over its real frames.
+    """x (B, C, T, M) with zero mean and unit variance per utterance, over channels, bands and real
+    frames together, then a scale and shift per channel.
 
-    Over channels, frames and bands together, then a scale and shift per channel. Unlike with
-    BatchNorm, neither padding nor the split of a batch changes a result; unlike with LayerNorm over
-    channels, frames keep their relative levels. Together with LogMel's normalisation it took the
-    baseline's arousal CCC from 0.67 to 0.73 [measured, Berlin clips, unseen speakers, one seed].
+    Neither padding nor the split of a batch changes a result, as it would with BatchNorm; frames
+    keep their relative levels, which LayerNorm over channels takes. With LogMel's normalisation it
+    took the baseline's arousal CCC from 0.67 to 0.73 [measured, Berlin clips, one seed].
     """
 
     def __init__(self, channels: int) -> None:
@@ -280,10 +269,8 @@ class ConvEncoder(nn.Module):
 
 
 class FeatureTransformer(nn.Module):
-    """A pre-norm Transformer over feature files.
-
-    The lightweight one averages pairs of frames and has a quarter of the width: 1/30 of the cost.
-    """
+    """A pre-norm Transformer over feature files; the lightweight one averages pairs of frames and
+    has a quarter of the width, at 1/30 of the cost."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -335,10 +322,8 @@ def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
 
 
 def mean_and_deviation(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (B, D) each, of x (B, T, D) over real frames; float32, 1/n.
-
-    A deviation below 1e-4 counts as 1e-4 without gradient, which would be infinite at 0.
-    """
+    """Mean and standard deviation, (B, D) each, of x (B, T, D) over real frames; float32, 1/n. A
+    deviation below 1e-4 counts as 1e-4 without gradient, which would be infinite at 0."""
     with autocast_off(x):
         x, real = x.float(), mask.unsqueeze(2)
         count = real.sum(1)
@@ -391,10 +376,8 @@ class Pooling(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Vectors (B, width), standardised with the train split's moments; NaN becomes the train mean.
-
-    The moments are buffers, so a checkpoint holds them.
-    """
+    """Vectors (B, width), standardised with the train split's moments, which a checkpoint holds;
+    NaN becomes the train mean."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -403,10 +386,8 @@ class Standardise(nn.Module):
 
     @torch.no_grad()
     def fit(self, values: Tensor) -> None:
-        """Takes mean and std from values (n, width) of the train split, over the defined ones.
-
-        What is constant there keeps its unit: elsewhere it may differ, and must not become huge.
-        """
+        """Takes mean and std from values (n, width) of the train split, over the defined ones. What
+        is constant there keeps its unit: elsewhere it may differ, and must not become huge."""
         mean = values.nanmean(0)
         std = (values - mean).square().nanmean(0).sqrt()
         self.mean.copy_(mean.nan_to_num(0.0))
@@ -436,10 +417,8 @@ class Prosody(Standardise):
 
 
 class SpeakerFiLM(nn.Module):
-    """Scale and shift of the pooled speech (B, D) by the speaker embedding, arXiv:1709.07871.
-
-    Without speaker embeddings the condition is one learned vector, the same for all.
-    """
+    """Scale and shift of the pooled speech (B, D) by the speaker embedding (arXiv:1709.07871), or
+    without those by one learned vector, the same for all."""
 
     def __init__(self, speaker_dim: int, d_speaker: int, d_hidden: int, width: int) -> None:
         super().__init__()
@@ -472,10 +451,12 @@ class Mamba(nn.Module):
 
     Parameter names are mamba-ssm's, so weights can be exchanged. Ours also takes the state to
     start from: conv (C, d_inner, d_conv - 1) and ssm (C, d_inner, d_state); None = zeros.
+    `scan` is selective_scan or mamba_ssm's, which util/trials.py puts there if it works.
     """
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
         super().__init__()
+        self.scan = selective_scan
         self.d_state = d_state
         self.d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
@@ -510,7 +491,7 @@ class Mamba(nn.Module):
         inputs = (x, dt, a, b, c, self.D.float(), z, self.dt_proj.bias.float())
         # mamba_ssm's takes no state, and no gradient flows through the one that it returns
         if state is None and turns > 1:
-            y, ssm_state = dialogue_scan(x.device, x.dtype)(*inputs)
+            y, ssm_state = self.scan(*inputs)
         else:
             y, ssm_state = selective_scan(*inputs, ssm_state)
         return self.out_proj(y.transpose(1, 2).to(hidden.dtype)), (conv_state, ssm_state)
@@ -539,62 +520,6 @@ def selective_scan(
     return ((y + d * x) * F.silu(z)).transpose(1, 2), state
 
 
-@functools.cache
-def dialogue_scan(device: torch.device, dtype: torch.dtype) -> Callable:
-    """The scan of whole dialogues: mamba_ssm's if it is installed and passes a trial, else ours.
-
-    A package that was built for another torch, CUDA or GPU may be imported and yet fail when it is
-    called, or give wrong numbers. The log says which scan is used.
-    """
-    if device.type == "meta" or importlib.util.find_spec("mamba_ssm") is None:
-        return selective_scan
-    package = "mamba_ssm"
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        package += f" {importlib.metadata.version('mamba-ssm')}"
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-        scan = functools.partial(selective_scan_fn, delta_softplus=True, return_last_state=True)
-        error, allowed = scan_error(scan, device, dtype), SCAN_TOLERANCE[dtype]
-        if error <= allowed:
-            log.info(f"dialogues are scanned by {package}, within {error:.0e} of PyTorch")
-            return scan
-        reason = f"it differs from PyTorch by {error:.0e}, more than {allowed:.0e}"
-    except Exception as failure:  # a broken package may raise anything
-        reason = " ".join(f"{type(failure).__name__}: {failure}".split())
-    remedy = f"README: a mamba-ssm for torch {torch.__version__}"
-    log.info(f"dialogues are scanned in PyTorch, not by {package}: {reason} ({remedy})")
-    return selective_scan
-
-
-# of output, last state and gradients, relative to the largest value of each; mamba-ssm's reference
-# is within 2e-7, 6e-4 and 6e-3 [measured, CPU]
-SCAN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-
-
-@torch.enable_grad()
-def scan_error(scan: Callable, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest difference of a scan on `device` from ours on the CPU, forward and backward."""
-    generator = torch.Generator().manual_seed(0)  # not the run's
-    shapes = [(2, 32, 9), (2, 32, 9), (32, 16), (2, 16, 9), (2, 16, 9), (32,), (2, 32, 9), (32,)]
-    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
-    inputs[2] = -inputs[2].exp()  # a
-    weight = torch.randn(2, 32, 9, generator=generator)
-    results = []
-    for function, where in ((selective_scan, torch.device("cpu")), (scan, device)):
-        leaves = [
-            # a, d and dt_bias stay in float32
-            x.to(where, torch.float32 if i in (2, 5, 7) else dtype, copy=True).requires_grad_()
-            for i, x in enumerate(inputs)
-        ]
-        with autocast_off(leaves[0]):
-            y, state = function(*leaves)
-            gradients = torch.autograd.grad((y.float() * weight.to(where)).sum(), leaves)
-        results.append([x.detach().float().cpu() for x in (y, state, *gradients)])
-    errors = [(got - want).abs().max() / want.abs().max() for want, got in zip(*results)]
-    return float(torch.stack(errors).max())  # NaN if one is
-
-
 class Updater(nn.Module):
     """What a turn adds to the state, (C, K, width) -> (C, K, d_state): residual pre-norm Mamba."""
 
@@ -618,10 +543,8 @@ class Updater(nn.Module):
 
 
 class Head(nn.Module):
-    """One target in [0, 1] from (..., inputs): a gate, then three layers.
-
-    The gate weighs the inputs in the slice `gated` against all others; None = no gate.
-    """
+    """One target in [0, 1] from (..., inputs): a gate that weighs the inputs in the slice `gated`
+    against all others (None = no gate), then three layers."""
 
     def __init__(self, inputs: int, gated: slice | None, d_hidden: int, dropout: float) -> None:
         super().__init__()
@@ -716,14 +639,15 @@ class EmotionModel(nn.Module):
         """The batch with what the frozen part of WavLM makes of the audio in the audio's place.
 
         hidden (B, n, D or 2 D), or (B, T, n, D) for attention: the prepared states of the n layers
-        to mix that lie in it; stream (B, T, D): what the lowest block that trains reads; frame_mask
-        (B, T). Each is left out if there is none. A batch without audio, or of a model without a
-        frozen part, comes back as it is.
+        to mix that lie in it, if any; stream (B, T, D): what the lowest block that trains reads, if
+        one does; frame_mask (B, T). Without audio or a frozen part the batch comes back as it is.
         """
         frozen = self.config.encoder == "wavlm" and self.encoder.wavlm.frozen_blocks > 0
         if not frozen or "input_values" not in batch:
             return batch
-        parts = []
+        replaced = ("input_values", "attention_mask", "groups")
+        kept = {key: value for key, value in batch.items() if key not in replaced}
+        parts, groups, start = [], [], 0
         for part in split_by_length(batch):
             stream, frame_mask, states = self.encoder.run_frozen(part)
             found = {"frame_mask": frame_mask}
@@ -732,15 +656,11 @@ class EmotionModel(nn.Module):
             if states:
                 found["hidden"] = self.pooling.prepare(states, frame_mask)
             parts.append(found)
-        replaced = ("input_values", "attention_mask", "groups")
-        batch = {key: value for key, value in batch.items() if key not in replaced}
+            groups.append((start, start + len(stream), stream.shape[1]))
+            start += len(stream)
         if len(parts) > 1 and "stream" in parts[0]:
-            stops = itertools.accumulate(len(part["stream"]) for part in parts)
-            batch["groups"] = [
-                (stop - len(part["stream"]), stop, part["stream"].shape[1])
-                for stop, part in zip(stops, parts)
-            ]
-        return batch | {key: cat_padded([part[key] for part in parts]) for key in parts[0]}
+            kept["groups"] = groups
+        return kept | {key: cat_padded([part[key] for part in parts]) for key in parts[0]}
 
     def frozen_shapes(self, samples: Any) -> dict[str, tuple]:
         """Shapes of what encode_frozen makes of an utterance of `samples`."""
@@ -855,9 +775,7 @@ def cat_padded(parts: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def track_dialogues(model: EmotionModel, turns: Tensor, dialogs: Sequence[Hashable]) -> Tensor:
     """preds (n, E), float32 on CPU, of turns (n, U); those of one dialog, in order, share a state.
-
-    Dialogues are tracked 64 at a time, in the order of their first turn.
-    """
+    Dialogues are tracked 64 at a time."""
     rows = {}
     for i, dialog in enumerate(dialogs):
         rows.setdefault(dialog, []).append(i)

@@ -118,6 +118,7 @@ def set_up(args: argparse.Namespace) -> Run | None:
     torch.manual_seed(args.seed)
     model = step.start_model(args, fold).to(ranks.device)
     trials.check_attention(model, args, ranks.device)
+    trials.check_scan(model, args, ranks.device)
     if args.compile:
         trials.check_compile(model, fold.dataset, args, ranks.device)
     last = None
@@ -130,10 +131,10 @@ def set_up(args: argparse.Namespace) -> Run | None:
         if not (args.keep_last or last["args"].get("keep_last")):
             files.remove_last()
         return None
-    batch_note = memory.choose_batch(args, fold, model, ranks, last)
+    batch_note = trials.choose_batch(args, fold, model, ranks, last)
     planned = None  # only rank 0 writes of it
     if ranks.rank == 0:
-        planned = memory.plan(args, fold.shape, model.config, ranks.world_size)
+        planned = memory.plan_run(args, fold.shape, ranks.world_size)
     run = Run(
         args=args,
         given=given,
@@ -275,6 +276,7 @@ def finish(run: Run) -> None:
 def result(run: Run, scores: dict[str, dict[str, float]]) -> dict:
     """Content of result.json; `scores`: metrics of dev and of each test split that has labels."""
     args, fold, progress, device = run.args, run.fold, run.progress, run.ranks.device
+    flops = run.planned.flops if run.planned else {}
     trained = [p for group in run.optimizer.param_groups for p in group["params"]]
     is_cut = run.total_steps < run.plan.steps_per_epoch * args.epochs
     flags_shown = ("name", "fold", "encoder", "wavlm_revision", "data", "targets", "seed")
@@ -288,9 +290,9 @@ def result(run: Run, scores: dict[str, dict[str, float]]) -> dict:
         "stopped": progress.stopped or ("max_steps" if is_cut else "epochs"),
         "seconds": progress.seconds,
         **{name: run.files.median(name) for name in medians},
-        "gflop_per_audio_second": {k: sum(v) / 1e9 for k, v in run.planned.flops.items()},
+        "gflop_per_audio_second": {stage: sum(n) / 1e9 for stage, n in flops.items()},
         "device": distributed.device_name(device),
-        "peak_gib_predicted": run.planned.peak_gib,
+        "peak_gib_predicted": run.planned.peak_gib if run.planned else None,
         "peak_gib_measured": distributed.peak_gib(device),
         "parameters_total": sum(p.numel() for p in run.model.parameters()),
         "parameters_trainable": sum(p.numel() for p in trained),

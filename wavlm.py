@@ -7,12 +7,12 @@
     states, frame_mask = model(input_values, attention_mask, layers=[6, 12, 18, 24])
 
 To use it elsewhere, copy this file. It needs torch and numpy; huggingface_hub and safetensors are
-imported only when weights are read or written. Microsoft's original files, torchaudio's and other
-forms of checkpoints are in a section of their own at the end, as is attention on a CPU.
+imported only when weights are read or written. Attention on a CPU is a section of its own at the
+end, which may be deleted.
 
-Not here: LayerDrop (0 whatever the config says, because a rank that skips a layer breaks DDP),
-SpecAugment (masked_spec_embed is only kept to be saved again), adapters, task heads. The caller
-gives each utterance zero mean and unit variance over its real samples.
+Not here: LayerDrop (a rank that skips a layer breaks DDP), SpecAugment (masked_spec_embed is only
+kept to be saved again), adapters, task heads. The caller gives each utterance zero mean and unit
+variance over its real samples.
 
 Shapes: B utterances, L samples, T frames (about L / 320), D width, H heads, d = D / H, N layers,
 W = T rounded up to a multiple of 8.
@@ -26,6 +26,7 @@ tests/test_wavlm.py compares every hidden state and gradient.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -54,11 +55,8 @@ PADDING_BIAS = -30_000.0
 
 
 class WavLMError(ValueError):
-    """A checkpoint that cannot be read, or a choice of layers to train that does not fit.
-
-    The message is complete: it names the checkpoint and file (or the flag of train.py), what was
-    found, and the fix. A script prints it in one line; any other exception is a bug.
-    """
+    """A checkpoint that cannot be read, or layers to train that do not exist, told in one line that
+    names the file (or the flag of train.py) and the fix. Any other exception is a bug."""
 
 
 # ---------------------------------------------------------------------------- configuration
@@ -97,18 +95,16 @@ class WavLMConfig:
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any], source: str = "WavLM config") -> "WavLMConfig":
+    def from_dict(cls, raw: dict[str, Any], source: object = "WavLM config") -> "WavLMConfig":
         """Config from the dict of a config.json, all of which is kept to be saved again.
 
         WavLMError, which names `source`, for a value that this file has no code for.
         """
         names = {f.name for f in dataclasses.fields(cls)} - {"raw"}
         config = cls(**{k: v for k, v in raw.items() if k in names}, raw=dict(raw))
-        for name, allowed in (
-            ("feat_extract_norm", ("layer", "group")),
-            ("hidden_act", ("gelu",)),
-            ("feat_extract_activation", ("gelu",)),
-        ):
+        known = {"feat_extract_norm": ("layer", "group"), "hidden_act": ("gelu",)}
+        known["feat_extract_activation"] = ("gelu",)
+        for name, allowed in known.items():
             value = getattr(config, name)
             if value not in allowed:
                 raise WavLMError(f"{source}: {name} is {value!r}, not {' or '.join(allowed)}")
@@ -160,11 +156,8 @@ def autocast_off(x: Tensor) -> torch.autocast:
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """norm(x) in x's dtype, statistics in float32.
-
-    Under autocast a module would cast x to float32, keep that copy for backward and return
-    float32, which every linear map after it casts and keeps once more.
-    """
+    """norm(x) in x's dtype, statistics in float32. Under autocast a module would keep a float32
+    copy of x for backward, and return another that every linear map after it casts and keeps."""
     if x.dtype == norm.weight.dtype:
         return norm(x)
     with autocast_off(x):
@@ -173,10 +166,10 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 class ConvLayer(nn.Module):
-    """One strided convolution, (B, T, C) to (B, T', C'), as matrix products over rows of frames.
+    """One strided convolution, (B, T, C) to (B, T', C'), as matrix products over rows of frames:
+    nothing is copied or transposed, 1.7 times as fast as nn.Conv1d on a CPU [measured].
 
-    norm is "layer" (over channels), "group" (over time) or None. With channels last, nothing is
-    copied or transposed: 1.7 times as fast as nn.Conv1d on a CPU [measured].
+    norm: "layer" (over channels), "group" (over time) or None.
     """
 
     def __init__(self, config: WavLMConfig, index: int, norm: str | None) -> None:
@@ -270,10 +263,8 @@ class PositionConv(nn.Module):
 
 # ---------------------------------------------------------------------------- attention
 class Attention(nn.Module):
-    """Self-attention with a gated relative position bias: gate[b, h, i] * table[h, i, j].
-
-    The gate is a function of the layer's input; the table is layer 1's and shared by all layers.
-    """
+    """Self-attention with a gated relative position bias: gate[b, h, i] * table[h, i, j], a gate of
+    the layer's input and a table that layer 1 has for all layers."""
 
     def __init__(self, config: WavLMConfig, has_table: bool) -> None:
         super().__init__()
@@ -332,9 +323,8 @@ def attend(
 
     gate (B, H, T, 1) and key_bias (B, 1, 1, W) have q's dtype. `position` is what the table is
     made of, (H, T + W - 1), for "fused", and `dense_table` of it in q's dtype for the others.
+    Of all (B, H, T, T), "fused" keeps nothing for backward, "sdpa" and "eager" one or more.
     "blocks" is what "fused" does on a CPU, on any device: memory.py plans a CPU by it.
-    Kept for backward of all (B, H, T, T): "fused" nothing; "sdpa" the bias (CUDA) or the softmax
-    (CPU); "eager" the softmax, and with dropout two more.
     """
     if kind in ("fused", "blocks"):
         on_cpu = kind == "blocks" or q.device.type == "cpu"
@@ -350,10 +340,8 @@ def attend(
 
 
 def dense_table(position: Tensor, num_frames: int) -> Tensor:
-    """(H, T, W) from position (H, T + W - 1): row i, column j holds the bias of distance j - i.
-
-    W columns, not T: the memory-efficient kernel wants row strides that are multiples of 8.
-    """
+    """(H, T, W) from position (H, T + W - 1): row i, column j holds the bias of distance j - i. W
+    columns, not T: the memory-efficient kernel wants row strides that are multiples of 8."""
     # size, not shape: torch 2.11 fails to compile a shape with a length it knows (the heads)
     rows_reversed = position.unfold(1, position.size(1) - num_frames + 1, 1)
     return rows_reversed.flip(1).contiguous()  # flip alone may give columns the stride of rows
@@ -377,9 +365,7 @@ def antidiagonal_sums(x: Tensor) -> Tensor:
 
 class KernelAttention(torch.autograd.Function):
     """The "fused" attention on CUDA: the memory-efficient kernel, its bias rebuilt in backward.
-
-    Deterministic: keys are not split (num_splits_key), so no two blocks add to one gradient.
-    """
+    Deterministic: keys are not split, so no two blocks of the kernel add to one gradient."""
 
     @staticmethod
     def forward(
@@ -417,10 +403,8 @@ class KernelAttention(torch.autograd.Function):
 
 
 class GeluLinear(torch.autograd.Function):
-    """linear(gelu(x), weight, bias) that keeps x for backward, but not gelu(x).
-
-    gelu is computed again in backward, under 1 % of a layer's time [measured, CPU].
-    """
+    """linear(gelu(x), weight, bias) that keeps x for backward and computes gelu(x) again, in under
+    1 % of a layer's time [measured, CPU]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -546,9 +530,9 @@ class WavLM(nn.Module):
     ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
         """The part of forward below the lowest block that trains, which depends on the input alone.
 
-        (what that block reads, frame_mask, hidden states of those of `layers` that lie below):
-        `run_trained` goes on from there. What it reads is the waveform if all blocks train, the
-        CNN's features (B, T, conv_dim) if all but the CNN do, else a hidden state (B, T, D).
+        (what that block reads, frame_mask, those of `layers` that lie below it). What it reads is
+        the waveform if all blocks train, the CNN's features (B, T, conv_dim) if all but the CNN do,
+        else a hidden state (B, T, D). `run_trained` goes on from there.
         """
         frame_mask = None
         if attention_mask is not None:
@@ -590,16 +574,14 @@ class WavLM(nn.Module):
         return x, states
 
     def _features(self, input_values: Tensor) -> Tensor:
-        if self.frozen_blocks < 1:
+        if self.frozen_blocks == 0:
             return self.feature_extractor(input_values)
         rows = max(1, CNN_SLICE_SAMPLES // input_values.shape[1])
         return torch.cat([self.feature_extractor(x) for x in input_values.split(rows)])
 
     def _biases(self, x: Tensor, frame_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What every layer adds to its scores: (position bias before gating, that of padding).
-
-        x has the dtype that linear layers compute in: the weights' dtype or autocast's.
-        """
+        """What every layer adds to its scores: (position bias before gating, that of padding); x
+        has the dtype that linear layers compute in: the weights' dtype or autocast's."""
         num_frames = x.shape[1]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_blocks < 3):
             position = self.encoder.layers[0].attention.position_bias(num_frames)
@@ -639,33 +621,30 @@ class WavLM(nn.Module):
         Frozen blocks run under no_grad and in eval mode. masked_spec_embed never trains, nor does
         a final layer norm that is not applied.
         """
-        num_layers = len(self.encoder.layers)
-        frozen_blocks = {"all": 0, "transformer": 1, "none": num_layers + 2}
-        frozen_blocks |= {f"top:{k}": num_layers + 2 - k for k in range(1, num_layers + 1)}
-        updates = [p for name, p in self.named_parameters() if name.endswith(LORA)]
-        if updates:
+        depth = len(self.encoder.layers)
+        frozen_blocks = {"all": 0, "transformer": 1, "none": depth + 2}
+        frozen_blocks |= {f"top:{k}": depth + 2 - k for k in range(1, depth + 1)}
+        if any(name.endswith(LORA) for name, _ in self.named_parameters()):
             frozen_blocks["lora"] = 2
         if what not in frozen_blocks:
             raise WavLMError(
                 f"--unfreeze {what}: give none, all, transformer, or top:K with K between 1 and "
-                f"{num_layers}, the layers that this WavLM keeps"
+                f"{depth}, the layers that this WavLM keeps"
             )
         self.frozen_blocks = frozen_blocks[what]
         self.requires_grad_(False)
         for block in self._blocks()[self.frozen_blocks :]:
-            for module in block:
-                module.requires_grad_(what != "lora")
+            block.requires_grad_(True)
         if what == "lora":
-            for parameter in updates:
-                parameter.requires_grad_(True)
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name.endswith(LORA))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "WavLM":
         """As nn.Module.train, but frozen blocks stay in eval mode (no dropout)."""
         super().train(mode)
         for block in self._blocks()[: self.frozen_blocks]:
-            for module in block:
-                module.eval()
+            block.eval()
         return self
 
     def truncate(self, num_layers: int) -> None:
@@ -689,16 +668,16 @@ class WavLM(nn.Module):
     def _has_final_norm(self) -> bool:
         return self.config.do_stable_layer_norm and self.config.final_layer_norm
 
-    def _blocks(self) -> list[list[nn.Module]]:
+    def _blocks(self) -> list[nn.ModuleList]:
         """What freezes together, in forward's order: the CNN, the embedding, then each layer."""
         encoder = self.encoder
         embedding = [self.feature_projection, encoder.pos_conv_embed, encoder.dropout]
         blocks = [[self.feature_extractor], embedding, *([layer] for layer in encoder.layers)]
         if not self.config.do_stable_layer_norm:
-            blocks[1].append(encoder.layer_norm)
+            embedding.append(encoder.layer_norm)
         elif self._has_final_norm():
             blocks[-1].append(encoder.layer_norm)
-        return blocks
+        return [nn.ModuleList(block) for block in blocks]
 
 
 def _init_weights(module: nn.Module, std: float) -> None:
@@ -721,10 +700,8 @@ LORA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class LowRankLinear(nn.Module):
-    """A linear map with weight W + scale * B A, where W is that of `plain`; B starts at zero.
-
-    Hu et al. 2021 (arXiv 2106.09685): A (R, in) and B (out, R) train, W stays as it is.
-    """
+    """A linear map with weight W + scale * B A (arXiv 2106.09685), W that of `plain`: A (R, in) and
+    B (out, R), which starts at zero, train, and W stays as it is."""
 
     def __init__(self, plain: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
@@ -766,31 +743,30 @@ def load_wavlm(name: str, revision: str | None = None, dropout: float | None = N
 
     name: "tiny", "base" or "large" (random weights); a directory or a hub repository with
     config.json and model.safetensors or pytorch_model.bin, in one file or in shards; or a file in
-    one of the forms at the end of this file. `revision` is a branch, tag or commit of the hub.
-    `dropout`, if given, replaces the four dropouts of the checkpoint. WavLMError if there is
-    nothing to read, or if it is not exactly a WavLM.
+    one of the forms below. `revision` is a branch, tag or commit of the hub. `dropout`, if given,
+    replaces the four dropouts of the checkpoint. WavLMError if it is not exactly a WavLM.
     """
     config = read_config(name, revision, dropout)
     if name in SIZES:
         return WavLM(config)
     checkpoint = read_checkpoint(name, revision)
     if checkpoint.prefix or checkpoint.naming != "transformers":
-        found = f"a complete WavLM with the names of {checkpoint.naming}"
-        if checkpoint.prefix:
-            found += f" under {checkpoint.prefix!r}"
-        log.info(f"{checkpoint.where}: {found}; dropout {config.hidden_dropout:g}")
+        log.info(
+            f"{checkpoint.path}: a complete WavLM, names of {checkpoint.naming} with prefix "
+            f"{checkpoint.prefix!r}; dropout {config.hidden_dropout:g}"
+        )
     with torch.device("meta"):
         model = WavLM(config)
     state = checkpoint.state
-    if not hasattr(model, "masked_spec_embed"):
+    if hasattr(model, "masked_spec_embed"):  # torchaudio has none, and nothing here reads it
+        state.setdefault("masked_spec_embed", torch.zeros(config.hidden_size))
+    else:
         state.pop("masked_spec_embed", None)
-    elif "masked_spec_embed" not in state:  # torchaudio has none, and nothing here reads it
-        state["masked_spec_embed"] = torch.zeros(config.hidden_size)
     try:
         model.to_empty(device="cpu").load_state_dict(state)  # copies, to float32
     except RuntimeError as error:  # names or shapes
         found = f"weights do not fit the config: {str(error).partition(':')[2][:400]}"
-        raise unusable(checkpoint.where, found) from error
+        raise unusable(checkpoint.path, found) from error
     return model
 
 
@@ -798,10 +774,7 @@ def read_config(
     name: str, revision: str | None = None, dropout: float | None = None
 ) -> WavLMConfig:
     """The config of a WavLM; arguments and WavLMError as in `load_wavlm`."""
-    if name in SIZES:
-        config = SIZES[name]
-    else:
-        config = WavLMConfig.from_dict(*find_config(name, revision))
+    config = SIZES.get(name) or WavLMConfig.from_dict(*find_config(name, revision))
     if dropout is None:
         return config
     names = ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout")
@@ -809,11 +782,9 @@ def read_config(
 
 
 def save_wavlm(model: WavLM, directory: str | Path) -> None:
-    """Write config.json and model.safetensors, which `load_wavlm` and transformers load.
-
-    After `truncate`, transformers' hidden_states[-1] is our last state; its last_hidden_state is
-    not, since it applies the final layer norm.
-    """
+    """Write config.json and model.safetensors, which `load_wavlm` and transformers load. After
+    `truncate` the last state is transformers' hidden_states[-1], not its last_hidden_state, which
+    is after the final layer norm."""
     from safetensors.torch import save_file
 
     directory = Path(directory)
@@ -824,19 +795,18 @@ def save_wavlm(model: WavLM, directory: str | Path) -> None:
     (directory / "config.json").write_text(config, encoding="utf-8")
 
 
-def find_config(name: str, revision: str | None) -> tuple[dict[str, Any], str]:
-    """(the config.json of a WavLM or what stands for it, where it was found)."""
+def find_config(name: str, revision: str | None) -> tuple[dict[str, Any], Path]:
+    """(the config.json of a WavLM or what stands for it, the file that it is from)."""
     folder = folder_of(name)
     path = find_file(folder, ("config.json",), revision)
     if path is None or name != folder:
         checkpoint = read_checkpoint(name, revision)
         if path is None or checkpoint.cfg:
-            return config_from_weights(checkpoint), checkpoint.where
-    where = f"{folder}/config.json"
-    raw = read_json(path, where)
+            return config_from_weights(checkpoint), checkpoint.path
+    raw = read_json(path)
     if raw.get("model_type") != "wavlm":
-        raise unusable(where, f"model_type is {raw.get('model_type')!r}, not 'wavlm'")
-    return raw, where
+        raise unusable(path, f"model_type is {raw.get('model_type')!r}, not 'wavlm'")
+    return raw, path
 
 
 def find_file(name: str, files: Sequence[str], revision: str | None) -> Path | None:
@@ -844,21 +814,19 @@ def find_file(name: str, files: Sequence[str], revision: str | None) -> Path | N
     if Path(name).exists():
         paths = (Path(name) / file for file in files)
         return next((path for path in paths if path.is_file()), None)
+    if name.count("/") > 1:  # a path rather than a name of the hub
+        raise unusable(name, "no such file or directory")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError
 
-    reason = None
     for file in files:
         try:
             return Path(hf_hub_download(name, file, revision=revision))
-        except EntryNotFoundError as error:  # not in the repository, or offline and not cached
-            reason = error
-        except HFValidationError as error:  # a path rather than a name of the hub
-            raise unusable(name, "no such file or directory") from error
-        except Exception as error:  # errors of the hub, the network, the disk: no common base class
-            reason = error
-            break
-    raise unusable(name, f"no such file or directory, and from the hub: {reason}") from reason
+        except Exception as error:  # of the hub, the network, the disk: no common base class
+            missing = isinstance(error, EntryNotFoundError)  # or offline and not cached
+            if not missing or file == files[-1]:
+                found = f"no such file or directory, and from the hub: {error}"
+                raise unusable(name, found) from error
 
 
 def folder_of(name: str) -> str:
@@ -866,23 +834,211 @@ def folder_of(name: str) -> str:
     return str(Path(name).parent) if Path(name).is_file() else name
 
 
-def read_json(path: Path, where: str) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise unusable(where, error) from error
+    except (OSError, ValueError) as error:
+        raise unusable(path, error) from error
     if not isinstance(content, dict):
-        raise unusable(where, "not a JSON object")
+        raise unusable(path, "not a JSON object")
     return content
 
 
-def unusable(where: str, found: object, remedy: str = "") -> WavLMError:
+def unusable(source: str | Path, found: object, remedy: str = "") -> WavLMError:
     """The error for a checkpoint that is not there or not a WavLM, in one line."""
     remedy = remedy or (
         f"give {', '.join(SIZES)}, a directory with config.json and model.safetensors, a "
         "checkpoint file, or a hub name like microsoft/wavlm-large"
     )
-    return WavLMError(f"{where}: {' '.join(str(found).split())} ({remedy})")
+    return WavLMError(f"{source}: {' '.join(str(found).split())} ({remedy})")
+
+
+class Checkpoint(NamedTuple):
+    """The tensors of a WavLM on disk; most formats read one when it is used."""
+
+    path: Path
+    state: dict[str, Tensor]  # by names of transformers
+    naming: str  # whose names they had, a value of MARKS
+    prefix: str  # what stood before those names
+    cfg: dict[str, Any]  # the config of fairseq, else empty
+
+
+def read_checkpoint(name: str, revision: str | None) -> Checkpoint:
+    """The WavLM in a file, a directory or a hub repository."""
+    folder = folder_of(name)
+    path = Path(name) if folder != name else find_file(folder, WEIGHTS, revision)
+    if path is None:
+        raise unusable(name, f"no {WEIGHTS[0]} or {WEIGHTS[1]} in this directory")
+    if path.suffix != ".json":
+        return find_wavlm(path, *read_tensors(path))
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
+        shard_path = find_file(folder, (shard,), revision)
+        if shard_path is None:
+            raise unusable(path, f"{shard} is missing", "copy every file that this one names")
+        tensors |= read_tensors(shard_path)[0]
+    return find_wavlm(path, tensors, {})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, cfg of fairseq or {}) of a file."""
+    with open(path, "rb") as file:
+        head = file.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        found = "a Git LFS pointer, not the file that it stands for"
+        raise unusable(path, found, "run `git lfs pull` in its directory")
+    try:
+        if head[8:9] == b"{":
+            from safetensors.torch import load_file
+
+            return load_file(path), {}
+        mmap = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # what the two libraries raise has no common base class
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            found = f"holds Python objects ({refused[1]}), which could run code when they are read"
+            remedy = "if you trust it, load it and save its state_dict alone with torch.save"
+        else:
+            reason = f"{type(error).__name__} {str(error).partition('. ')[0]}"
+            found = f"damaged, cut short or no checkpoint: {reason}"
+            remedy = "copy or download it again"
+        raise unusable(path, found, remedy) from error
+    cfg = content.get("cfg") if isinstance(content, dict) else None
+    return dict(flat_tensors(content)), cfg if isinstance(cfg, dict) else {}
+
+
+def flat_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dicts, named by the keys on the way to them."""
+    if isinstance(content, Tensor):
+        yield prefix, content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield from flat_tensors(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+# ---------------------------------------------------------------------------- forms of checkpoints
+# The names of Microsoft's original files (fairseq's), of torchaudio's and of transformers', of
+# a WavLM alone or inside a larger model: below wavlm., in state_dict, and so on.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in this order
+WEIGHTS += tuple(f"{name}.index.json" for name in WEIGHTS)
+# what DistributedDataParallel, FSDP and torch.compile insert into names, at any depth
+WRAPPERS = r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+MARKS = {  # a name that each WavLM has once: whose it is
+    "encoder.pos_conv_embed.conv.bias": "transformers",
+    "encoder.pos_conv.0.bias": "fairseq",
+    "encoder.transformer.pos_conv_embed.conv.bias": "torchaudio",
+}
+TO_TRANSFORMERS = (  # no pattern of one naming matches a name of another
+    # fairseq
+    (r"^layer_norm\.", "feature_projection.layer_norm."),
+    (r"^post_extract_proj\.", "feature_projection.projection."),
+    (r"^mask_emb$", "masked_spec_embed"),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.0\.", r"\1.conv."),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.2\.(1\.)?", r"\1.layer_norm."),
+    (r"^encoder\.pos_conv\.0\.", "encoder.pos_conv_embed.conv."),
+    (r"\.self_attn\.", ".attention."),
+    (r"\.grep_linear\.", ".gru_rel_pos_linear."),
+    (r"\.grep_a$", ".gru_rel_pos_const"),
+    (r"\.relative_attention_bias\.", ".rel_attn_embed."),
+    (r"\.self_attn_layer_norm\.", ".layer_norm."),
+    (r"\.fc1\.", ".feed_forward.intermediate_dense."),
+    (r"\.fc2\.", ".feed_forward.output_dense."),
+    # torchaudio
+    (r"^encoder\.feature_projection\.", "feature_projection."),
+    (r"^encoder\.transformer\.", "encoder."),
+    (r"\.attention\.attention\.", ".attention."),
+    # weight norm before torch 2
+    (r"\.weight_g$", ".parametrizations.weight.original0"),
+    (r"\.weight_v$", ".parametrizations.weight.original1"),
+)
+PARTS = ("feature_extractor.", "feature_projection.", "encoder.", "masked_spec_embed")
+FROM_CFG = {  # our field: that of fairseq
+    "hidden_act": "activation_fn",
+    "hidden_dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
+    "feat_proj_dropout": "dropout_input",
+    "do_stable_layer_norm": "layer_norm_first",
+    "max_bucket_distance": "max_distance",
+}
+PUBLISHED_CNN = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+
+
+def find_wavlm(path: Path, tensors: dict[str, Tensor], cfg: dict[str, Any]) -> Checkpoint:
+    """The only WavLM among the tensors, without what does not belong to it."""
+    plain = {re.sub(WRAPPERS, "", name): name for name in tensors}
+    marked = [(name, mark) for name in plain for mark in MARKS if f".{name}".endswith(f".{mark}")]
+    if not marked:
+        names = ", ".join([*tensors][:3]) or "none"
+        raise unusable(path, f"no WavLM in it; its tensors are {names} ...")
+    if len(marked) > 1:
+        prefixes = ", ".join(repr(name.removesuffix(mark)) for name, mark in marked)
+        raise unusable(path, f"more than one model in it: {prefixes}", "save the WavLM alone")
+    ((name, mark),) = marked
+    prefix = name.removesuffix(mark)
+    state = {}
+    for name, original in plain.items():
+        if not name.startswith(prefix):
+            continue
+        name = name.removeprefix(prefix)
+        for pattern, replacement in TO_TRANSFORMERS:
+            name = re.sub(pattern, replacement, name)
+        if ".attention.in_proj_" in name:  # torchaudio has the three in one
+            for part, tensor in zip("qkv", tensors[original].chunk(3)):
+                state[name.replace("in_proj_", f"{part}_proj.")] = tensor
+        elif name.startswith(PARTS):
+            state[name] = tensors[original]
+    if ".attention." in "".join(state) and "gru_rel_pos_const" not in "".join(state):
+        raise unusable(path, "a HuBERT or wav2vec 2.0, not a WavLM: it has no gated position bias")
+    return Checkpoint(path, state, MARKS[mark], plain[prefix + mark].removesuffix(mark), cfg)
+
+
+def config_from_weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A config.json for weights that come without one, from their shapes and the cfg of fairseq.
+
+    Shapes do not show strides, max_bucket_distance and whether norms come first; without a cfg they
+    are taken to be those of the published WavLMs.
+    """
+    path, state, naming, _, cfg = checkpoint
+    if naming == "transformers":
+        raise unusable(path, "no config.json beside it", "copy it from where the weights are from")
+
+    def shape(name: str) -> torch.Size:
+        if name not in state:
+            raise unusable(path, f"incomplete, without {name}")
+        return state[name].shape
+
+    num_convs = sum(name.endswith(".conv.weight") for name in state)
+    convs = [shape(f"feature_extractor.conv_layers.{i}.conv.weight") for i in range(num_convs)]
+    cnn = []  # (kernel, stride) of each layer
+    layers = str(cfg.get("conv_feature_layers", PUBLISHED_CNN))
+    for group, times in re.findall(r"\[(.*?)\](?: *\* *(\d+))?", layers):
+        cnn += re.findall(r"(\d+), *(\d+)\)", group) * int(times or 1)
+    if [int(kernel) for kernel, _ in cnn] != [conv[2] for conv in convs]:
+        raise unusable(path, "the strides of its CNN are unknown", "put a config.json beside it")
+    width, group_width, kernel = shape(
+        "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
+    )
+    layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in state
+    layer = "encoder.layers.0."
+    return {
+        "model_type": "wavlm",
+        "hidden_size": width,
+        "num_hidden_layers": sum(name.endswith(".gru_rel_pos_const") for name in state),
+        "num_attention_heads": shape(f"{layer}attention.gru_rel_pos_const")[1],
+        "intermediate_size": shape(f"{layer}feed_forward.intermediate_dense.weight")[0],
+        "num_buckets": shape(f"{layer}attention.rel_attn_embed.weight")[0],
+        "conv_dim": [conv[0] for conv in convs],
+        "conv_kernel": [conv[2] for conv in convs],
+        "conv_stride": [int(stride) for _, stride in cnn],
+        "conv_bias": "feature_extractor.conv_layers.0.conv.bias" in state,
+        "num_conv_pos_embeddings": kernel,
+        "num_conv_pos_embedding_groups": width // group_width,
+        "feat_extract_norm": "layer" if layer_norms else "group",
+        "do_stable_layer_norm": layer_norms,
+        **{ours: cfg[theirs] for ours, theirs in FROM_CFG.items() if theirs in cfg},
+    }
 
 
 # ---------------------------------------------------------------------------- attention on a CPU
@@ -903,18 +1059,16 @@ class Block(NamedTuple):
     values: Tensor  # (heads, n, d)
     bias: Tensor  # (heads, rows, n) view, before gating
     diagonals: slice  # where that view lies in the reversed position
-    probs: Tensor  # (heads, rows, n), buffers that the next block uses again
-    scratch: Tensor
+    probs: Tensor  # (heads, rows, n), a buffer that the next block uses again
+    scratch: Tensor  # another
     keep: Tensor | None  # dropout: 1 = kept, 0 = dropped
 
 
 def attention_blocks(
     inputs: tuple[Tensor | None, ...], dropout: float, seed: int
 ) -> Iterator[Block]:
-    """Softmaxed scores block by block, the same in forward and backward; padding is left out.
-
-    inputs: q, k, v, gate, position and key_bias as in `attend`.
-    """
+    """Softmaxed scores of `attend`'s q, k, v, gate, position and key_bias, block by block, the same
+    in forward and backward; padding is left out."""
     q, k, v, gate, position, key_bias = inputs
     batch, num_heads, num_frames, width = q.shape
     last = position.shape[1] - num_frames  # index of distance 0 in the reversed position
@@ -932,26 +1086,24 @@ def attention_blocks(
         heads = min(num_heads, max(1, CPU_BLOCK // count**2))
         rows = min(count, max(1, CPU_BLOCK // (heads * count)))
         buffers = q.new_empty(3, heads * rows * count)
-        for h in (slice(i, min(i + heads, num_heads)) for i in range(0, num_heads, heads)):
-            for r in (slice(i, min(i + rows, count)) for i in range(0, count, rows)):
-                shape = (h.stop - h.start, r.stop - r.start, count)
-                probs, scratch, keep = (x[: math.prod(shape)].view(shape) for x in buffers)
-                first = last + 1 - count + r.start
-                diagonals = slice(first, first + shape[1] + count - 1)
-                bias = position[h, diagonals].unfold(1, count, 1)
-                torch.mul(gate[b, h, r], bias, out=probs)
-                probs.baddbmm_(q[b, h, r], keys[h].mT, alpha=width**-0.5)
-                torch.softmax(probs, -1, out=probs)
-                keep = keep_mask(bits, dropout, keep) if dropout else None
-                at = (b, h, r)
-                yield Block(at, keys[h], values[h], bias, diagonals, probs, scratch, keep)
+        head_spans = [slice(i, min(i + heads, num_heads)) for i in range(0, num_heads, heads)]
+        row_spans = [slice(i, min(i + rows, count)) for i in range(0, count, rows)]
+        for h, r in itertools.product(head_spans, row_spans):
+            shape = (h.stop - h.start, r.stop - r.start, count)
+            probs, scratch, keep = (x[: math.prod(shape)].view(shape) for x in buffers)
+            first = last + 1 - count + r.start
+            diagonals = slice(first, first + shape[1] + count - 1)
+            bias = position[h, diagonals].unfold(1, count, 1)
+            torch.mul(gate[b, h, r], bias, out=probs)
+            probs.baddbmm_(q[b, h, r], keys[h].mT, alpha=width**-0.5)
+            torch.softmax(probs, -1, out=probs)
+            keep = keep_mask(bits, dropout, keep) if dropout else None
+            yield Block((b, h, r), keys[h], values[h], bias, diagonals, probs, scratch, keep)
 
 
 class BlockAttention(torch.autograd.Function):
     """The "fused" attention on a CPU: scores exist in two cache-sized buffers and nowhere else.
-
-    Rows of padding come out as 0 and take no gradient.
-    """
+    Rows of padding come out as 0 and take no gradient."""
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
@@ -1016,10 +1168,8 @@ class Dropout(nn.Dropout):
 
 
 def keep_mask(bits: np.random.SFC64, dropout: float, out: Tensor) -> Tensor:
-    """Fills the contiguous `out` with 1 (kept) and 0 (dropped), in steps of 2^-16 in probability.
-
-    torch's draw takes seven times as long on a CPU [measured].
-    """
+    """Fills the contiguous `out` with 1 (kept) and 0 (dropped), in steps of 2^-16 in probability;
+    torch's draw takes seven times as long on a CPU [measured]."""
     if not out.is_meta:
         words = bits.random_raw(-(-out.numel() // 4)).view(np.int16)[: out.numel()]
         torch.ge(torch.from_numpy(words), round(dropout * 65_536) - 32_768, out=out.view(-1))
@@ -1029,197 +1179,3 @@ def keep_mask(bits: np.random.SFC64, dropout: float, out: Tensor) -> Tensor:
 def keep_scale(dropout: float) -> float:
     """What the kept values are multiplied by, exact for keep_mask's probability."""
     return 65_536 / (65_536 - round(dropout * 65_536))
-
-
-# ---------------------------------------------------------------------------- forms of checkpoints
-# Microsoft's original files (names of fairseq), those of torchaudio, and any file that holds one
-# WavLM: in state_dict or model, below wavlm., ssl_model. and so on, beside whatever else.
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-SHARDS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# what DistributedDataParallel, FSDP and torch.compile insert into names, at any depth
-WRAPPERS = r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-# a name that each WavLM has once, and whose it is
-MARKS = {
-    "encoder.pos_conv_embed.conv.bias": "transformers",
-    "encoder.pos_conv.0.bias": "fairseq",
-    "encoder.transformer.pos_conv_embed.conv.bias": "torchaudio",
-}
-TO_TRANSFORMERS = (  # no pattern of one naming matches a name of another
-    # fairseq
-    (r"^layer_norm\.", "feature_projection.layer_norm."),
-    (r"^post_extract_proj\.", "feature_projection.projection."),
-    (r"^mask_emb$", "masked_spec_embed"),
-    (r"^(feature_extractor\.conv_layers\.\d+)\.0\.", r"\1.conv."),
-    (r"^(feature_extractor\.conv_layers\.\d+)\.2\.(1\.)?", r"\1.layer_norm."),
-    (r"^encoder\.pos_conv\.0\.", "encoder.pos_conv_embed.conv."),
-    (r"\.self_attn\.", ".attention."),
-    (r"\.grep_linear\.", ".gru_rel_pos_linear."),
-    (r"\.grep_a$", ".gru_rel_pos_const"),
-    (r"\.relative_attention_bias\.", ".rel_attn_embed."),
-    (r"\.self_attn_layer_norm\.", ".layer_norm."),
-    (r"\.fc1\.", ".feed_forward.intermediate_dense."),
-    (r"\.fc2\.", ".feed_forward.output_dense."),
-    # torchaudio
-    (r"^encoder\.feature_projection\.", "feature_projection."),
-    (r"^encoder\.transformer\.", "encoder."),
-    (r"\.attention\.attention\.", ".attention."),
-    # weight norm before torch 2
-    (r"\.weight_g$", ".parametrizations.weight.original0"),
-    (r"\.weight_v$", ".parametrizations.weight.original1"),
-)
-PARTS = ("feature_extractor.", "feature_projection.", "encoder.", "masked_spec_embed")
-FROM_CFG = {  # our field: that of fairseq
-    "hidden_act": "activation_fn",
-    "hidden_dropout": "dropout",
-    "attention_dropout": "attention_dropout",
-    "activation_dropout": "activation_dropout",
-    "feat_proj_dropout": "dropout_input",
-    "do_stable_layer_norm": "layer_norm_first",
-    "max_bucket_distance": "max_distance",
-}
-PUBLISHED_CNN = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
-
-
-class Checkpoint(NamedTuple):
-    """The tensors of a WavLM on disk; most formats read one when it is used."""
-
-    where: str  # for messages
-    state: dict[str, Tensor]  # by names of transformers
-    naming: str  # whose names they had, a value of MARKS
-    prefix: str  # what stood before those names
-    cfg: dict[str, Any]  # the config of fairseq, else empty
-
-
-def read_checkpoint(name: str, revision: str | None) -> Checkpoint:
-    """The WavLM in a file, a directory or a hub repository."""
-    folder = folder_of(name)
-    path = find_file(folder, WEIGHTS + SHARDS, revision) if folder == name else Path(name)
-    if path is None:
-        raise unusable(name, f"no {' or '.join(WEIGHTS)} in this directory")
-    where = f"{folder}/{path.name}"
-    if path.suffix != ".json":
-        return find_wavlm(*read_tensors(path, where), where)
-    weight_map = read_json(path, where).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise unusable(where, "no weight_map in it")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        shard_path = find_file(folder, (shard,), revision)
-        if shard_path is None:
-            raise unusable(where, f"{shard} is missing", "copy every file that this one names")
-        tensors |= read_tensors(shard_path, f"{folder}/{shard}")[0]
-    return find_wavlm(tensors, {}, where)
-
-
-def read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by name, cfg of fairseq or {}) of a file."""
-    with open(path, "rb") as file:
-        head = file.read(40)
-    if head.startswith(b"version https://git-lfs"):
-        found = "a Git LFS pointer, not the file that it stands for"
-        raise unusable(where, found, "run `git lfs pull` in its directory")
-    try:
-        if head[8:9] == b"{":
-            from safetensors.torch import load_file
-
-            return load_file(path), {}
-        mmap = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # what the two libraries raise has no common base class
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            found = f"holds Python objects ({refused[1]}), which could run code when they are read"
-            remedy = "if you trust it, load it and save its state_dict alone with torch.save"
-            raise unusable(where, found, remedy) from error
-        reason = f"{type(error).__name__} {str(error).partition('. ')[0]}"
-        found = f"damaged, cut short or no checkpoint: {reason}"
-        raise unusable(where, found, "copy or download it again") from error
-    cfg = content.get("cfg") if isinstance(content, dict) else None
-    return dict(flat_tensors(content)), cfg if isinstance(cfg, dict) else {}
-
-
-def flat_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested dicts, named by the keys on the way to them."""
-    if isinstance(content, Tensor):
-        yield prefix, content
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            yield from flat_tensors(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-def find_wavlm(tensors: dict[str, Tensor], cfg: dict[str, Any], where: str) -> Checkpoint:
-    """The only WavLM among the tensors, without what does not belong to it."""
-    plain = {re.sub(WRAPPERS, "", name): name for name in tensors}
-    marked = [(name, mark) for name in plain for mark in MARKS if f".{name}".endswith(f".{mark}")]
-    if not marked:
-        tensors_are = f"its tensors are {', '.join(list(tensors)[:3])} ..."
-        raise unusable(where, f"no WavLM in it; {tensors_are if tensors else 'it has no tensors'}")
-    if len(marked) > 1:
-        prefixes = ", ".join(repr(name.removesuffix(mark)) for name, mark in marked)
-        raise unusable(where, f"more than one model in it: {prefixes}", "save the WavLM alone")
-    ((name, mark),) = marked
-    prefix = name.removesuffix(mark)
-    state = {}
-    for name, original in plain.items():
-        if not name.startswith(prefix):
-            continue
-        name = name.removeprefix(prefix)
-        for pattern, replacement in TO_TRANSFORMERS:
-            name = re.sub(pattern, replacement, name)
-        if ".attention.in_proj_" in name:  # torchaudio has the three in one
-            for part, tensor in zip("qkv", tensors[original].chunk(3)):
-                state[name.replace("in_proj_", f"{part}_proj.")] = tensor
-        elif name.startswith(PARTS):
-            state[name] = tensors[original]
-    attention = {name.rpartition(".attention.")[2] for name in state if ".attention." in name}
-    if attention and "gru_rel_pos_const" not in attention:
-        raise unusable(where, "a HuBERT or wav2vec 2.0, not a WavLM: it has no gated position bias")
-    naming, prefix = MARKS[mark], plain[prefix + mark].removesuffix(mark)
-    return Checkpoint(where, state, naming, prefix, cfg)
-
-
-def config_from_weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A config.json for weights that come without one, from their shapes and the cfg of fairseq.
-
-    Shapes do not show strides, max_bucket_distance and whether norms come first; without a cfg they
-    are taken to be those of the published WavLMs.
-    """
-    where, state, naming, _, cfg = checkpoint
-    if naming == "transformers":
-        raise unusable(where, "no config.json beside it", "copy it from where the weights are from")
-
-    def shape(name: str) -> torch.Size:
-        if name not in state:
-            raise unusable(where, f"incomplete, without {name}")
-        return state[name].shape
-
-    num_convs = sum(name.endswith(".conv.weight") for name in state)
-    convs = [shape(f"feature_extractor.conv_layers.{i}.conv.weight") for i in range(num_convs)]
-    cnn = []  # (kernel, stride) of each layer
-    layers = str(cfg.get("conv_feature_layers", PUBLISHED_CNN))
-    for group, times in re.findall(r"\[(.*?)\](?: *\* *(\d+))?", layers):
-        cnn += re.findall(r"(\d+), *(\d+)\)", group) * int(times or 1)
-    if [int(kernel) for kernel, _ in cnn] != [conv[2] for conv in convs]:
-        raise unusable(where, "the strides of its CNN are unknown", "put a config.json beside it")
-    width, group_width, kernel = shape(
-        "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
-    )
-    layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in state
-    layer = "encoder.layers.0."
-    return {
-        "model_type": "wavlm",
-        "hidden_size": width,
-        "num_hidden_layers": sum(name.endswith(".gru_rel_pos_const") for name in state),
-        "num_attention_heads": shape(f"{layer}attention.gru_rel_pos_const")[1],
-        "intermediate_size": shape(f"{layer}feed_forward.intermediate_dense.weight")[0],
-        "num_buckets": shape(f"{layer}attention.rel_attn_embed.weight")[0],
-        "conv_dim": [conv[0] for conv in convs],
-        "conv_kernel": [conv[2] for conv in convs],
-        "conv_stride": [int(stride) for _, stride in cnn],
-        "conv_bias": "feature_extractor.conv_layers.0.conv.bias" in state,
-        "num_conv_pos_embeddings": kernel,
-        "num_conv_pos_embedding_groups": width // group_width,
-        "feat_extract_norm": "layer" if layer_norms else "group",
-        "do_stable_layer_norm": layer_norms,
-        **{ours: cfg[theirs] for ours, theirs in FROM_CFG.items() if theirs in cfg},
-    }

@@ -28,9 +28,9 @@ for name in (
     "util.pictures",
     "util.log",
     "step",
-    "util.trials",
     "flags",
     "memory",
+    "util.trials",
     "report",
     "train",
 ):

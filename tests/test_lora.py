@@ -6,11 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bench_memory import measured_bytes
 from fault_kills import Run, assert_same_outcome, raise_on, run_ranks
 from test_train import CPU, NO_DROPOUT, assert_same, prepared, records, weights_of
 
-import memory
 import predict
 import step
 from flags import parse_args
@@ -151,9 +149,8 @@ def test_a_run_whose_updates_begin_later_resumes_bit_for_bit(flags, tmp_path):
     flags = [*flags, "--unfreeze", "1:none,2:lora", "--lora", "2", "--amp", "bf16"]
     whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
     assert main(parse_args(whole.flags)) == 0
-    for stop_at in (1, whole.records()[-1]["step"] - 2):
-        with raise_on(rf"^step +{stop_at}/"):
-            assert main(parse_args([*parted.flags, "--resume"])) == 75
+    with raise_on(rf"^step +{whole.records()[-1]['step'] - 2}/"):
+        assert main(parse_args(parted.flags)) == 75
     assert main(parse_args([*parted.flags, "--resume"])) == 0
     assert_same_outcome(whole, parted)
 
@@ -169,17 +166,6 @@ def test_two_ranks_that_accumulate_give_the_losses_and_weights_of_one(flags, tmp
     for one, two in zip(records(alone, "train"), records(ranks, "train"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=2e-5)
     assert_same(weights_of(alone), weights_of(ranks), rtol=1e-3, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    "more", [pytest.param([], marks=pytest.mark.slow), ["--gradient_checkpointing"]]
-)
-def test_the_planned_peak_is_the_profilers_account_of_a_real_step(more):
-    words = ["--wavlm", "tiny", "--prosody", "none", "--batch_size", "4", "--max_seconds", "2.5"]
-    args = parse_args([*words, "--device", "cpu", "--amp", "off", "--lora", "8", *more], 1)
-    shape = memory.shape_of(args)
-    trace = memory.Planner(args, shape).trace(args, "lora")
-    assert trace.peak_bytes == pytest.approx(measured_bytes(args, shape, CPU), rel=0.03)
 
 
 @pytest.mark.parametrize(

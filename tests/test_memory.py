@@ -2,7 +2,6 @@
 behind --batch_size auto; hours; the command line."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ import step
 import train
 from data import InputShape
 from memory import FITS, Planner
-from model import AUTOCAST
-from util import distributed, tracing
+from model import AUTOCAST, ENCODERS
+from util import distributed, tracing, trials
 from util.distributed import GIB
 from util.files import UserError
 from util.runs import read_records
@@ -41,9 +40,9 @@ def step_of(*words, world_size=1):
     return planner.trace(planner.args, planner.args.unfreeze)
 
 
-def planned(*words, world_size=1):
-    args = flags.parse_args(list(words), world_size)
-    return Planner(args, memory.shape_of(args), world_size).plan(args)
+def planned(*words):
+    planner = planner_of(*words)
+    return planner.plan(planner.args)
 
 
 def kinds_at_peak(trace):
@@ -74,6 +73,7 @@ def features(tmp_path_factory):
         ["--unfreeze", "all", "--gradient_accumulation_steps", "3"],
         ["--unfreeze", "all", "--pooling", "attention", "--layers", "1", "2"],
         ["--unfreeze", "all", "--context", "2", "--feedback"],
+        ["--lora", "8", "--gradient_checkpointing"],
         ["--encoder", "convnext", "--base_channels", "16", "--pooling", "stats"],
         ["--encoder", "baseline", "--base_channels", "16"],
         ["--encoder", "transformer", "--d_model", "128", "--features_dir"],
@@ -98,13 +98,11 @@ def test_the_planned_peak_is_what_cuda_allocates(amp):
     assert planner.trace(planner.args, "all").peak_bytes == pytest.approx(real, rel=0.05)
 
 
-@pytest.mark.parametrize("encoder", ["wavlm", "convnext", "baseline", "transformer", "light"])
 @pytest.mark.parametrize("amp", ["fp16", "bf16"])
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_encoder_is_planned_in_half_precision_and_takes_less(encoder, amp, features):
     words = ["--device", "cuda", "--encoder", encoder, "--unfreeze", "all", "--batch_size", "32"]
-    if encoder == "light":
-        words[3] = "lightweight_transformer"
-    if encoder in ("transformer", "light"):
+    if "transformer" in encoder:
         words += ["--features_dir", features]
     half, single = (step_of(*TINY, *words, "--amp", way) for way in (amp, "off"))
     assert half.peak_bytes < single.peak_bytes
@@ -178,29 +176,26 @@ def test_a_plain_model_is_traced_to_its_closed_form(recompute, amp):
     assert found.flops[1].sum() == backward * product
 
 
-def test_a_layer_added_to_the_model_is_planned_with_no_line_changed():
-    planner = planner_of(*TINY, "--unfreeze", "all", "--device", "cpu")
-    model = planner.model
-    before, flops = planner.plan(planner.args), planner.trace(planner.args, "all").flops[0, 1]
-    with torch.device("meta"):
-        model.heads["valence"] = torch.nn.Sequential(
-            torch.nn.Linear(192, 50_000), torch.nn.Linear(50_000, 192), model.heads["valence"]
-        )
-    planner.traces.clear()
-    planner.optimizers.clear()
-    after = planner.plan(planner.args)
+def test_a_layer_added_to_the_model_is_planned_and_the_random_state_is_left_alone():
+    torch.manual_seed(7)
+    random_state = torch.get_rng_state()
+    plans = []
+    for extra in (False, True):
+        planner = planner_of(*TINY, "--unfreeze", "all", "--device", "cpu")
+        heads = planner.model.heads
+        if extra:
+            with torch.device("meta"):
+                heads["valence"] = torch.nn.Sequential(
+                    torch.nn.Linear(192, 50_000), torch.nn.Linear(50_000, 192), heads["valence"]
+                )
+        flops = planner.trace(planner.args, "all").flops[0, 1]
+        plans.append((planner.plan(planner.args).bytes, flops))
+    assert torch.equal(random_state, torch.get_rng_state())
+    (before, flops), (after, more_flops) = plans
     added = 192 * 50_000 * 2 + 50_000 + 192
     for kind, size in (("parameters", 4), ("optimizer", 8)):
-        assert after.bytes[kind] - before.bytes[kind] == pytest.approx(size * added, abs=4096)
-    more = planner.trace(planner.args, "all").flops[0, 1] - flops
-    assert more == 2 * 4 * (2 * 192 * 50_000)
-
-
-def test_planning_leaves_the_random_state_alone():
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    planned(*TINY, "--device", "cpu")
-    assert torch.equal(before, torch.get_rng_state())
+        assert after[kind] - before[kind] == pytest.approx(size * added, abs=4096)
+    assert more_flops - flops == 2 * 4 * (2 * 192 * 50_000)
 
 
 # ---------------------------------------------------------------- terms in closed form
@@ -225,17 +220,13 @@ def test_gradients_are_there_beside_activations_with_accumulation_and_ranks():
         assert kinds_at_peak(other)["gradients"] == pytest.approx(4 * 318.5e6, rel=0.01)
 
 
-def test_autocast_keeps_a_half_copy_of_every_matrix_that_trains():
+def test_autocast_keeps_half_copies_of_matrices_and_checkpointing_the_inputs_of_layers():
     words = [*LARGE, "--unfreeze", "transformer", "--max_seconds", "8"]
     kinds, off = (kinds_at_peak(step_of(*words, "--amp", amp)) for amp in ("fp16", "off"))
     assert kinds["autocast copies"] == pytest.approx(2 * 311e6, rel=0.08)
     assert off["autocast copies"] == 0 and off["activations"] > 1.4 * kinds["activations"]
-
-
-def test_checkpointing_keeps_the_input_of_every_layer():
-    words = [*LARGE, "--unfreeze", "transformer", "--max_seconds", "8", "--gradient_checkpointing"]
-    column = KINDS.index("activations")
-    few, many = (step_of(*words, "--layers", n).timeline[:, column].max() for n in ("12", "24"))
+    words, column = [*words, "--gradient_checkpointing", "--layers"], KINDS.index("activations")
+    few, many = (step_of(*words, layer).timeline[:, column].max() for layer in ("12", "24"))
     assert many - few == pytest.approx(12 * 8 * 399 * 1024 * 2, rel=0.05)  # in half precision
 
 
@@ -279,13 +270,12 @@ def test_the_line_over_batch_sizes_agrees_with_traces(unfreeze):
 
 
 def auto(*words):
-    return flags.parse_args(
-        [*TINY, "--unfreeze", "all", "--device", "cpu", "--batch_size", "auto", *words], 1
-    )
+    flags_of_all = [*TINY, "--max_seconds", "0.5", "--unfreeze", "all", "--device", "cpu"]
+    return flags.parse_args([*flags_of_all, "--batch_size", "auto", *words], 1)
 
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not():
-    args = auto("--device", "cuda", "--gpu_gib", "1.2")
+    args = auto("--device", "cuda", "--gpu_gib", "1.2", "--max_seconds", "2.5")
     shape = memory.shape_of(args)
     best = memory.largest_batch(args, shape, 1)
     assert best.batch_size > 4 and best.verdict == "fits"
@@ -297,7 +287,7 @@ def tried(args, largest=100):
     """auto_batch on a model of its own: (size, what it said, the model)."""
     shape = memory.shape_of(args)
     model = step.build_model(args, shape)
-    return *memory.auto_batch(model, args, shape, distributed.find_ranks("cpu"), largest), model
+    return *trials.auto_batch(model, args, shape, distributed.find_ranks("cpu"), largest), model
 
 
 def test_auto_takes_what_plan_and_probe_agree_on_and_leaves_the_model_as_it_was():
@@ -305,19 +295,17 @@ def test_auto_takes_what_plan_and_probe_agree_on_and_leaves_the_model_as_it_was(
     before = step.build_model(auto(), InputShape(0, 0, 40_000, 16_000)).state_dict()
     torch.manual_seed(3)
     size, said, model = tried(auto("--global_batch_size", "12"))
-    assert size == 12 and "probed" in said
+    assert size == 12 and "planned as 12 and probed at" in said
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("words", [[], ["--gradient_accumulation_steps", "2"]])
-def test_auto_works_with_rates_that_follow_the_batch(words):
-    args = auto("--lr_reference_batch", "32", *words)
-    size, _, _ = tried(args, largest=6)
-    assert size == 6
-    own, _ = memory.parse_args([*TINY, "--preset", "large_batch", "--batch_size", "auto"])
-    assert own.batch_size == "auto" and own.lr_reference_batch == 32
-    assert memory.largest_batch(own, memory.shape_of(own), 1).batch_size > 8
+def test_auto_works_with_rates_and_accumulation_that_follow_the_batch():
+    for words in ([], ["--gradient_accumulation_steps", "2"]):
+        assert tried(auto("--lr_reference_batch", "32", *words), largest=6)[0] == 6
+    args, _ = memory.parse_args([*TINY, "--preset", "large_batch", "--batch_size", "auto"])
+    assert args.batch_size == "auto" and args.lr_reference_batch == 32
+    assert memory.largest_batch(args, memory.shape_of(args), 1).batch_size > 8
 
 
 class LittleMemory(torch.utils._python_dispatch.TorchDispatchMode):
@@ -335,14 +323,11 @@ class LittleMemory(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-def test_auto_goes_down_to_a_divisor_while_the_probe_runs_out_of_memory():
+def test_auto_goes_down_to_a_divisor_and_says_what_to_do_if_there_is_no_room():
     with LittleMemory(4):
         assert tried(auto("--global_batch_size", "12"))[0] == 4
     with LittleMemory(0), pytest.raises(UserError, match="nothing fits"):
         tried(auto("--global_batch_size", "12"))
-
-
-def test_auto_that_finds_no_room_says_what_to_do():
     args = auto("--device", "cuda", "--gpu_gib", "0.1")
     with pytest.raises(UserError, match="--gradient_checkpointing"):
         memory.largest_batch(args, memory.shape_of(args), 1)
@@ -423,11 +408,15 @@ def test_calibration_is_remembered(tmp_path, capsys):
 # ---------------------------------------------------------------- command line
 
 
-def test_the_command_prints_a_plan_and_a_table(capsys):
-    assert memory.main([*TINY, "--unfreeze", "all"]) == 0
-    said = capsys.readouterr().out
-    for words in ("card must have", "largest", "1:none,7:top:4,13:all", "h per fold", "10% to 50%"):
-        assert words in said
+def test_the_command_prints_a_plan_and_a_table_whose_rows_have_no_updates_of_other_rows(capsys):
+    rows = []
+    for more in (["--unfreeze", "all"], ["--lora", "128"]):
+        assert memory.main([*TINY, *more, "--batch_size", "64"]) == 0
+        said = capsys.readouterr().out
+        for words in ("card must have", "largest", "1:none,7:top:4,13:all", "10% to 50%"):
+            assert words in said
+        rows.append([line for line in said.splitlines() if line.startswith(("all ", "top:4 "))])
+    assert len(rows[0]) == 2 and rows[0] == rows[1]
 
 
 def test_json_holds_the_plan_and_the_hours_of_this_setting(answer):
@@ -435,9 +424,6 @@ def test_json_holds_the_plan_and_the_hours_of_this_setting(answer):
     found = answer(*words)
     assert found.keys() == {"flags", "plan", "hours"}
     assert found["plan"]["peak_gib"] == sum(found["plan"]["bytes"].values()) / GIB
-
-
-def test_batch_size_auto_is_answered_with_the_cards_memory(answer):
     words = ["--batch_size", "auto", "--gpu_gib", "2", "--unfreeze", "all"]
     found = answer(*TINY, *words)["plan"]
     assert 64 < found["batch_size"] < 1024
@@ -455,17 +441,12 @@ def test_any_length_of_chunks_is_planned(context, capsys):
     assert int(largest) > 0 and int(largest) % context == 0
 
 
-def test_a_flag_counts_as_given_with_an_equals_sign_too():
-    args, own = memory.parse_args([*TINY, "--gpu", "t4"])
+def test_a_card_gives_its_memory_unless_it_was_given_and_hub_names_need_no_network():
+    args, own = memory.parse_args(["--unfreeze", "all", "--gpu", "t4"])
     assert args.gpu_gib == memory.GPUS["t4"][0] and not own.from_data
-    words = [*TINY, "--gpu", "t4", "--gpu_gib=12", "--data=demo"]
-    args, own = memory.parse_args(words)
-    assert args.gpu_gib == 12 and own.from_data
-
-
-def test_a_hub_checkpoint_is_planned_without_network():
-    args, _ = memory.parse_args(["--unfreeze", "all"])
     assert args.wavlm == "large"  # of microsoft/wavlm-large, train.py's default
+    args, own = memory.parse_args([*TINY, "--gpu", "t4", "--gpu_gib=12", "--data=demo"])
+    assert args.gpu_gib == 12 and own.from_data
 
 
 @pytest.mark.parametrize(
@@ -491,28 +472,6 @@ def test_what_cannot_be_planned_is_one_line_and_exit_code_2(words, said, capsys)
 
 
 # ---------------------------------------------------------------- the plan of a run
-
-
-def test_folds_and_resumed_runs_of_an_experiment_share_one_plan(flags, tmp_path, capsys):
-    cache = tmp_path / "cache"
-    flags = [*flags, "--cache_dir", str(cache), "--dry_run"]
-
-    def line(*more):
-        capsys.readouterr()
-        assert train.main(train.parse_args([*flags, *more])) == 0
-        return re.search(r"memory plan ([\d.]+) GiB", capsys.readouterr().out)[1]
-
-    first = line()
-    (kept,) = cache.glob("plan-*.json")
-    traced = json.loads(kept.read_text())
-    changed = {phase: [1 << 40] * len(kinds) for phase, kinds in traced["peaks"].items()}
-    kept.write_text(json.dumps(traced | {"peaks": changed}))
-    assert line("--fold", "2", "--seed", "7") == f"{1024 * len(KINDS):.2f}"
-    kept.write_text(kept.read_text()[:-5])  # damaged
-    assert line("--fold", "2") == first and json.loads(kept.read_text()) == traced
-    for more in (["--batch_size", "4"], ["--unfreeze", "none"], ["--d_hidden", "32"]):
-        line(*more)
-    assert len(list(cache.glob("plan-*.json"))) == 4
 
 
 def test_a_run_tells_its_operations_per_second_of_audio(finished):

@@ -469,7 +469,7 @@ def test_the_target_of_the_readme_is_in_loss_metrics_files_and_predictions(hacke
 def test_the_loss_of_the_readme_does_not_depend_on_how_a_batch_is_split(hacked):
     same = " --dropout 0 --wavlm_dropout 0 --global_batch_size 8 --log_every 1 --batch_size "
     norms = {"plain": [], "l1": [], "split": []}
-    hacked.run(f"python train.py --preset demo --name plain{same}8")
+    hacked.run(shrunk(f"python train.py --preset demo --name plain{same}8"))
     command = apply_example("A loss", hacked) + same
     hacked.run(f"{command}8")
     hacked.run(f"{command}2".replace("l1", "split"))
@@ -478,3 +478,12 @@ def test_the_loss_of_the_readme_does_not_depend_on_how_a_batch_is_split(hacked):
         found += [r["gradient_norm"] for r in map(json.loads, lines) if r["event"] == "train"]
     assert norms["l1"] == pytest.approx(norms["split"], rel=1e-4)
     assert norms["l1"] != pytest.approx(norms["plain"], rel=1e-2)
+
+
+def test_a_step_that_looks_at_values_trains_though_no_plan_can_be_made_of_it(hacked):
+    file = hacked.directory / "step.py"
+    mark = "            seen += sums.detach()\n"
+    assert mark in file.read_text()
+    file.write_text(file.read_text().replace(mark, mark + "            float(preds.sum())\n"))
+    said = hacked.run(shrunk("python train.py --preset demo --name values"))
+    assert "memory is not planned" in said and result_of(hacked, "values")["best_epoch"]

@@ -225,7 +225,10 @@ TRAINABLE = {
 
 def test_exactly_the_parameters_named_by_unfreeze_train_and_each_gets_a_gradient():
     with torch.device("meta"):
-        model = WavLM(SIZES["large"])
+        models = {size: WavLM(config) for size, config in SIZES.items()}
+    counts = {size: sum(p.numel() for p in m.parameters()) for size, m in models.items()}
+    assert counts == {"tiny": 971_408, "base": 94_381_936, "large": 315_453_120}
+    model = models["large"]
     for what, count in TRAINABLE.items():
         model.set_trainable(what)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -274,27 +277,15 @@ def test_layers_that_do_not_exist_are_refused():
         model.truncate(9)
 
 
-def test_the_frozen_prefix_keeps_no_activations():
-    model = WavLM(NARROW)
-    input_values, mask = batch([16_000, 9_000])
-    total = {}
-    for what in ("none", "top:1", "top:2", "all"):
-        model.set_trainable(what)
-        kept, _ = kept_bytes(lambda: model(input_values, mask))
-        total[what] = sum(size for _, size in kept)
-    assert total["none"] == 0
-    assert 0 < total["top:1"] < total["top:2"] < total["all"]
-    assert total["top:2"] < 2.2 * total["top:1"]
-
-
 @pytest.mark.parametrize("what", ["none", "top:1", "transformer", "all"])
 def test_dropout_acts_only_in_training_and_only_where_something_trains(what):
     model = WavLM(NARROW)
     model.set_trainable(what)
     input_values, mask = batch([9_000, 5_000])
     model.train()
-    one, _ = model(input_values, mask, layers=range(4))
+    kept, (one, _) = kept_bytes(lambda: model(input_values, mask, layers=range(4)))
     two, _ = model(input_values, mask, layers=range(4))
+    assert bool(kept) == (what != "none")  # what is frozen keeps nothing for backward
     differ = [not torch.equal(one[i], two[i]) for i in range(4)]
     first = {"none": 4, "top:1": 3, "transformer": 0, "all": 0}[what]
     assert differ == [i >= first for i in range(4)]
@@ -402,13 +393,11 @@ def test_fused_attention_on_cpu_equals_eager_at_every_length(dtype, tolerance):
         for padded, counts in ragged(inputs, num_frames):
             assert_equals_eager(padded, counts, tolerance)
 
-
-@pytest.mark.parametrize(("num_frames", "heads"), [(400, 3), (700, 2), (1500, 1)])
-def test_fused_attention_on_cpu_equals_eager_in_blocks_of_heads_and_of_rows(num_frames, heads):
-    inputs = attention_inputs(num_frames, torch.float32, heads=heads, head_dim=16)
-    inputs[5][1, ..., 390:num_frames] = wavlm.PADDING_BIAS
-    assert heads * num_frames**2 > wavlm.CPU_BLOCK
-    assert_equals_eager(inputs, [num_frames, 390], 2e-5)
+    for num_frames, heads in ((400, 3), (700, 2), (1500, 1)):  # in blocks of heads and of rows
+        inputs = attention_inputs(num_frames, dtype, heads=heads, head_dim=16)
+        inputs[5][1, ..., 390:num_frames] = wavlm.PADDING_BIAS
+        assert heads * num_frames**2 > wavlm.CPU_BLOCK
+        assert_equals_eager(inputs, [num_frames, 390], max(tolerance, 2e-5))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -506,14 +495,6 @@ def test_the_feed_forward_keeps_its_input_and_not_its_activation():
     assert results[0][0] == 1 and results[1][0] == 2
     for got, wanted in zip(results[0][1:], results[1][1:]):
         torch.testing.assert_close(got, wanted)
-
-
-def test_the_sizes_have_the_published_parameter_counts():
-    counts = {}
-    for size, config in SIZES.items():
-        with torch.device("meta"):
-            counts[size] = sum(p.numel() for p in WavLM(config).parameters())
-    assert counts == {"tiny": 971_408, "base": 94_381_936, "large": 315_453_120}
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

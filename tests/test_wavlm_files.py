@@ -4,15 +4,10 @@ python -m pytest tests/test_wavlm_files.py
 """
 
 import dataclasses
-import http.server
 import json
 import logging
-import os
 import re
 import runpy
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -26,7 +21,6 @@ import memory
 import wavlm
 from wavlm import WavLM, WavLMError, load_wavlm, read_config, save_wavlm
 
-ROOT = Path(__file__).parents[1]
 PUBLISHED = dataclasses.replace(NARROW, max_bucket_distance=800)  # what no tensor shows is as there
 TO_FAIRSEQ = [
     (r"^feature_projection\.layer_norm", "layer_norm"),
@@ -111,19 +105,19 @@ def old_weight_norm(state):
 
 # form: (needs a config.json beside it, what is told about it, content of the file)
 FORMS = {
-    "microsoft": (False, "with the names of fairseq under 'model.'", microsoft),
-    "fairseq": (False, "with the names of fairseq; dropout 0.1", lambda s, _: fairseq(s)),
+    "microsoft": (False, "names of fairseq with prefix 'model.'", microsoft),
+    "fairseq": (False, "names of fairseq with prefix ''; dropout 0.1", lambda s, _: fairseq(s)),
     "fairseq, nested": (
-        False, "fairseq under 'state_dict.module.ssl_model.'",
+        False, "fairseq with prefix 'state_dict.module.ssl_model.'",
         lambda s, _: {"epoch": 3, "state_dict": under("module.ssl_model.", fairseq(s))},
     ),
-    "torchaudio": (False, "with the names of torchaudio;", lambda s, _: torchaudio(s)),
+    "torchaudio": (False, "names of torchaudio with prefix", lambda s, _: torchaudio(s)),
     "torchaudio, inside": (False, "'encoder.'", lambda s, _: under("encoder.", torchaudio(s))),
-    "task model": (True, "under 'wavlm.'", lambda s, _: under("wavlm.", s)),
+    "task model": (True, "prefix 'wavlm.'", lambda s, _: under("wavlm.", s)),
     "old weight norm": (True, None, lambda s, _: old_weight_norm(s)),
-    "wrappers": (True, "under 'module.'", lambda s, _: wrapped(s)),
+    "wrappers": (True, "prefix 'module.'", lambda s, _: wrapped(s)),
     "nested": (
-        True, "under 'model_state_dict.model.encoder.wavlm.'",
+        True, "prefix 'model_state_dict.model.encoder.wavlm.'",
         lambda s, _: {"model_state_dict": under("model.encoder.wavlm.", s), "optimizer": {0: 1}},
     ),
     "compiled": (True, "'_orig_mod.ssl_model.'", lambda s, _: under("_orig_mod.ssl_model.", s)),
@@ -227,57 +221,14 @@ def test_a_model_of_torchaudio_gives_the_same_states(large, tmp_path):
 
 
 def test_the_planner_takes_shapes_from_a_file(models, tmp_path, capsys):
-    torch.save(microsoft(models["layer"].state_dict(), PUBLISHED), tmp_path / "WavLM-Large.pt")
-    command = ["--wavlm", str(tmp_path / "WavLM-Large.pt"), "--prosody", "none", "--json"]
-    assert memory.main([*command, "--batch_size", "1", "--max_seconds", "1"]) in (0, None)
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["plan"]["bytes"]["parameters"] > 4 * sum(
-        p.numel() for p in models["layer"].parameters()
-    )
-    command[1] = str(tmp_path / "nowhere" / "WavLM-Large.pt")
-    assert memory.main(command) == 2
-    assert capsys.readouterr().err.startswith(f"memory.py: error: --wavlm {command[1]}: no such")
-
-
-def test_a_mirror_named_by_HF_ENDPOINT_is_used(tmp_path):
-    save_wavlm(WavLM(NARROW), tmp_path / "weights")
-    asked = []
-
-    class Mirror(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            path = tmp_path / "weights" / self.path.rpartition("/")[2]
-            if not path.is_file():
-                self.send_error(404)
-                return
-            content = path.read_bytes()
-            self.send_response(200)
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("ETag", f'"{len(content)}"')
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = "from wavlm import load_wavlm; print(load_wavlm('lab/wavlm', 'main').config.hidden_size)"
-    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    environment |= {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
-        "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    server.shutdown()
-    assert done.stdout == "32\n", done.stderr
-    assert "/lab/wavlm/resolve/main/config.json" in asked
+    state, path = models["layer"].state_dict(), tmp_path / "WavLM-Large.pt"
+    torch.save(microsoft(state, PUBLISHED), path)
+    words = ["--prosody", "none", "--json", "--batch_size", "1", "--max_seconds", "1", "--wavlm"]
+    assert memory.main([*words, str(path)]) == 0
+    planned = json.loads(capsys.readouterr().out)["plan"]["bytes"]["parameters"]
+    assert planned > 4 * sum(tensor.numel() for tensor in state.values())
+    assert memory.main([*words, f"{path}/no.pt"]) == 2
+    assert f"memory.py: error: --wavlm {path}/no.pt: no such" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- weights of transformers
@@ -327,82 +278,81 @@ def test_what_is_not_a_wavlm_is_refused_in_one_line_that_names_the_file_and_the_
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     state = models["layer"].state_dict()
     hubert = {name: tensor for name, tensor in state.items() if "gru_rel_pos" not in name}
+    gate = "feature_extractor.conv_layers.0.conv.weight"
     weights = (saved("good") / "model.safetensors").read_bytes()
-    (tmp_path / "empty").mkdir()
-    saved("no_weights", model=None)
-    saved("no_config", config=None)
-    saved("broken", model=b"not a checkpoint")
-    saved("nothing", model=b"")
-    saved("pointer", model=POINTER)
-    saved("cut", model=weights[:-1000])
-    saved("no_json", config=b"{")
-    saved("list", config=b"[]")
-    saved("not_text", config=b"\xff\xfe\xfa")
-    saved("hubert", {"model_type": "hubert"})
-    saved("norm", {"feat_extract_norm": "batch"})
-    saved("act", {"hidden_act": "mish"})
-    saved("heads", {"num_attention_heads": 0})
-    saved("wide", {"hidden_size": 64})
-    saved("deep", {"num_hidden_layers": 4})
-    saved("flat", {"num_hidden_layers": 2})
-    save_file(hubert, saved("weights_of_hubert", model=None) / "model.safetensors")
-    (saved("index", model=None) / "model.safetensors.index.json").write_text("{}")
-    for name, content in {
-        "pickled.pt": {"cfg": {}, "model": print},
-        "arguments.pt": {"args": train_flags.parse_args(["--preset", "demo"]), "model": state},
-        "hubert.pt": {"cfg": {}, "model": fairseq(hubert)},
-        "other.pt": {"decoder.weight": torch.ones(3)},
-        "numbers.pt": {"epoch": 3},
-        "two.pt": {"model": state, "ema": state},
-        "strides.pt": fairseq(
-            state | {"feature_extractor.conv_layers.0.conv.weight": torch.ones(16, 1, 9)}
-        ),
-        "incomplete.pt": {n: t for n, t in fairseq(state).items() if "attention_bias" not in n},
-        "relu.pt": {"cfg": {"activation_fn": "relu"}, "model": fairseq(state)},
-    }.items():
-        torch.save(content, tmp_path / name)
-    torch.save(state, tmp_path / "whole.pt")
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-1000])
-    (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "page.pt").write_text("<!DOCTYPE html>")
-    (tmp_path / "pointer.pt").write_bytes(POINTER)
     again = "damaged, cut short or no checkpoint: .* .copy or download it again.$"
     objects = "could run code .* .if you trust it, .* save its state_dict"
-    cases = {
-        "empty": ": no model.safetensors or pytorch_model.bin in this directory .give tiny, base",
-        "no/where/WavLM.pt": ": no such file or directory .give tiny",
-        "no_weights": ": no model.safetensors or pytorch_model.bin in this directory",
-        "no_config": "/model.safetensors: no config.json beside it .copy it",
-        "broken": f"/model.safetensors: {again}",
-        "nothing": f"/model.safetensors: {again}",
-        "pointer": "/model.safetensors: a Git LFS pointer, .* .run `git lfs pull`",
-        "cut": f"/model.safetensors: {again}",
-        "no_json": "/config.json: Expecting",
-        "not_text": "/config.json: .*utf-8",
-        "list": "/config.json: not a JSON object",
-        "hubert": "/config.json: model_type is 'hubert', not 'wavlm'",
-        "weights_of_hubert": "/model.safetensors: a HuBERT or wav2vec 2.0, not a WavLM",
-        "index": "/model.safetensors.index.json: no weight_map",
-        "norm": "/config.json: feat_extract_norm is 'batch', not layer or group",
-        "act": "/config.json: hidden_act is 'mish', not gelu",
-        "heads": "/config.json: 0 attention heads",
-        "wide": "/model.safetensors: weights do not fit the config: .*size mismatch for",
-        "deep": r"/model.safetensors: .*Missing key.*encoder\.layers\.3\.",
-        "flat": r"/model.safetensors: .*Unexpected key.*encoder\.layers\.2",
-        "pickled.pt": f": holds Python objects .print.*{objects}",
-        "arguments.pt": f": holds Python objects .argparse.Namespace.*{objects}",
-        "hubert.pt": ": a HuBERT or wav2vec 2.0, not a WavLM",
-        "other.pt": ": no WavLM in it; its tensors are decoder.weight",
-        "numbers.pt": ": no WavLM in it; it has no tensors",
-        "two.pt": ": more than one model in it: 'model.', 'ema.' .save the WavLM alone",
-        "strides.pt": ": the strides of its CNN are unknown .put a config.json beside it",
-        "incomplete.pt": ": incomplete, without encoder.layers.0.attention.rel_attn_embed.weight",
-        "relu.pt": ": hidden_act is 'relu', not gelu",
-        "cut.pt": f": {again}",
-        "text.pt": f": {again}",
-        "page.pt": f": {again}",
-        "pointer.pt": ": a Git LFS pointer, .* .run `git lfs pull`",
+    pointer = ": a Git LFS pointer, .* .run `git lfs pull`"
+    absent = ": no model.safetensors or pytorch_model.bin in this directory .give tiny, base"
+    cases = {"empty": absent, "no/where/WavLM.pt": ": no such file or directory .give tiny"}
+    (tmp_path / "empty").mkdir()
+    configs = {
+        "hubert": ({"model_type": "hubert"}, "/config.json: model_type is 'hubert', not 'wavlm'"),
+        "norm": (
+            {"feat_extract_norm": "batch"},
+            "/config.json: feat_extract_norm is 'batch', not layer or group",
+        ),
+        "act": ({"hidden_act": "mish"}, "/config.json: hidden_act is 'mish', not gelu"),
+        "heads": ({"num_attention_heads": 0}, "/config.json: 0 attention heads"),
+        "wide": ({"hidden_size": 64}, "/model.safetensors: weights do not fit .*size mismatch for"),
+        "deep": ({"num_hidden_layers": 4}, r"/model.safetensors: .*Missing .*encoder\.layers\.3\."),
+        "flat": (
+            {"num_hidden_layers": 2},
+            r"/model.safetensors: .*Unexpected .*layers\.2",
+        ),
     }
+    for name, (changes, message) in configs.items():
+        saved(name, changes)
+        cases[name] = message
+    damages = {  # what takes the place of a file
+        "no_weights": ({"model": None}, absent),
+        "no_config": ({"config": None}, "/model.safetensors: no config.json beside it .copy it"),
+        "nothing": ({"model": b""}, f"/model.safetensors: {again}"),
+        "cut": ({"model": weights[:-1000]}, f"/model.safetensors: {again}"),
+        "pointer": ({"model": POINTER}, f"/model.safetensors{pointer}"),
+        "no_json": ({"config": b"{"}, "/config.json: Expecting"),
+        "list": ({"config": b"[]"}, "/config.json: not a JSON object"),
+        "not_text": ({"config": b"\xff\xfe\xfa"}, "/config.json: .*utf-8"),
+    }
+    for name, (files, message) in damages.items():
+        saved(name, **files)
+        cases[name] = message
+    save_file(hubert, saved("weights_of_hubert", model=None) / "model.safetensors")
+    cases["weights_of_hubert"] = "/model.safetensors: a HuBERT or wav2vec 2.0, not a WavLM"
+    (saved("index", model=None) / "model.safetensors.index.json").write_text("{}")
+    cases["index"] = "/model.safetensors.index.json: no WavLM in it"
+    arguments = train_flags.parse_args(["--preset", "demo"])
+    incomplete = {n: t for n, t in fairseq(state).items() if "attention_bias" not in n}
+    contents = {  # of a file that torch.save writes
+        "pickled.pt": ({"cfg": {}, "model": print}, f": holds Python objects .print.*{objects}"),
+        "arguments.pt": (
+            {"args": arguments, "model": state},
+            f": holds Python objects .argparse.Namespace.*{objects}",
+        ),
+        "hubert.pt": ({"cfg": {}, "model": fairseq(hubert)}, ": a HuBERT or wav2vec 2.0, not a "),
+        "other.pt": ({"decoder": torch.ones(3)}, ": no WavLM in it; its tensors are decoder"),
+        "numbers.pt": ({"epoch": 3}, ": no WavLM in it; its tensors are none"),
+        "two.pt": (
+            {"model": state, "ema": state},
+            ": more than one model in it: 'model.', 'ema.' .save the WavLM alone",
+        ),
+        "strides.pt": (
+            fairseq(state | {gate: torch.ones(16, 1, 9)}),
+            ": the strides of its CNN are unknown .put a config.json beside it",
+        ),
+        "incomplete.pt": (incomplete, ": incomplete, without .*attention.rel_attn_embed.weight"),
+        "relu.pt": (
+            {"cfg": {"activation_fn": "relu"}, "model": fairseq(state)},
+            ": hidden_act is 'relu', not gelu",
+        ),
+    }
+    for name, (content, message) in contents.items():
+        torch.save(content, tmp_path / name)
+        cases[name] = message
+    whole = (tmp_path / "two.pt").read_bytes()
+    for name, content in {"cut.pt": whole[:-1000], "text.pt": b"hello"}.items():
+        (tmp_path / name).write_bytes(content)
+        cases[name] = f": {again}"
     for name, message in cases.items():
         with pytest.raises(WavLMError, match=f"^{tmp_path / name}{message}") as caught:
             load_wavlm(str(tmp_path / name))
