@@ -17,62 +17,42 @@ Reference: eGeMAPS (Eyben et al. 2016).
 import argparse
 import copy
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import soundfile
 import soxr
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from corpora import (
-    LABELS,
-    MAX_SKIPPED,
-    Corpus,
-    check_skipped,
-    describe_splits,
-    known_speaker,
-    make_splits,
-    num_folds,
-    read_corpus,
-    skipped_by_kind,
-    write_skipped,
-)
+import corpora
+from corpora import Corpus, make_splits, read_corpus
+from model import ModelConfig
+from util import files
 from util.audio import (
     MIN_SAMPLES,
     NO_DECODER,
     SAMPLE_RATE,
     VERSION,
     decode,
-    decoded_bytes,
     foreign_decoder,
+    header_seconds,
 )
-from util.files import (
-    UserError,
-    array_digest,
-    build_cache,
-    cached_array,
-    check_disk_space,
-    described,
-    digest,
-    gib,
-    optional_module,
-    progress_bar,
-    run_script,
-    weights_digest,
-)
+from util.files import UserError, digest
 from util.intervals import human_ceiling
 
 log = logging.getLogger("vatune")
@@ -100,26 +80,18 @@ class PackedRows:
         index = json.loads((directory / f"{name}.json").read_text())
         self.file, self.key = directory / f"{name}.bin", directory.name
         self.dtype, self.shape = np.dtype(index["dtype"]), tuple(index["shape"])
-        written = np.array(index["lengths"], dtype=np.int64)  # in the order of writing
-        by_row = np.argsort(index["order"])
-        self.lengths = written[by_row]  # (N,)
-        self.offsets = (np.cumsum(written) - written)[by_row]  # (N,) along the first axis
+        self.lengths = np.array(index["lengths"], dtype=np.int64)  # (N,)
+        self.offsets = np.cumsum(self.lengths) - self.lengths  # (N,) along the first axis
         self._values: np.ndarray | None = None  # opened in the process that reads
 
     @staticmethod
-    def write(
-        directory: Path, rows: Iterable[tuple[int, np.ndarray]], name: str = "values"
-    ) -> None:
-        """Files of `directory` from (row, array) pairs, each row once, in any order."""
-        order, lengths, values = [], [], np.zeros(0)
+    def write(directory: Path, rows: Iterable[np.ndarray], name: str = "values") -> None:
+        lengths, values = [], np.zeros(0)
         with open(directory / f"{name}.bin", "wb") as file:
-            for row, values in rows:
+            for values in rows:
                 file.write(values.tobytes())
-                order.append(row)
                 lengths.append(len(values))
-        assert sorted(order) == list(range(len(order)))
-        index = {"dtype": values.dtype.str, "shape": values.shape[1:]}
-        index |= {"order": order, "lengths": lengths}
+        index = {"dtype": values.dtype.str, "shape": values.shape[1:], "lengths": lengths}
         (directory / f"{name}.json").write_text(json.dumps(index))
 
     def __getstate__(self) -> dict:
@@ -146,9 +118,15 @@ class PackedRows:
 
 def announce_cache(directory: Path, num_bytes: int, what: str, fix: str = "") -> None:
     """Logs the size of a cache before it is filled. UserError if it does not fit the disk."""
-    fix = f"free disk space there, or set another --cache_dir{fix}"
-    check_disk_space(directory.parent, num_bytes, what, fix)
-    log.info(f"{what}: writing {gib(num_bytes)} to {directory}")
+    disk = directory.absolute()
+    while not disk.exists():
+        disk = disk.parent
+    free = shutil.disk_usage(disk).free
+    if num_bytes > free:
+        need = f"{what} would need {files.gib(num_bytes)} in {directory.parent}"
+        fix = f"free disk space there, or set another --cache_dir{fix}"
+        raise UserError(f"{need}, where {files.gib(free)} are free: {fix}")
+    log.info(f"{what}: writing {files.gib(num_bytes)} to {directory}")
 
 
 def identity(path: Path) -> tuple[int, int]:
@@ -161,7 +139,7 @@ def identity(path: Path) -> tuple[int, int]:
 
 
 def load_audio(
-    corpus: Corpus, cache_dir: str | Path, max_skipped: float = MAX_SKIPPED
+    corpus: Corpus, cache_dir: str | Path, max_skipped: float = corpora.MAX_SKIPPED
 ) -> tuple[Corpus, PackedRows]:
     """(corpus without the rows that have no usable audio, decoded audio of the same rows).
 
@@ -170,35 +148,35 @@ def load_audio(
     """
     utterances = corpus.utterances
     clips = [(u.path, u.start, u.end) for u in utterances]
-    files = [(str(path), *identity(path), *times) for path, *times in clips]
+    sources = [(str(path), *identity(path), *times) for path, *times in clips]
     versions = (VERSION, SAMPLE_RATE, soxr.__version__, soundfile.__libsndfile_version__)
-    directory = Path(cache_dir) / f"audio-{digest(versions, files)}"
+    directory = Path(cache_dir) / f"audio-{digest(versions, sources)}"
 
     def fill(aside: Path) -> None:
         bad, changes, digests = {}, Counter[str](), []
 
-        def rows() -> Iterator[tuple[int, np.ndarray]]:
-            for first in progress_bar(range(0, len(clips), 64), len(clips) // 64, "audio"):
+        def rows() -> Iterator[np.ndarray]:
+            for first in files.progress_bar(range(0, len(clips), 64), len(clips) // 64, "audio"):
                 block = zip(*clips[first : first + 64])  # bounds what waits in memory
                 for row, (samples, reason, changed) in enumerate(pool.map(decode, *block), first):
                     if reason:
                         bad[row] = reason
                     changes.update(changed)
-                    digests.append(array_digest(samples))
-                    yield row, samples
+                    digests.append(files.array_digest(samples))
+                    yield samples
 
         with ThreadPoolExecutor(CORES) as pool:
-            num_bytes = sum(pool.map(decoded_bytes, *zip(*clips)))
-            announce_cache(directory, num_bytes, "decoded audio")
+            seconds = sum(pool.map(header_seconds, *zip(*clips)))
+            announce_cache(directory, 2 * round(SAMPLE_RATE * seconds), "decoded audio")
             PackedRows.write(aside, rows())
         decoding = {"bad": bad, "changes": changes, "digests": digests}
         (aside / "decoding.json").write_text(json.dumps(decoding))
 
-    decoding = json.loads((build_cache(directory, fill) / "decoding.json").read_text())
+    decoding = json.loads((files.build_cache(directory, fill) / "decoding.json").read_text())
     lacking = any(reason.startswith(NO_DECODER) for reason in decoding["bad"].values())
     if lacking and foreign_decoder():  # it was installed after that cache was built
-        directory = Path(cache_dir) / f"audio-{digest(versions, files, foreign_decoder())}"
-        decoding = json.loads((build_cache(directory, fill) / "decoding.json").read_text())
+        directory = Path(cache_dir) / f"audio-{digest(versions, sources, foreign_decoder())}"
+        decoding = json.loads((files.build_cache(directory, fill) / "decoding.json").read_text())
     bad = {int(row): reason for row, reason in decoding["bad"].items()}
     good = [row for row in range(len(utterances)) if row not in bad]
     pack = PackedRows(directory).part(good)
@@ -213,7 +191,7 @@ def load_audio(
     )
     for row, reason in bad.items():
         corpus.skip(utterances[row].utt_id, utterances[row].path, reason)
-    check_skipped(corpus, max_skipped)
+    corpora.check_skipped(corpus, max_skipped)
     return corpus, pack
 
 
@@ -225,7 +203,11 @@ def egemaps_of(pack: PackedRows) -> np.ndarray:
     """(N, 88) float32 of a (part of a) pack, in this thread."""
     import opensmile  # free for research only
 
-    smile = opensmile.Smile(opensmile.FeatureSet.eGeMAPSv02, opensmile.FeatureLevel.Functionals)
+    try:
+        smile = opensmile.Smile(opensmile.FeatureSet.eGeMAPSv02, opensmile.FeatureLevel.Functionals)
+    except Exception as error:  # a library of opensmile that does not load here
+        fault = f"{files.described('opensmile', error)}: reinstall opensmile"
+        raise UserError(f"--prosody egemaps: {fault}, or --prosody none") from None
     clips = (pack.read(row) for row in range(len(pack.lengths)))
     rows = [smile.process_signal(clip, SAMPLE_RATE).to_numpy()[0] for clip in clips]
     return np.array(rows, dtype=np.float32)
@@ -234,25 +216,20 @@ def egemaps_of(pack: PackedRows) -> np.ndarray:
 def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarray:
     """(N, 88) float32 eGeMAPSv02 functionals, NaN if opensmile leaves one undefined."""
     flag, otherwise = "--prosody egemaps", ", or --prosody none"
-    opensmile = optional_module("opensmile", "opensmile", flag, otherwise)
+    opensmile = files.optional_module("opensmile", "opensmile", flag, otherwise)
 
     def build() -> np.ndarray:
         count = len(pack.lengths)
-        try:
-            egemaps_of(pack.part(range(1)))
-        except Exception as error:  # a library of opensmile that does not load here
-            fault = described("opensmile", "opensmile", error)
-            raise UserError(f"{flag}: {fault}: reinstall opensmile{otherwise}") from None
         parts = [pack.part(range(i, min(i + 16, count))) for i in range(0, count, 16)]
         pool = ThreadPoolExecutor(CORES)  # opensmile computes without Python's lock
         try:
-            done = progress_bar(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
+            done = files.progress_bar(pool.map(egemaps_of, parts), len(parts), "eGeMAPS")
             return np.concatenate(list(done))
         finally:
             pool.shutdown(cancel_futures=True)
 
     key = digest(pack.key, opensmile.__version__, "eGeMAPSv02")
-    return cached_array(Path(cache_dir) / f"egemaps-{key}", build)
+    return files.cached_array(Path(cache_dir) / f"egemaps-{key}", build)
 
 
 def speaker_embeddings(
@@ -262,25 +239,25 @@ def speaker_embeddings(
 
     `kind`: ecapa, xvector, a local x-vector model directory, or a directory of <utt_id>.npy (S,).
     """
-    folder = Path(kind)
-    if kind not in ("ecapa", "xvector") and not folder.is_dir():
+    if kind not in ("ecapa", "xvector") and not Path(kind).is_dir():
         raise UserError(f"--speaker {kind}: not ecapa, xvector, none or a directory")
     if holds_vectors(kind):
-        vectors = read_vectors(npy_files(corpus, folder, "--speaker"))
+        vectors = utterance_vectors(corpus, kind, cache_dir, "--speaker")
     else:
-        embed, key = ecapa(cache_dir, device) if kind == "ecapa" else xvector(kind, device)
+        embed, weights = speaker_model(kind, cache_dir, device)
 
         def build() -> np.ndarray:
-            rows = progress_bar(range(len(pack.lengths)), len(pack.lengths), "speakers")
+            rows = files.progress_bar(range(len(pack.lengths)), len(pack.lengths), "speakers")
             clips = (pack.read(row) for row in rows)
             # below a second, statistics over frames are noise or undefined: repeat the clip
             clips = (np.tile(clip, math.ceil(SAMPLE_RATE / len(clip))) for clip in clips)
             with torch.inference_mode():
                 return np.stack([embed(clip).float().cpu().numpy() for clip in clips])
 
-        vectors = cached_array(Path(cache_dir) / f"speaker-{digest(pack.key, key)}", build)
+        directory = Path(cache_dir) / f"speaker-{digest(pack.key, weights)}"
+        vectors = files.cached_array(directory, build)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    broken = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
+    broken = np.flatnonzero(~(norms[:, 0] > 0) | np.isinf(norms[:, 0]))
     if len(broken):
         fault = f"{len(broken)} embeddings are zero or not finite"
         utt_id = corpus.utterances[broken[0]].utt_id
@@ -291,6 +268,25 @@ def speaker_embeddings(
 def holds_vectors(kind: str) -> bool:
     """Is --speaker a directory of vectors, and not one of a model?"""
     return Path(kind).is_dir() and not (Path(kind) / "config.json").exists()
+
+
+def speaker_model(
+    kind: str, cache_dir: str | Path, device: str
+) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
+    """(waveform (L,) -> embedding (S,), digest of its weights) of a model for --speaker."""
+    flag, otherwise = f"--speaker {kind}", ", or give a directory of <utt_id>.npy"
+    hub = {"ecapa": "speechbrain/spkrec-ecapa-voxceleb", "xvector": "microsoft/wavlm-base-plus-sv"}
+    source, package = hub.get(kind, kind), "speechbrain" if kind == "ecapa" else "transformers"
+    if kind == "ecapa" or importlib.util.find_spec("torchaudio"):  # both import it
+        files.optional_module("torchaudio", "torchaudio", flag, otherwise)
+    try:
+        if kind == "ecapa":
+            return ecapa(source, Path(cache_dir) / "ecapa", device)
+        return xvector(source, kind == "xvector" and not hub_answers(source, "config.json"), device)
+    except Exception as error:  # of the packages, the hub, the files: no common base class
+        fault = f"cannot load {source} ({files.described(package, error)})"
+        mirror = "load it once where there is a network (or set HF_ENDPOINT to a mirror)"
+        raise UserError(f"{flag}: {fault}: {mirror}, reinstall {package}{otherwise}") from None
 
 
 def hub_answers(name: str, file: str) -> bool:
@@ -304,60 +300,39 @@ def hub_answers(name: str, file: str) -> bool:
     return True
 
 
-def speaker_error(kind: str, package: str, source: str, error: Exception) -> UserError:
-    """One line on a model for --speaker that cannot be loaded."""
-    remedy = (
-        f"load {source} once where there is a network (or set HF_ENDPOINT to a mirror), "
-        f"reinstall {package}, or give a directory of <utt_id>.npy"
-    )
-    fault = described(package, package, error)
-    return UserError(f"--speaker {kind}: cannot load {source} ({fault}): {remedy}")
+def xvector(
+    source: str, local_files_only: bool, device: str
+) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
+    """speaker_model's result for an x-vector model of transformers."""
+    import transformers
 
-
-def xvector(kind: str, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
-    """(waveform (L,) -> embedding (S,), cache key) of a transformers x-vector model."""
-    flag, otherwise = f"--speaker {kind}", ", or give a directory of <utt_id>.npy"
-    transformers = optional_module("transformers", "transformers", flag, otherwise)
-    if importlib.util.find_spec("torchaudio"):  # which transformers then imports
-        optional_module("torchaudio", "torchaudio", flag, ", or uninstall it")
-    source = "microsoft/wavlm-base-plus-sv" if kind == "xvector" else kind
-    cached_only = kind == "xvector" and not hub_answers(source, "config.json")
-    options = {"trust_remote_code": False, "local_files_only": cached_only}
-    try:
-        extractor = transformers.AutoFeatureExtractor.from_pretrained(source, **options)
-        model = transformers.AutoModelForAudioXVector.from_pretrained(source, **options)
-    except Exception as error:  # of transformers, the hub, the files: no common base class
-        raise speaker_error(kind, "transformers", source, error) from None
+    options = {"trust_remote_code": False, "local_files_only": local_files_only}
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(source, **options)
+    model = transformers.AutoModelForAudioXVector.from_pretrained(source, **options)
     model.to(device).eval()
 
     def embed(clip: np.ndarray) -> torch.Tensor:
         inputs = extractor(clip, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         return model(inputs.input_values.to(device)).embeddings[0]
 
-    return embed, weights_digest(model.state_dict()) + extractor.to_json_string()
+    return embed, files.weights_digest(model.state_dict()) + extractor.to_json_string()
 
 
-def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
+def ecapa(
+    source: str, folder: Path, device: str
+) -> tuple[Callable[[np.ndarray], torch.Tensor], str]:
     """The same of speechbrain's ECAPA-TDNN (192-d). Never run by us: it needs torchaudio."""
-    flag, otherwise = "--speaker ecapa", ", or use --speaker xvector"
-    optional_module("torchaudio", "torchaudio", flag, otherwise)
-    name = "speechbrain.inference.speaker"
-    speechbrain = optional_module(name, "speechbrain", flag, otherwise)
-    source, folder = "speechbrain/spkrec-ecapa-voxceleb", Path(cache_dir) / "ecapa"
+    from speechbrain.inference.speaker import EncoderClassifier
+
+    if not (folder / "hyperparams.yaml").exists() and not hub_answers(source, "hyperparams.yaml"):
+        raise ConnectionError(f"it is not in {folder}, and the hub does not answer")
     options = {"savedir": str(folder), "run_opts": {"device": device}}
-    try:
-        if not (folder / "hyperparams.yaml").exists() and not hub_answers(
-            source, "hyperparams.yaml"
-        ):
-            raise ConnectionError("it is not in --cache_dir, and the hub does not answer")
-        model = speechbrain.EncoderClassifier.from_hparams(source, **options)
-    except Exception as error:  # of speechbrain, torchaudio, the hub: no common base class
-        raise speaker_error("ecapa", "speechbrain", source, error) from None
+    model = EncoderClassifier.from_hparams(source, **options)
 
     def embed(clip: np.ndarray) -> torch.Tensor:
         return model.encode_batch(torch.from_numpy(clip).to(device)[None])[0, 0]
 
-    return embed, weights_digest(model.state_dict())
+    return embed, files.weights_digest(model.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -366,13 +341,14 @@ def ecapa(cache_dir: str | Path, device: str) -> tuple[Callable[[np.ndarray], to
 MAKERS = {  # of the files of a flag
     "--features_dir": "; faces.py makes such files from images",
     "--vectors": "; text.py makes such files from transcripts",
+    "--speaker": "",
 }
 
 
 def npy_files(corpus: Corpus, directory: str | Path, flag: str) -> list[Path]:
     """<directory>/<utt_id>.npy of every row; UserError names how many are missing."""
     if not Path(directory).is_dir():
-        raise UserError(f"{flag} {directory}: no such directory{MAKERS.get(flag, '')}")
+        raise UserError(f"{flag} {directory}: no such directory{MAKERS[flag]}")
     owners: dict[str, Path] = {}
     for u in corpus.utterances:
         if owners.setdefault(u.utt_id, u.path) != u.path:
@@ -382,9 +358,8 @@ def npy_files(corpus: Corpus, directory: str | Path, flag: str) -> list[Path]:
     paths = [Path(directory) / f"{u.utt_id}.npy" for u in corpus.utterances]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        first = ", ".join(missing[:3])
-        lacking = f"{len(missing)} of {len(paths)} missing ({first})"
-        raise UserError(f"{flag} {directory}: {lacking}{MAKERS.get(flag, '')}")
+        lacking = f"{len(missing)} of {len(paths)} missing ({', '.join(missing[:3])})"
+        raise UserError(f"{flag} {directory}: {lacking}{MAKERS[flag]}")
     return paths
 
 
@@ -395,41 +370,35 @@ def open_npy(path: Path, ndim: int, width: int | None) -> np.ndarray:
     except Exception as error:  # whatever tokenize, ast and mmap raise on a damaged header
         raise UserError(f"{path}: not a plain .npy array ({error})") from None
     if array.ndim != ndim or array.dtype.kind not in "fiu" or 0 in array.shape:
-        wanted = "(T, D)" if ndim == 2 else "(S,)"
-        raise UserError(
-            f"{path}: {array.dtype} {array.shape}, expected numbers {wanted}, not empty"
-        )
+        wanted = "(T, D)" if ndim == 2 else "(D,)"
+        found = f"{array.dtype} {array.shape}"
+        raise UserError(f"{path}: {found}, expected numbers {wanted}, not empty")
     if width not in (None, array.shape[-1]):
         raise UserError(f"{path}: width {array.shape[-1]}, but the first file has {width}")
     return array
 
 
-def read_vectors(paths: Sequence[Path]) -> np.ndarray:
-    """(N, D) float32 of files with (D,) each. UserError on the first that does not fit."""
-    rows: list[np.ndarray] = []
-    for path in paths:
-        width = len(rows[0]) if rows else None
-        with np.errstate(over="ignore"):  # beyond float32 becomes infinite
-            # a copy, since a memory map keeps its file open
-            rows.append(np.array(open_npy(path, 1, width), np.float32))
-    return np.stack(rows)
+def finite(path: Path, array: np.ndarray) -> np.ndarray:
+    """A copy as float32. UserError on NaN, infinity, or what is beyond float32."""
+    with np.errstate(over="ignore"):
+        values = np.array(array, np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: holds NaN or infinite values")
+    return values
 
 
-def utterance_vectors(corpus: Corpus, directory: str, cache_dir: str | Path) -> np.ndarray:
-    """(N, D) float32, finite, of a --vectors DIR with its <utt_id>.npy (D,)."""
-    paths = npy_files(corpus, directory, "--vectors")
+def utterance_vectors(
+    corpus: Corpus, directory: str, cache_dir: str | Path, flag: str = "--vectors"
+) -> np.ndarray:
+    """(N, D) float32, finite, of a directory of <utt_id>.npy (D,)."""
+    paths = npy_files(corpus, directory, flag)
 
     def build() -> np.ndarray:
-        vectors = read_vectors(paths)
-        broken = np.flatnonzero(~np.isfinite(vectors).all(1))
-        if len(broken):
-            fault = f"holds NaN or infinite values, one of {len(broken)} such files: make it again"
-            raise UserError(f"{paths[broken[0]]}: {fault}")
-        return vectors
+        width = open_npy(paths[0], 1, None).shape[0]
+        return np.stack([finite(path, open_npy(path, 1, width)) for path in paths])
 
-    files = [(path.name, *identity(path)) for path in paths]
-    key = digest(str(Path(directory).resolve()), files)
-    return cached_array(Path(cache_dir) / f"vectors-{key}", build)
+    key = digest(str(Path(directory).resolve()), [(p.name, *identity(p)) for p in paths])
+    return files.cached_array(Path(cache_dir) / f"vectors-{key}", build)
 
 
 def all_vectors(
@@ -456,28 +425,24 @@ class FrameFeatures:
         for path in paths:
             array = open_npy(path, 2, self.dim)
             lengths.append(len(array))
-            digests.append(array_digest(array))
+            digests.append(files.array_digest(array))
         self.lengths, self.digests = np.array(lengths, dtype=np.int64), np.array(digests, "S16")
         self.rates = self.lengths / corpus.seconds
         self.rate = rate or float(f"{np.median(self.rates):.3g}")
 
     def describe(self) -> str:
-        """Their rate, and whether it is that of each utterance, for the log."""
-        low, high = np.percentile(self.rates, [5, 95])
+        """Their rate, and whether it is that of most utterances, for the log."""
         text = f"features: {self.rate:g} frames per second"
         slack = 0.1 * self.rate + 2 * self.rates / self.lengths  # two frames more or less
         if np.mean(np.abs(self.rates - self.rate) > slack) > 0.05:
+            low, high = np.percentile(self.rates, [5, 95])
             text += f", but {low:.3g} to {high:.3g} of most files: do they belong to this audio?"
         return text
 
     def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """(T, D) float32. UserError if a value is not finite (found only here: needs all bytes)."""
         path = self.directory / self.names[row].decode()
-        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused
-            frames = np.array(open_npy(path, 2, self.dim)[start:stop], np.float32)
-        if not np.isfinite(frames).all():
-            raise UserError(f"{path}: holds NaN or infinite values")
-        return frames
+        return finite(path, open_npy(path, 2, self.dim)[start:stop])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -535,16 +500,16 @@ def frozen_states(
         size = sum(int(num_bytes[rows].sum()) for _, rows in missing)
         fix = ", or give --feature_cache off"
         announce_cache(directory, size, "hidden states of the frozen part of WavLM", fix)
-    for target, rows in progress_bar(missing, len(missing), "hidden states"):
-        build_cache(target, lambda aside, rows=rows: write_states(aside, compute(rows)), wait=False)
-    for target, rows in parts:
-        build_cache(target, lambda aside, rows=rows: write_states(aside, compute(rows)))
+    for wait in (False, True):  # first what no other process is filling now
+        for target, rows in files.progress_bar(parts, len(parts), "hidden states"):
+            fill = functools.partial(write_states, rows, compute)
+            files.build_cache(target, fill, wait)
     return FrozenStates(parts)
 
 
-def write_states(directory: Path, states: dict[str, list[np.ndarray]]) -> None:
-    for name, rows in states.items():
-        PackedRows.write(directory, enumerate(rows), name)
+def write_states(rows: np.ndarray, compute: Callable, directory: Path) -> None:
+    for name, states in compute(rows).items():
+        PackedRows.write(directory, states, name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -650,10 +615,10 @@ class Batches(torch.utils.data.Dataset):
             "chunk_index": torch.from_numpy(chunk_index),
             "labels": torch.from_numpy(self.labels[rows]),
             "step_size": spec.step_size,
+            "audio_seconds": float(self.lengths[rows].sum()) / self.rate,
+            "padded_share": 0.0,
         }
-        batch["audio_seconds"] = float(self.lengths[rows].sum()) / self.rate
-        batch["padded_share"], real = 0.0, None
-        rate = self.rate
+        real, rate = None, self.rate
         if self.frozen is not None:
             batch |= self._frozen_states(rows)
             real, rate = batch.get("frame_mask"), FRAME_RATE
@@ -661,17 +626,15 @@ class Batches(torch.utils.data.Dataset):
             frames = [self._window(self.features, row, spec.epoch)[0] for row in rows]
             batch["frames"], batch["frame_mask"] = pad(frames)
             real = batch["frame_mask"]
-        elif self.pack is not None:
+        else:
             audio = [self._waveform(row, spec.epoch) for row in rows]
             batch["input_values"], batch["attention_mask"] = pad(audio)
             real = batch["attention_mask"]
             batch["audio_seconds"] = float(real.sum()) / self.rate
-        if self.prosody is not None:
-            batch["prosody"] = torch.from_numpy(self.prosody[rows])
-        if self.speaker is not None:
-            batch["speaker"] = torch.from_numpy(self.speaker[rows])
-        if self.vectors is not None:
-            batch["vectors"] = torch.from_numpy(self.vectors[rows])
+        for name in ("prosody", "speaker", "vectors"):
+            values = getattr(self, name)
+            if values is not None:
+                batch[name] = torch.from_numpy(values[rows])
         if real is not None:
             lengths, padded = real.sum(1).numpy(), real.numel()
             if width > 1 and ("stream" in batch or self.frozen is None):
@@ -717,10 +680,7 @@ class Batches(torch.utils.data.Dataset):
 def pad(items: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Arrays (L_i, ...) -> zero-padded (B, L, ...) and a mask (B, L), True = real."""
     lengths = torch.tensor([len(item) for item in items])
-    kind = torch.from_numpy(items[0]).dtype
-    padded = torch.zeros(len(items), int(lengths.max()), *items[0].shape[1:], dtype=kind)
-    for i, item in enumerate(items):
-        padded[i, : len(item)] = torch.from_numpy(item)
+    padded = pad_sequence([torch.from_numpy(item) for item in items], batch_first=True)
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]
 
 
@@ -757,7 +717,6 @@ def balanced_draws(labels: np.ndarray, balance: float) -> np.ndarray:
     return len(labels) * weights / weights.sum()
 
 
-@dataclass(eq=False)
 class TrainPlan:
     """The batches of an epoch for one rank: gradient_accumulation_steps specs per step.
 
@@ -765,44 +724,39 @@ class TrainPlan:
     dealt out: a step sees the same utterances however they are split over ranks and micro-steps.
     A global batch holds utterances of similar length; its micro-batches, sorted by length, go to
     the ranks in turn, so that ranks have equal work within a micro-step. Every epoch has
-    `steps_per_epoch` steps. With `draws`, some chunks are in an epoch several times, others not.
+    `steps_per_epoch` steps. With --balance, some chunks are in it several times, others not.
     """
 
     # Sorting by length saves padding (IEMOCAP, batch 8: 1.05x instead of 2.2x [measured]) but
     # puts an utterance beside the same others every epoch; these two keep the others changing.
-    WINDOW: ClassVar = 100  # global batches sorted together; at most half of the epoch
-    BLUR: ClassVar = 0.03  # lengths are changed at random by up to this share before sorting
+    WINDOW = 100  # global batches sorted together; at most half of the epoch
+    BLUR = 0.03  # lengths are changed at random by up to this share before sorting
 
-    lengths: np.ndarray
-    rows: np.ndarray
-    dialogs: Sequence[str]
-    batch_size: int
-    gradient_accumulation_steps: int
-    context: int
-    rank: int
-    world_size: int
-    seed: int
-    labelled: np.ndarray  # (N, E) True = this label is known
-    draws: np.ndarray | None = None  # (N,) as from balanced_draws; a chunk has its turns' mean
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.context:
-            fault = f"batch_size {self.batch_size} is not divisible by context {self.context}"
-            raise ValueError(fault)
-        self.micro_batches = self.gradient_accumulation_steps * self.world_size  # in a step
-        self.chunks_per_step = self.batch_size // self.context * self.micro_batches
+    def __init__(self, fold: "Fold", args: argparse.Namespace, rank: int, world_size: int) -> None:
+        rows, labels = fold.splits["train"], fold.dataset.labels
+        self.lengths, self.labelled = fold.dataset.lengths, ~np.isnan(labels)
+        self.seed, self.context = args.seed, args.context
+        self.rank, self.world_size = rank, world_size
+        self.draws = None  # (N,) as from balanced_draws; a chunk has its turns' mean
+        if args.balance:
+            trained = np.array(args.target_weights) > 0
+            self.draws = np.zeros(len(labels))
+            self.draws[rows] = balanced_draws(labels[rows][:, trained], args.balance)
+        self.accumulation = args.gradient_accumulation_steps
+        self.micro_batches = self.accumulation * world_size  # in a step
+        self.chunks_per_step = args.batch_size // self.context * self.micro_batches
         turns: dict[str, list[int]] = {}  # rows are in time order within a dialogue
-        for row in np.sort(self.rows).tolist():
-            turns.setdefault(self.dialogs[row], []).append(row)
+        for row in np.sort(rows).tolist():
+            turns.setdefault(fold.dialogs[row], []).append(row)
         self.dialogues = list(turns.values())
         chunks = sum(math.ceil(len(rows) / self.context) for rows in self.dialogues)
         self.steps_per_epoch = chunks // self.chunks_per_step
         if not self.steps_per_epoch:
             raise UserError(
-                f"the train split holds {len(self.rows)} utterances in chunks of up to "
-                f"{self.context}, fewer than one global batch of {self.batch_size} x "
-                f"{self.gradient_accumulation_steps} x {self.world_size} (batch x accumulation x "
-                "ranks): lower --batch_size or --global_batch_size"
+                f"the train split holds {len(rows)} utterances, fewer than one global batch of "
+                f"{args.batch_size} x {self.accumulation} x {world_size} (batch x accumulation x "
+                f"ranks) in chunks of up to {self.context}: lower --batch_size or "
+                "--global_batch_size"
             )
         self.set_epoch(0)
 
@@ -811,7 +765,7 @@ class TrainPlan:
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
-        return (self.steps_per_epoch - self.first_step) * self.gradient_accumulation_steps
+        return (self.steps_per_epoch - self.first_step) * self.accumulation
 
     def _chunks(self, rng: np.random.Generator) -> list[tuple[int, ...]]:
         """Every dialogue cut into chunks, at positions drawn anew each epoch.
@@ -923,27 +877,6 @@ class Fold:
         low, high = self.corpus.label_range
         return low + (high - low) * preds
 
-    def plan_batches(self, args: argparse.Namespace, rank: int, world_size: int) -> TrainPlan:
-        """The train split's batches of this rank."""
-        rows, draws = self.splits["train"], None
-        if args.balance:
-            draws = np.zeros(len(self.dialogs))
-            trained = np.array(args.target_weights) > 0
-            draws[rows] = balanced_draws(self.dataset.labels[rows][:, trained], args.balance)
-        return TrainPlan(
-            lengths=self.dataset.lengths,
-            rows=rows,
-            dialogs=self.dialogs,
-            batch_size=args.batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            context=args.context,
-            rank=rank,
-            world_size=world_size,
-            seed=args.seed,
-            labelled=~np.isnan(self.dataset.labels),
-            draws=draws,
-        )
-
     def is_labelled(self, split: str) -> bool:
         return not bool(self.labels[self.splits[split]].isnan().all())
 
@@ -956,10 +889,8 @@ def load_fold(args: argparse.Namespace) -> Fold:
 
     Nothing is normalised here: the model's normaliser sees the train split alone.
     """
-    label_range = tuple(args.label_range) if args.label_range else None
-    cache_dir = Path(args.cache_dir)
-    corpus = read_corpus(args.data, args.data_dir, label_range, cache_dir, args.targets)
-    corpus, pack = load_audio(corpus, args.cache_dir)
+    flags = (args.data, args.data_dir, args.label_range, args.cache_dir, args.targets)
+    corpus, pack = load_audio(read_corpus(*flags), args.cache_dir)
     digests = {"audio": corpus.audio}
     features = prosody = speaker = None
     if args.features_dir:
@@ -971,11 +902,10 @@ def load_fold(args: argparse.Namespace) -> Fold:
     if args.speaker != "none" and not args.no_film:
         speaker = speaker_embeddings(corpus, pack, args.speaker, args.cache_dir)
         if holds_vectors(args.speaker):
-            paths = npy_files(corpus, args.speaker, "--speaker")
-            digests["speaker vector"] = [array_digest(open_npy(path, 1, None)) for path in paths]
+            digests["speaker vector"] = [files.array_digest(row) for row in speaker]
     vectors, vector_dims = all_vectors(corpus, args.vectors or (), args.cache_dir)
     if vectors is not None:
-        digests["vectors"] = [array_digest(row) for row in vectors]
+        digests["vectors"] = [files.array_digest(row) for row in vectors]
     dataset = Batches(
         labels=corpus.labels(corpus.targets),
         pack=None if features else pack,
@@ -1017,17 +947,17 @@ def inspect(args: argparse.Namespace) -> None:
     flags = (args.data, args.data_dir, args.label_range, args.cache_dir, args.targets)
     corpus, pack = load_audio(read_corpus(*flags), args.cache_dir, max_skipped=1.0)
     if args.skipped:
-        write_skipped(Path(args.skipped), corpus)
+        corpora.write_skipped(Path(args.skipped), corpus)
     for note in corpus.notes:
         print(f"note        {note}")
     print(f"skipped     {len(corpus.skipped)}")
-    for kind, skipped in skipped_by_kind(corpus).items():
+    for kind, skipped in corpora.skipped_by_kind(corpus).items():
         first = ", ".join(s.utt_id for s in skipped[:5])
         print(f"            {kind}: {len(skipped)} ({first}{', ...' if len(skipped) > 5 else ''})")
-    check_skipped(corpus)
+    corpora.check_skipped(corpus)
     utterances, seconds = corpus.utterances, corpus.seconds
     turns = Counter(u.dialog for u in utterances).values()
-    speakers = {u.speaker for u in utterances if known_speaker(u.speaker)}
+    speakers = {u.speaker for u in utterances if corpora.known_speaker(u.speaker)}
     low, p5, p50, p95, high = np.percentile(seconds, [0, 5, 50, 95, 100])
     print(f"corpus      {corpus.name} in {corpus.root}")
     print(f"utterances  {len(utterances)}, {seconds.sum() / 3600:.2f} h, {len(speakers)} speakers")
@@ -1039,33 +969,27 @@ def inspect(args: argparse.Namespace) -> None:
     for attribute in ("gender", "emotion"):
         counts = Counter(getattr(u, attribute) or "-" for u in utterances).most_common(12)
         print(f"{attribute + 's':<12}{', '.join(f'{name} {n}' for name, n in counts)}")
-    print(f"audio pack  {pack.file.parent}, {gib(2 * pack.lengths.sum())}")
+    print(f"audio pack  {pack.file.parent}, {files.gib(2 * pack.lengths.sum())}")
     print_labels(corpus)
     print_raters(corpus)
-    if args.features_dir:
-        features = FrameFeatures(corpus, args.features_dir)
-        frames = sum(len(features.read(row)) for row in range(len(utterances)))  # finds NaN
-        print(f"\nfeatures    {frames} frames, {features.dim} wide, all finite")
-        print(f"            {features.describe()}")
-    for directory in args.vectors or ():
-        vectors = utterance_vectors(corpus, directory, args.cache_dir)
-        print(f"\nvectors     {vectors.shape[1]} wide in {directory}, all finite")
-    for fold in [args.fold] if args.fold is not None else range(1, num_folds(corpus) + 1):
+    for fold in [args.fold] if args.fold is not None else range(1, corpora.num_folds(corpus) + 1):
         splits = make_splits(corpus, fold)
-        print(f"\nfold {fold}\n{describe_splits(corpus, splits)}")
+        print(f"\nfold {fold}\n{corpora.describe_splits(corpus, splits)}")
         if args.balance:
-            print(describe_balance(corpus, splits["train"], args.balance))
+            targets = args.targets or ModelConfig.targets
+            print(describe_balance(corpus, targets, splits["train"], args.balance))
 
 
-def describe_balance(corpus: Corpus, rows: np.ndarray, balance: float) -> str:
+def describe_balance(
+    corpus: Corpus, targets: Sequence[str], rows: np.ndarray, balance: float
+) -> str:
     """Utterances of an epoch by bin of each label, without --balance and with it."""
-    labels = corpus.labels(corpus.targets)[rows]
+    labels = corpus.labels(targets)[rows]
     draws, bins = balanced_draws(labels, balance), label_bins(labels)
-    low, high = corpus.label_range
-    edges = [f"{edge:g}" for edge in np.linspace(low, high, BALANCE_BINS + 1)]
+    edges = [f"{edge:g}" for edge in np.linspace(*corpus.label_range, BALANCE_BINS + 1)]
     names = [f"{a}..{b}" for a, b in itertools.pairwise(edges)] + ["missing"]
     table = pd.DataFrame(index=names)
-    for i, target in enumerate(corpus.targets):
+    for i, target in enumerate(targets):
         for name, weights in ((target, None), (f"{target} balanced", draws)):
             counts = np.bincount(bins[:, i], weights, minlength=len(names))
             table[name] = np.rint(counts).astype(int)
@@ -1122,20 +1046,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", required=True, help="demo, iemocap, msp_podcast, or a .csv or .tsv")
     add("--data_dir", help="root of the corpus, or of the relative paths in a CSV")
     add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
-    add("--targets", choices=LABELS, nargs="+", help="labels to look at (default: all there are)")
+    add("--targets", choices=corpora.LABELS, nargs="+", help="labels to look at; default: all")
     add("--cache_dir", default="cache", help="directory of caches")
     add("--fold", type=int, help="print only this fold (default: all)")
-    add("--features_dir", help="directory of frame features to check, too")
-    add("--vectors", action="append", metavar="DIR", help="directory of vectors to check, too")
     add("--skipped", metavar="CSV", help="file for the utterances left out, and why")
-    add(
-        "--balance",
-        type=float,
-        default=0,
-        help="show what train.py --balance makes of each bin of --targets",
-    )
+    help_text = "what train.py --balance makes of each bin of --targets, or of its default ones"
+    add("--balance", type=float, default=0, help=help_text)
     args = parser.parse_args(argv)
-    args.label_range = tuple(args.label_range) if args.label_range else None
     if not 0 <= args.balance <= 1:
         parser.error(f"--balance {args.balance:g}: must be in 0..1")
     return args
@@ -1143,4 +1060,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()
-    sys.exit(run_script("data.py", lambda: inspect(args)))
+    sys.exit(files.run_script("data.py", lambda: inspect(args)))

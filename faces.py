@@ -13,29 +13,23 @@ Existing files are kept, so an interrupted run can be started again. Not here: f
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 from corpora import Utterance, natural, read_corpus, read_files
+from util import files
 from util.audio import seconds_of
-from util.files import (
-    UserError,
-    described,
-    optional_module,
-    progress_bar,
-    replacing,
-    run_script,
-    weights_digest,
-)
+from util.files import UserError
 
 IMAGES = {".jpg", ".jpeg", ".png"}
 VIDEOS = {
@@ -45,8 +39,7 @@ VIDEOS = {
 DAY = 86_400.0  # seconds: behind the end of any video
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where the pictures of an utterance are: a folder of images, or a part of a video."""
 
     path: Path
@@ -56,25 +49,28 @@ class Source:
 
 def find_sources(args: argparse.Namespace) -> dict[str, Source]:
     """utt_id -> its pictures, of every utterance that is wanted."""
+    for flag, base in (("--video_dir", args.video_dir), ("--face_dir", args.face_dir)):
+        if base and not Path(base).is_dir():
+            raise UserError(f"{flag} {base}: not a directory")
+    bases = [Path(base) for base in (args.video_dir, args.face_dir) if base]
     videos: dict[str, Path] = {}
-    for path in [u.path for u in read_files(filter(None, [args.video_dir])).utterances]:
+    for path in [u.path for u in read_files([args.video_dir or ""]).utterances]:
         if path.suffix.lower() in VIDEOS and videos.setdefault(path.stem, path) != path:
             both = f"{videos[path.stem]} and {path}"
             raise UserError(f"--video_dir: {both} have one name: remove one")
     sources = {name: Source(path) for name, path in videos.items()}
     above = {folder for path in videos.values() for folder in path.parents}
-    for flag, base in (("--video_dir", args.video_dir), ("--face_dir", args.face_dir)):
-        if base and not Path(base).is_dir():
-            raise UserError(f"{flag} {base}: not a directory")
-        folders = [path for path in Path(base).iterdir() if path.is_dir()] if base else []
-        # crops come second, so they replace frames
-        sources |= {path.name: Source(path) for path in folders if path not in above}
+    for base in bases:  # crops come second, so they replace frames
+        folders = [path for path in base.iterdir() if path.is_dir() and path not in above]
+        sources |= {path.name: Source(path) for path in folders}
     if args.data:
         corpus = read_corpus(args.data, args.data_dir, args.label_range, args.cache_dir)
+        wanted = {}
         for u in corpus.utterances:
+            wanted[u.utt_id] = sources.get(u.utt_id)
             if u.utt_id not in sources and u.dialog in videos:
-                sources[u.utt_id] = part_of(videos[u.dialog], u, corpus.name)
-        sources = {u.utt_id: sources.get(u.utt_id) for u in corpus.utterances}
+                wanted[u.utt_id] = part_of(videos[u.dialog], u, corpus.name)
+        sources = wanted
     empty = [
         utt_id
         for utt_id, source in sources.items()
@@ -100,33 +96,34 @@ def part_of(video: Path, u: Utterance, corpus: str) -> Source:
 
 def image_files(folder: Path) -> list[Path]:
     """.jpg, .jpeg and .png files of a folder, frame 10 after frame 9."""
-    found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGES]
-    found = [path for path in found if not path.name.startswith(".")]
-    return sorted(found, key=lambda path: natural(path.name))
+    names = [path.name for path in folder.iterdir() if path.suffix.lower() in IMAGES]
+    return [folder / name for name in sorted(names, key=natural) if name[0] != "."]
 
 
 # ---------------------------------------------------------------------------------------------
 # Videos
 
 
-def video_reader() -> Callable[[Path, np.ndarray], Iterator[Image.Image]]:
-    """frames_by_opencv or frames_by_torchcodec; UserError if neither is installed and works."""
+def read_video(path: Path, times: np.ndarray) -> Iterator[Image.Image]:
+    """What the video shows at each of the times (seconds, ascending), until it ends.
+
+    UserError if neither OpenCV nor torchcodec is installed and works.
+    """
     faults = []
     for module, package, read in (
         ("cv2", "opencv-python-headless", frames_by_opencv),
         ("torchcodec.decoders", "torchcodec", frames_by_torchcodec),
     ):
         try:
-            optional_module(module, package, "--video_dir with videos")
-            return read
+            decoder = files.optional_module(module, package, "--video_dir with videos")
         except UserError as error:
             faults.append(str(error))
+        else:
+            return read(decoder, path, times)
     raise UserError(" | or ".join(faults))
 
 
-def frames_by_opencv(path: Path, times: np.ndarray) -> Iterator[Image.Image]:
-    """What the video shows at each of the times (seconds, ascending), until it ends."""
-    cv2 = optional_module("cv2", "opencv-python-headless", "it")
+def frames_by_opencv(cv2: ModuleType, path: Path, times: np.ndarray) -> Iterator[Image.Image]:
     video = cv2.VideoCapture(str(path))
     if not video.isOpened():
         raise UserError(f"{path}: OpenCV cannot open it as a video")
@@ -143,9 +140,9 @@ def frames_by_opencv(path: Path, times: np.ndarray) -> Iterator[Image.Image]:
         yield Image.fromarray(shown[:, :, ::-1].copy())  # BGR
 
 
-def frames_by_torchcodec(path: Path, times: np.ndarray) -> Iterator[Image.Image]:
-    """The same."""
-    decoders = optional_module("torchcodec.decoders", "torchcodec", "it")
+def frames_by_torchcodec(
+    decoders: ModuleType, path: Path, times: np.ndarray
+) -> Iterator[Image.Image]:
     try:
         video = decoders.VideoDecoder(path, dimension_order="NHWC")
         begin, end = video.metadata.begin_stream_seconds, video.metadata.end_stream_seconds
@@ -153,10 +150,9 @@ def frames_by_torchcodec(path: Path, times: np.ndarray) -> Iterator[Image.Image]
             frame = video.get_frame_played_at(max(float(time), begin))
             yield Image.fromarray(frame.data.numpy())
     except (RuntimeError, ValueError) as error:  # also where FFmpeg's libraries are not found
-        fault = f"torchcodec cannot read it as a video ({str(error).partition(chr(10))[0][:120]})"
-        if "libtorchcodec" in fault:
-            fault += ": install FFmpeg's libraries, or opencv-python-headless"
-        raise UserError(f"{path}: {fault}") from None
+        fault = str(error).partition("\n")[0][:120]
+        fix = "install FFmpeg's libraries, or opencv-python-headless"
+        raise UserError(f"{path}: torchcodec cannot read it ({fault}): {fix}") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -166,92 +162,86 @@ def frames_by_torchcodec(path: Path, times: np.ndarray) -> Iterator[Image.Image]
 def load_vision_model(args: argparse.Namespace) -> tuple[object, torch.nn.Module]:
     """(processor, model) in evaluation mode."""
     flag, options = f"--vision_model {args.vision_model}", {"trust_remote_code": False}
-    transformers = optional_module("transformers", "transformers", flag)
+    transformers = files.optional_module("transformers", "transformers", flag)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(args.vision_model, **options)
         model = transformers.AutoModel.from_pretrained(args.vision_model, **options)
     except Exception as error:  # not there, no vision model, or a package that it imports is broken
-        fault = described("transformers", "transformers", error)
+        fault = files.described("transformers", error)
         raise UserError(f"{flag}: cannot be loaded ({fault})") from None
     return processor, model.to(args.device).eval()
 
 
-def embedder(
-    processor: object, model: torch.nn.Module, args: argparse.Namespace
-) -> Callable[[Iterator[Image.Image], bool], np.ndarray]:
-    """(images, are they crops?) -> (T, D) float32."""
-
-    @torch.inference_mode()
-    def embed(pictures: list[Image.Image], are_crops: bool) -> torch.Tensor:
+@torch.inference_mode()
+def embed(
+    pictures: Iterator[Image.Image], are_crops: bool, vision: tuple, args: argparse.Namespace
+) -> np.ndarray:
+    """(T, D) float32 of the images, by the (processor, model)."""
+    (processor, model), vectors = vision, []
+    while batch := list(itertools.islice(pictures, args.batch_size)):
         options = {}
         if are_crops:
-            pictures = [picture.resize((224, 224)) for picture in pictures]
+            batch = [picture.resize((224, 224)) for picture in batch]
             options = {"do_resize": False, "do_center_crop": False}
-        pixels = processor(pictures, return_tensors="pt", **options)["pixel_values"]
+        pixels = processor(batch, return_tensors="pt", **options)["pixel_values"]
         output = model(pixel_values=pixels.to(args.device))
         hidden = output.last_hidden_state  # (B, 1 + patches, D), or (B, D, H, W) of a CNN
-        return hidden[:, 0] if hidden.ndim == 3 else output.pooler_output.flatten(1)  # (B, D)
-
-    def embed_all(pictures: Iterator[Image.Image], are_crops: bool) -> np.ndarray:
-        vectors = []
-        while batch := list(itertools.islice(pictures, args.batch_size)):
-            vectors.append(embed(batch, are_crops).float().cpu())
-        return torch.cat(vectors).numpy() if vectors else np.zeros((0, 0), dtype=np.float32)
-
-    return embed_all
+        hidden = hidden[:, 0] if hidden.ndim == 3 else output.pooler_output.flatten(1)  # (B, D)
+        vectors.append(hidden.float().cpu())
+    return torch.cat(vectors).numpy() if vectors else np.zeros((0, 0), dtype=np.float32)
 
 
 def extract(args: argparse.Namespace) -> None:
     """Writes the missing files; OUT/extract.json names the weights, so two models never mix."""
     sources = find_sources(args)
-    has_videos = any(source.path.is_file() for source in sources.values())
-    read_video = video_reader() if has_videos else None
-    processor, model = load_vision_model(args)
+    vision = load_vision_model(args)
+    processor, model = vision
     out = Path(args.features_dir)
     out.mkdir(parents=True, exist_ok=True)
-    made_by = [weights_digest(model.state_dict()), processor.to_json_string()]
-    made_by += [args.fps] if has_videos else []
+    made_by = [files.weights_digest(model.state_dict()), processor.to_json_string()]
+    if any(source.path.is_file() for source in sources.values()):
+        made_by.append(args.fps)
     stamp = out / "extract.json"
     if stamp.exists() and json.loads(stamp.read_text()) != made_by:
         fault = f"{out} holds features of another model, or at another --fps"
         raise UserError(f"{fault}: choose another --features_224_dir")
     stamp.write_text(json.dumps(made_by))
-    embed = embedder(processor, model, args)
-    missing = defaultdict(list)  # file or folder -> utterances: a video is read once for all
+    missing = defaultdict(dict)  # file or folder -> utterances: a video is read once for all
     for utt_id, source in sources.items():
         if not (out / f"{utt_id}.npy").exists():
-            missing[source.path].append(utt_id)
+            missing[source.path][utt_id] = source
     written = 0
-    for path, utt_ids in progress_bar(missing.items(), len(missing), "faces"):
+    for path, parts in files.progress_bar(missing.items(), len(missing), "faces"):
         if path.is_dir():
             are_crops = bool(args.face_dir) and path.parent == Path(args.face_dir)
             pictures = (Image.open(file).convert("RGB") for file in image_files(path))
-            features = {utt_ids[0]: embed(pictures, are_crops)}
+            (utt_id,) = parts
+            features = {utt_id: embed(pictures, are_crops, vision, args)}
         else:
-            parts = {utt_id: sources[utt_id] for utt_id in utt_ids}
-            features = features_of_video(path, parts, args.fps, read_video, embed)
+            features = features_of_video(path, parts, vision, args)
         for utt_id, vectors in features.items():
-            with replacing(out / f"{utt_id}.npy") as file:
+            with files.replacing(out / f"{utt_id}.npy") as file:
                 np.save(file, vectors)
         written += len(features)
     print(f"{out}: {written} files written, {len(sources) - written} were there")
 
 
 def features_of_video(
-    path: Path, parts: dict[str, Source], fps: float, read_video: Callable, embed: Callable
+    path: Path, parts: dict[str, Source], vision: tuple, args: argparse.Namespace
 ) -> dict[str, np.ndarray]:
     """utt_id -> (T, D) of its part of a video, which is read once; UserError if it ends before."""
-    counts = [max(1, round((part.end - part.start) * fps)) for part in parts.values()]
-    times = [part.start + np.arange(n) / fps for part, n in zip(parts.values(), counts)]
+    counts = [max(1, round((part.end - part.start) * args.fps)) for part in parts.values()]
+    times = [part.start + np.arange(n) / args.fps for part, n in zip(parts.values(), counts)]
     owners = np.repeat(np.arange(len(parts)), counts)
     order = np.argsort(np.concatenate(times), kind="stable")
-    vectors = embed(read_video(path, np.concatenate(times)[order]), False)
+    pictures = read_video(path, np.concatenate(times)[order])
+    vectors = embed(pictures, False, vision, args)
     owners = owners[order][: len(vectors)]
     features = {}
     for i, (utt_id, part) in enumerate(parts.items()):
         features[utt_id] = vectors[owners == i]
-        lacking = part.end - part.start - len(features[utt_id]) / fps
-        if not len(features[utt_id]) or (part.end < DAY and lacking > max(0.5, 2 / fps)):
+        lacking = part.end - part.start - len(features[utt_id]) / args.fps
+        if not len(features[utt_id]) or (part.end < DAY and lacking > max(0.5, 2 / args.fps)):
             fault = f"ends before {utt_id} does, {part.end:g} s into it"
             raise UserError(f"{path}: {fault if len(vectors) else 'no frame can be read'}")
     return features
@@ -272,7 +262,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
     add("--cache_dir", default="cache", help="directory of the demo corpus")
     args = parser.parse_args(argv)
-    args.label_range = tuple(args.label_range) if args.label_range else None
     if not (args.video_dir or args.face_dir):
         parser.error("give --video_dir, --face_dir, or both")
     if not 0 < args.fps <= 1000:
@@ -282,4 +271,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()
-    sys.exit(run_script("faces.py", lambda: extract(args)))
+    sys.exit(files.run_script("faces.py", lambda: extract(args)))

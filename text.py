@@ -24,23 +24,14 @@ import torch
 from torch import Tensor
 
 from corpora import read_texts
-from util.files import (
-    UserError,
-    described,
-    digest,
-    optional_module,
-    progress_bar,
-    replace_text,
-    replacing,
-    run_script,
-    weights_digest,
-)
+from util import files
+from util.files import UserError, digest
 
 
 def load_text_model(args: argparse.Namespace) -> tuple[object, torch.nn.Module]:
     """(tokenizer, model in evaluation mode); of an encoder-decoder, its encoder."""
     flag, options = f"--model {args.model}", {"trust_remote_code": False}
-    transformers = optional_module("transformers", "transformers", flag)
+    transformers = files.optional_module("transformers", "transformers", flag)
     transformers.logging.set_verbosity_error()  # what is missing is checked below
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, **options)
@@ -55,7 +46,7 @@ def load_text_model(args: argparse.Namespace) -> tuple[object, torch.nn.Module]:
         embed(model, [tokenizer("a trial")["input_ids"]], None, 0)
         return tokenizer, model
     except Exception as error:  # not there, no text model, or a package that it imports is broken
-        fault = described("transformers", "transformers", error)
+        fault = files.described("transformers", error)
         fix = "give a text encoder in safetensors, which is here or can be downloaded"
         raise UserError(f"{flag}: cannot be used ({fault}): {fix}") from None
 
@@ -68,14 +59,15 @@ def tokens_of(
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions:
         limit = min(limit, positions - 2)  # RoBERTa's begin at 2
-    tokens, cut = {}, []
-    for utt_id, text in texts.items():
-        tokens[utt_id] = tokenizer(text, verbose=False)["input_ids"]
-        if len(tokens[utt_id]) > limit:
-            tokens[utt_id] = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
-            cut.append(utt_id)
-    if cut:
-        print(f"{len(cut)} texts are longer than {limit} tokens ({', '.join(cut[:3])}): cut there")
+    tokens = {u: tokenizer(said, verbose=False)["input_ids"] for u, said in texts.items()}
+    long = [utt_id for utt_id in tokens if len(tokens[utt_id]) > limit]
+    for utt_id in long:
+        cut = tokenizer(texts[utt_id], truncation=True, max_length=limit)
+        tokens[utt_id] = cut["input_ids"]
+    if long:
+        print(
+            f"{len(long)} texts are longer than {limit} tokens ({', '.join(long[:3])}): cut there"
+        )
     return tokens
 
 
@@ -100,30 +92,25 @@ def open_output(out: Path, made_by: list, keys: dict[str, str]) -> list[str]:
     """Names of the vectors that are to be written; text.json then describes all.
 
     `keys`: utt_id -> digest of its tokens. Vectors of other tokens are deleted first. UserError if
-    the directory holds what another model has made, or something else.
+    the directory holds what another model, or another program, has made.
     """
     out.mkdir(parents=True, exist_ok=True)
-    stamp, known = out / "text.json", {}
+    stamp, before = out / "text.json", {"made_by": None, "tokens": {}}
     if stamp.exists():
-        try:
-            before = json.loads(stamp.read_text())
-            its_maker, known = before["made_by"], before["tokens"]
-        except (ValueError, LookupError, TypeError):
-            raise UserError(f"{stamp} is damaged: delete {out}, or choose another --out") from None
-        if its_maker != made_by:
-            raise UserError(
-                f"{out} holds vectors of another model or --layer: choose another --out"
-            )
-    elif any(out.glob("*.npy")):
-        raise UserError(f"{out} holds .npy files that are not of text.py: choose another --out")
-    there = {utt_id for utt_id in keys if (out / f"{utt_id}.npy").exists()}
-    changed = {utt_id for utt_id in there if keys[utt_id] != known.get(utt_id)}
+        before = json.loads(stamp.read_text())
+    if before["made_by"] != made_by and any(out.glob("*.npy")):
+        fault = "holds vectors of another model or --layer, or of another program"
+        raise UserError(f"{out} {fault}: choose another --out")
+    paths = {utt_id: out / f"{utt_id}.npy" for utt_id in keys}
+    there = [utt_id for utt_id, path in paths.items() if path.exists()]
+    changed = [utt_id for utt_id in there if keys[utt_id] != before["tokens"].get(utt_id)]
     for utt_id in changed:
-        (out / f"{utt_id}.npy").unlink()
+        paths[utt_id].unlink()
     if changed:
         print(f"{len(changed)} vectors are of other transcripts ({min(changed)}): made anew")
-    replace_text(stamp, json.dumps({"made_by": made_by, "tokens": known | keys}))
-    return [utt_id for utt_id in keys if utt_id not in there - changed]
+    tokens = before["tokens"] | keys
+    files.replace_text(stamp, json.dumps({"made_by": made_by, "tokens": tokens}))
+    return [utt_id for utt_id, path in paths.items() if not path.exists()]
 
 
 def extract(args: argparse.Namespace) -> None:
@@ -144,16 +131,16 @@ def extract(args: argparse.Namespace) -> None:
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("pooler.")}
     keys = {utt_id: digest(of_text) for utt_id, of_text in tokens.items()}
     out = Path(args.out)
-    missing = open_output(out, [weights_digest(weights), args.layer], keys)
+    missing = open_output(out, [files.weights_digest(weights), args.layer], keys)
     missing.sort(key=lambda utt_id: len(tokens[utt_id]))  # little padding
     batches = [missing[i : i + args.batch_size] for i in range(0, len(missing), args.batch_size)]
-    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    for batch in progress_bar(batches, len(batches), "texts"):
-        vectors = embed(model, [tokens[utt_id] for utt_id in batch], args.layer, pad)
+    for batch in files.progress_bar(batches, len(batches), "texts"):
+        of_batch = [tokens[utt_id] for utt_id in batch]
+        vectors = embed(model, of_batch, args.layer, tokenizer.pad_token_id or 0)
         for utt_id, vector in zip(batch, vectors.float().cpu().numpy()):
             if not np.isfinite(vector).all():
                 raise UserError(f"--model {args.model}: its vector of {utt_id} is not finite")
-            with replacing(out / f"{utt_id}.npy") as file:
+            with files.replacing(out / f"{utt_id}.npy") as file:
                 np.save(file, vector)
     print(f"{out}: {len(missing)} vectors written, {len(texts) - len(missing)} were there")
 
@@ -176,4 +163,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()
-    sys.exit(run_script("text.py", lambda: extract(args)))
+    sys.exit(files.run_script("text.py", lambda: extract(args)))

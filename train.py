@@ -144,7 +144,7 @@ def set_up(args: argparse.Namespace) -> Run | None:
         model=model,
         optimizer=step.build_optimizer(model, args),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16"),
-        plan=fold.plan_batches(args, ranks.rank, ranks.world_size),
+        plan=data.TrainPlan(fold, args, ranks.rank, ranks.world_size),
         meter=logs.Meter(ranks.device),
         progress=Progress(),
         planned=planned,
@@ -372,7 +372,7 @@ def use_smaller_batch(run: Run, fault: str) -> None:
     args = run.args
     run.optimizer.zero_grad(set_to_none=True)
     flags.halve_batch(args, run.ranks.world_size)
-    run.plan = run.fold.plan_batches(args, run.ranks.rank, run.ranks.world_size)
+    run.plan = data.TrainPlan(run.fold, args, run.ranks.rank, run.ranks.world_size)
     if run.ranks.cuda:
         torch.cuda.empty_cache()
     log.info(

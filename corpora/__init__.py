@@ -28,30 +28,26 @@ from corpora.base import (
     Utterance,
     keep_usable,
     known_speaker,
+    real_path,
     to_float,
     turn_order,
 )
 from corpora.demo import read_demo
 from corpora.files import listed, read_files
-from corpora.iemocap import iemocap_texts, read_iemocap
-from corpora.manifest import csv_texts, read_csv
-from corpora.msp_podcast import msp_podcast_texts, read_msp_podcast
+from corpora.iemocap import read_iemocap
+from corpora.manifest import read_csv
+from corpora.msp_podcast import read_msp_podcast
 from util.files import UserError, replace_text, without_gc
 
 __all__ = [
-    "BLIND", "LABELS", "MAX_SKIPPED", "READERS", "TESTS", "Corpus", "Skipped", "Utterance",
-    "check_skipped", "describe_splits", "is_table", "known_speaker", "listed", "make_splits",
-    "natural", "num_folds", "read_corpus", "read_csv", "read_files", "read_texts",
-    "skipped_by_kind", "turn_order", "write_skipped",
+    "BLIND", "LABELS", "MAX_SKIPPED", "TESTS", "Corpus", "Utterance", "is_table", "known_speaker",
+    "listed", "make_splits", "num_folds", "read_corpus", "read_csv", "read_files", "read_texts",
+    "real_path", "turn_order",
 ]  # fmt: skip
 
 READERS = {  # --data: what reads --data_dir, and the range of its labels
     "iemocap": (read_iemocap, (1.0, 5.0)),
     "msp_podcast": (read_msp_podcast, (1.0, 7.0)),
-}
-TEXTS = {  # --data: what reads its transcripts, and where they are
-    "iemocap": (iemocap_texts, "Session*/dialog/transcriptions/*.txt"),
-    "msp_podcast": (msp_podcast_texts, "Transcripts/<utt_id>.txt"),
 }
 MAX_SKIPPED = 0.05  # share of utterances; with more left out, it is not the corpus [guess]
 SPLITS = ("train", "dev", "test")
@@ -66,7 +62,7 @@ def is_table(data: str) -> bool:
 def read_corpus(
     data: str,
     data_dir: str | None,
-    label_range: tuple[float, float] | None,
+    label_range: Sequence[float] | None,
     cache_dir: str | Path = "cache",
     targets: Sequence[str] | None = None,
 ) -> Corpus:
@@ -76,7 +72,8 @@ def read_corpus(
     (default: the folder of the CSV). `targets`: the labels to use; None: all that the corpus has;
     empty: none, and no row needs one. Raises UserError.
     """
-    if label_range is not None and not label_range[0] < label_range[1]:
+    label_range = tuple(label_range) if label_range else None
+    if label_range and not label_range[0] < label_range[1]:
         raise UserError(f"--label_range {label_range[0]:g} {label_range[1]:g}: LO must be below HI")
     known = ", ".join(READERS)
     if data in READERS and not data_dir:
@@ -110,10 +107,6 @@ def read_corpus(
         missing = sum(math.isnan(getattr(u, label)) for u in labelled)
         if missing:
             corpus.notes.append(f"{label} missing: {missing} utterances, kept for other targets")
-    parts = Counter((u.path, u.start, u.end) for u in corpus.utterances)
-    alike = sum(count for count in parts.values() if count > 1)
-    if alike:
-        corpus.notes.append(f"same audio: {alike} utterances are a part of a file that others are")
     unknown = sum(not known_speaker(u.speaker) for u in labelled)
     if unknown:
         fault = "their speakers cannot be kept out of other splits"
@@ -127,17 +120,14 @@ def read_texts(data: str, data_dir: str | None) -> dict[str, str]:
 
     No row needs a label. UserError if there is no transcript of more than MAX_SKIPPED of them.
     """
-    if not (is_table(data) or data in TEXTS):
-        fix = f"give {' or '.join(TEXTS)}, or a .csv with a column text"
-        raise UserError(f"--data {data}: has no transcripts that are known here: {fix}")
     corpus = read_corpus(data, data_dir, None, targets=())
-    read, place = TEXTS.get(data, (csv_texts, "a column text"))
-    found = read(corpus)
-    lacking = [u.utt_id for u in corpus.utterances if u.utt_id not in found]
+    known = corpus.texts()
+    lacking = [u.utt_id for u in corpus.utterances if u.utt_id not in known]
     if len(lacking) > MAX_SKIPPED * len(corpus.utterances):
         count = f"{len(lacking)} of {len(corpus.utterances)} utterances have no transcript"
-        raise UserError(f"{data}: {count} ({', '.join(lacking[:3])}): expected {place}")
-    return {u.utt_id: " ".join(found.get(u.utt_id, "").split()) for u in corpus.utterances}
+        expected = "a column text of a .csv, dialog/transcriptions of IEMOCAP, or Transcripts/"
+        raise UserError(f"{data}: {count} ({', '.join(lacking[:3])}): expected {expected}")
+    return {u.utt_id: " ".join(known.get(u.utt_id, "").split()) for u in corpus.utterances}
 
 
 def choose_targets(corpus: Corpus, targets: Sequence[str] | None) -> None:
@@ -145,16 +135,13 @@ def choose_targets(corpus: Corpus, targets: Sequence[str] | None) -> None:
 
     UserError if the corpus has no label of one of them.
     """
-    found = [
-        label
-        for label in LABELS
-        if any(not math.isnan(getattr(u, label)) for u in corpus.utterances)
-    ]
-    missing = [target for target in targets or () if target not in found]
-    if missing and found:
+    values = {label: [getattr(u, label) for u in corpus.utterances] for label in LABELS}
+    there = [label for label in LABELS if not all(map(math.isnan, values[label]))]
+    missing = [target for target in targets or () if target not in there]
+    if missing and there:
         fault = f"--targets {' '.join(targets)}: {corpus.name} has no label of {missing[0]}"
-        raise UserError(f"{fault}: it has {', '.join(found)}")
-    corpus.targets = tuple(found if targets is None else targets)
+        raise UserError(f"{fault}: it has {', '.join(there)}")
+    corpus.targets = tuple(there if targets is None else targets)
     keep_usable(corpus, corpus.targets)
 
 
@@ -164,14 +151,13 @@ def check_spelling(corpus: Corpus) -> None:
         named: dict[str, Utterance] = {}
         for u in corpus.utterances:
             named.setdefault(getattr(u, attribute), u)
-        spelled: dict[object, Utterance] = {}
+        spelled: dict[object, str] = {}
         for name, u in named.items():
-            key: object = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-            if not math.isnan(to_float(name)):
-                key = to_float(name)  # 7, 07 and 7.0
-            first = spelled.setdefault(key, u)
-            if getattr(first, attribute) != name:
-                both = f"{getattr(first, attribute)} in {first.place()} and {name} in {u.place()}"
+            number = to_float(name)  # 7, 07 and 7.0
+            folded = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+            other = spelled.setdefault(folded if math.isnan(number) else number, name)
+            if other != name:
+                both = f"{other} in {named[other].place()} and {name} in {u.place()}"
                 fix = "give one name if they are one, else two that differ"
                 raise UserError(f"{corpus.name}: {attribute} {both} differ in spelling: {fix}")
 
@@ -185,13 +171,9 @@ def natural(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
-def sessions(corpus: Corpus) -> list[str]:
-    return sorted({u.session for u in corpus.utterances}, key=natural)
-
-
 def num_folds(corpus: Corpus) -> int:
     """The number of sessions, or 1 if the corpus brings its own splits."""
-    return 1 if corpus.utterances[0].split else len(sessions(corpus))
+    return 1 if corpus.utterances[0].split else len({u.session for u in corpus.utterances})
 
 
 def make_splits(corpus: Corpus, fold: int) -> dict[str, np.ndarray]:
@@ -203,13 +185,14 @@ def make_splits(corpus: Corpus, fold: int) -> dict[str, np.ndarray]:
     a known speaker or the same audio is in two splits. More test splits may share speakers with
     any, and audio with each other.
     """
-    folds, names = num_folds(corpus), sessions(corpus)
+    folds = num_folds(corpus)
     if corpus.utterances[0].split:
         of_row = [u.split for u in corpus.utterances]
     elif folds < 3:
         fault = f"{corpus.name}: {folds} session(s), but train, dev and test need at least 3"
         raise UserError(f"{fault}: add a column split, session, or speaker (each a session)")
     else:
+        names = sorted({u.session for u in corpus.utterances}, key=natural)
         split_of = {names[(fold - 1) % folds]: "test", names[fold % folds]: "dev"}
         of_row = [split_of.get(u.session, "train") for u in corpus.utterances]
     if not 1 <= fold <= folds:
@@ -279,14 +262,20 @@ def describe_splits(corpus: Corpus, splits: dict[str, np.ndarray]) -> str:
     return "\n".join([pd.DataFrame(table).to_string(index=False), *notes])
 
 
+def shorten(names: set[str], limit: int = 10) -> str:
+    ordered = [name or "-" for name in sorted(names, key=natural)]
+    more = f" ... ({len(ordered)})" if len(ordered) > limit else ""
+    return " ".join(ordered[:limit]) + more
+
+
 def label_notes(corpus: Corpus, splits: dict[str, np.ndarray]) -> list[str]:
-    """For each split and target, what is wrong if its labels are none, one, or all the same; and
-    speakers of a test2 or test3 that training sees."""
+    """Labels of a split and target that are none, one, or all the same; speakers of a test2 or
+    test3 that training sees."""
     notes = []
-    seen = {corpus.utterances[row].speaker for s in ("train", "dev") for row in splits[s]}
+    speakers = np.array([u.speaker for u in corpus.utterances])
+    seen = {name for s in ("train", "dev") for name in speakers[splits[s]] if known_speaker(name)}
     for split, rows in splits.items():
-        speakers = [corpus.utterances[row].speaker for row in rows]
-        heard = sum(speaker in seen and known_speaker(speaker) for speaker in speakers)
+        heard = sum(name in seen for name in speakers[rows])
         if heard and split not in SPLITS:
             notes.append(f"{split}: {heard} utterances are of speakers in train or dev")
         for target in () if split == BLIND else corpus.targets:
@@ -299,13 +288,6 @@ def label_notes(corpus: Corpus, splits: dict[str, np.ndarray]) -> list[str]:
             effect = "there is nothing to learn" if split == "train" else "its CCC says nothing"
             notes.append(f"{split}: {found}: {effect}")
     return notes
-
-
-def shorten(names: set[str], limit: int = 10) -> str:
-    ordered = [name or "-" for name in sorted(names, key=natural)]
-    if len(ordered) > limit:
-        return f"{' '.join(ordered[:limit])} ... ({len(ordered)})"
-    return " ".join(ordered)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -46,7 +47,6 @@ class Utterance:
     gender: str = ""
     emotion: str = ""
     dominance: float = math.nan
-    text: str | None = None  # what is said; None = not known, or see corpora.read_texts
     split: str = ""
     onset: float = 0.0  # position of the turn in its dialogue; only used to sort
     row: int = 0  # line of the manifest, the first one of several raters; 0 = no manifest
@@ -86,6 +86,7 @@ class Corpus:
     notes: list[str] = field(default_factory=list)  # what was changed or ignored, with counts
     # who rated what, where raters are known; read when asked for, as some have a million rows
     ratings: Callable[[], pd.DataFrame] = table_of_ratings
+    texts: Callable[[], dict[str, str]] = dict  # utt_id -> what is said, read when asked for
     targets: tuple[str, ...] = ()  # the LABELS that are used, in this order; set by read_corpus
     seconds: np.ndarray | None = None  # (N,) durations, known after load_audio
     audio: list[str] = field(default_factory=list)  # digests of the samples, known after it, too
@@ -119,14 +120,20 @@ def to_float(text: str) -> float:
     return float(text) if NUMBER.fullmatch(text) else math.nan
 
 
-def is_damaged(text: str) -> bool:
-    """True for a label that is neither a number nor missing."""
-    return math.isnan(to_float(text)) and not is_missing(text)
-
-
 def to_label(text: str) -> float:
     """The number, NaN if it is missing, inf if it is damaged (keep_usable then skips the row)."""
-    return math.inf if is_damaged(text) else to_float(text)
+    value = to_float(text)
+    return math.inf if math.isnan(value) and not is_missing(text) else value
+
+
+def real_path(path: str, folders: dict[str, Path]) -> Path:
+    """The path with its links followed. `folders`: those met before, resolved; a corpus has few."""
+    folder, name = os.path.split(path)
+    if name in ("", ".", "..") or os.path.islink(path):
+        return Path(path).resolve()
+    if folder not in folders:
+        folders[folder] = Path(folder).resolve()
+    return folders[folder] / name
 
 
 def keep_usable(corpus: Corpus, targets: Sequence[str]) -> None:
@@ -165,19 +172,13 @@ def keep_usable(corpus: Corpus, targets: Sequence[str]) -> None:
         corpus.notes.append(f"label {value:g} outside {lo:g}..{hi:g} clipped: {count} utterances")
 
 
-class Table(NamedTuple):
-    """A CSV file as text."""
-
-    columns: list[str]
-    separator: str
-    rows: list[tuple[int, list[str]]]  # line in the file, of which the header is the first; cells
-
-
-def read_table(path: Path) -> Table:
-    """A table separated by commas, semicolons, tabs or bars: by what its header has most of.
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """(columns, [(line in the file, cells)]) of a table as text, separated by commas, semicolons,
+    tabs or bars: by what its header has most of.
 
     Strict, because a stray quote or a truncated file would otherwise swallow rows in silence.
     """
+    rows = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             header = file.readline()
@@ -185,7 +186,6 @@ def read_table(path: Path) -> Table:
             file.seek(0)
             lines = csv.reader(file, delimiter=separator, skipinitialspace=True, strict=True)
             columns = [name.strip() for name in next(lines, [])]
-            table = Table(columns, separator, [])
             for cells in filter(None, lines):
                 where = f"{path.name} row {lines.line_num}"
                 if len(cells) != len(columns):
@@ -196,7 +196,7 @@ def read_table(path: Path) -> Table:
                     column = next(c for c, text in zip(columns, cells) if CONTROL.search(text))
                     fault = "holds a line break or control character (a stray quote?)"
                     raise UserError(f"{where}: column {column} {fault}")
-                table.rows.append((lines.line_num, [text.strip() for text in cells]))
+                rows.append((lines.line_num, [text.strip() for text in cells]))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -204,7 +204,7 @@ def read_table(path: Path) -> Table:
     for column, count in Counter(columns).items():
         if column and count > 1:
             raise UserError(f"{path.name}: column {column} occurs twice ({found(columns)})")
-    return table
+    return columns, rows
 
 
 def require(path: Path, required: Sequence[str], there: Sequence[str], columns: list[str]) -> None:

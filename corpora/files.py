@@ -69,9 +69,8 @@ def files_below(folder: Path, corpus: Corpus) -> list[Path]:
             kind = types.guess_type(entry.name)[0]  # None: anything
             if entry.name.startswith("."):
                 others["hidden"] += 1
-            elif os.path.isdir(
-                entry.path
-            ):  # linked ones come last: a file is named by its own folder
+            elif os.path.isdir(entry.path):
+                # linked ones come last: a file is named by its own folder
                 at = len(pending) if entry.is_symlink() else 0
                 pending.insert(at, Path(entry.path))
             elif kind is None or kind.startswith(("audio/", "video/")):

@@ -49,29 +49,29 @@ def read_iemocap(root: Path, label_range: tuple[float, float], name: str = "iemo
             gender = genders[-1]  # not the letter of the prefix, which names the dialogue
             speaker = f"Ses{re.sub('[^0-9]', '', session).zfill(2)}{gender}"
             wav = root / session / "sentences" / "wav" / dialog / f"{utt_id}.wav"
-            reason = "" if wav.is_file() else "audio file missing"
             if not math.isfinite(onset + end):
-                reason = "time is not a number"
-            u = Utterance(
-                utt_id, wav, valence=valence, arousal=arousal, dominance=dominance,
-                session=session, dialog=dialog, speaker=speaker,
-                gender=gender, emotion=emotion, onset=onset,
-            )  # fmt: skip
-            if reason:
-                corpus.skip(utt_id, wav, reason)
+                corpus.skip(utt_id, wav, "time is not a number")
+            elif not wav.is_file():
+                corpus.skip(utt_id, wav, "audio file missing")
             else:
+                u = Utterance(
+                    utt_id, wav, valence=valence, arousal=arousal, dominance=dominance,
+                    session=session, dialog=dialog, speaker=speaker, gender=gender,
+                    emotion=emotion, onset=onset,
+                )  # fmt: skip
                 corpus.utterances.append(u)
     corpus.ratings = functools.partial(table_of_ratings, ratings)
+    corpus.texts = functools.partial(read_transcripts, root)
     for wav in without_forks(root, "Session*/sentences/wav/*/*.wav"):
         if wav.stem not in annotated:
             corpus.skip(wav.stem, wav, "no annotation")
     return corpus
 
 
-def iemocap_texts(corpus: Corpus) -> dict[str, str]:
+def read_transcripts(root: Path) -> dict[str, str]:
     """utt_id -> its words in Session*/dialog/transcriptions, with marks such as [LAUGHTER]."""
     texts = {}
-    for table in without_forks(corpus.root, "Session*/dialog/transcriptions/*.txt"):
+    for table in without_forks(root, "Session*/dialog/transcriptions/*.txt"):
         for line in table.read_text("utf-8", errors="replace").splitlines():
             if match := SPOKEN.fullmatch(line.strip()):
                 texts[match[1]] = match[2]

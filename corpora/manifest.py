@@ -5,7 +5,6 @@ or tabs. Unlike a published corpus it is the user's to repair: the first fault r
 its row. Only rows without any label are skipped.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -18,20 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from corpora.base import (
-    BLIND,
-    LABELS,
-    Corpus,
-    Table,
-    Utterance,
-    found,
-    is_missing,
-    known_speaker,
-    read_table,
-    require,
-    table_of_ratings,
-    to_float,
-)  # fmt: skip
+from corpora import base
+from corpora.base import BLIND, LABELS, Corpus, Utterance, is_missing, known_speaker
 from util.files import UserError
 
 OTHER_NAMES = {  # of a column, without case, blanks, - and _
@@ -54,7 +41,6 @@ OTHER_NAMES = {  # of a column, without case, blanks, - and _
 }
 NAMES = ("session", "dialog", "speaker", "gender", "emotion")  # columns of free text
 TIMES = ("start", "end", "duration")
-TIME_WORDS = {"start": {"start", "begin", "onset"}, "end": {"end", "stop", "offset"}}
 COLUMNS = ("utt_id", "path", *LABELS, *TIMES, "split", "rater", *NAMES, "text")
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -84,21 +70,21 @@ def read_csv(
     """
     root = (root or path.parent).resolve()
     corpus = Corpus(path.stem, root, label_range or (0.0, 1.0), [])
-    table = read_table(path)
-    columns = match_columns(path, table.columns, targets, corpus.notes)
+    names, lines = base.read_table(path)
+    columns = match_columns(path, names, targets, corpus.notes)
     if targets is None:
         targets = [label for label in LABELS if label in columns]
-    point_decimals(path, table, [columns[c] for c in (*targets, *TIMES) if c in columns], corpus)
-    ratings: dict[str, dict[str, Utterance]] = {}  # utt_id -> rater -> row
+    ratings: dict[str, dict[str, Utterance]] = defaultdict(dict)  # utt_id -> rater -> row
     unlabelled: list[Utterance] = []
     sessions: dict[str, str] = {}  # dialog -> session
-    folders: dict[str, Path | None] = {}  # of audio files, see audio_file
-    for row, texts in table.rows:
-        cells = {column: texts[i] for column, i in columns.items()}
+    folders: dict[str, Path] = {}  # of audio files, see real_path
+    words, texts = set(), {}  # those of the column split; utt_id -> what is said
+    for row, line in lines:
+        cells = {column: line[i] for column, i in columns.items()}
         try:
             u = read_row(row, cells, root, folders, targets)
-            known = any(not math.isnan(getattr(u, target)) for target in targets)
-            if targets and not known and u.split != BLIND:
+            words.add(cells.get("split", "").lower())
+            if targets and u.split != BLIND and all(math.isnan(getattr(u, t)) for t in targets):
                 unlabelled.append(u)
                 continue
             if u.utt_id in ratings:
@@ -108,13 +94,16 @@ def read_csv(
         if "session" in cells and sessions.setdefault(u.dialog, u.session) != u.session:
             # the dialogues of each session are numbered anew
             u = dataclasses.replace(u, dialog=f"{u.session}_{u.dialog}")
-        ratings.setdefault(u.utt_id, {})[cells.get("rater", "")] = u
-    check_splits(path, table, columns)
+        ratings[u.utt_id][cells.get("rater", "")] = u
+        if "text" in cells:
+            texts.setdefault(u.utt_id, cells["text"])
+    check_splits(path, words)
     check_range(corpus, path, ratings, targets, label_range)
     for u in unlabelled:
         if "rater" not in columns or u.utt_id not in ratings:
             corpus.skip(u.utt_id, u.path, "no label")
     corpus.utterances = with_onsets([mean_rating([*rows.values()]) for rows in ratings.values()])
+    corpus.texts = functools.partial(dict, texts)
     several = sum(len(rows) > 1 for rows in ratings.values())
     if several:
         rated = [
@@ -122,14 +111,9 @@ def read_csv(
             for utt_id, rows in ratings.items()
             for rater, u in rows.items()
         ]
-        corpus.ratings = functools.partial(table_of_ratings, rated)
+        corpus.ratings = functools.partial(base.table_of_ratings, rated)
         corpus.notes.append(f"several raters: {several} utterances, the mean of them is taken")
     return corpus
-
-
-def csv_texts(corpus: Corpus) -> dict[str, str]:
-    """utt_id -> its cell in the column text, if there is one."""
-    return {u.utt_id: u.text for u in corpus.utterances if u.text is not None}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -144,16 +128,15 @@ def match_columns(
     UserError if one is missing or could be either of two. `targets` as in read_csv.
     """
     column_of = {plain(column): column for column in COLUMNS}
-    for column in COLUMNS:
-        column_of |= dict.fromkeys(OTHER_NAMES.get(column, "").split(), column)
+    for column, others in OTHER_NAMES.items():
+        column_of |= dict.fromkeys(others.split(), column)
     candidates: dict[str, list[str]] = defaultdict(list)
     for name in columns:
         if plain(name) in column_of:
             candidates[column_of[plain(name)]].append(name)
     taken = {}
     for column, names in candidates.items():
-        exact = [name for name in names if plain(name) == plain(column)]
-        first, *others = exact or names
+        first, *others = [name for name in names if plain(name) == plain(column)] or names
         if others and (targets is None or column in targets or column not in LABELS):
             both = f"columns {first} and {others[0]} can both be {column}"
             raise UserError(f"{path.name}: {both}: rename one")
@@ -163,16 +146,18 @@ def match_columns(
     if plain(taken.get("end", "")) == "offset" and "start" not in taken:
         fault = "column offset can be a start or an end"
         raise UserError(f"{path.name}: {fault}: rename it to start or end")
-    for column, words in TIME_WORDS.items():
-        for name in columns:
-            if column not in taken and name not in taken.values() and words & set(words_of(name)):
-                fault = f"column {name} is not understood"
-                raise UserError(f"{path.name}: {fault}: rename it to {column}, in seconds")
+    for name in columns:  # such as start_ms or endSample
+        words = {"begin": "start", "onset": "start", "stop": "end", "offset": "end"}
+        times = {words.get(word, word) for word in words_of(name)} & {"start", "end"}
+        lacking = sorted(times - taken.keys())
+        if lacking and name not in taken.values():
+            fix = f"rename it to {lacking[0]}, in seconds"
+            raise UserError(f"{path.name}: column {name} is not understood: {fix}")
     labels = [label for label in LABELS if label in taken]
-    require(path, ("utt_id", "path"), list(taken), columns)
+    base.require(path, ("utt_id", "path"), list(taken), columns)
     for target in (labels or LABELS)[:1] if targets is None else targets:
         if target not in taken:
-            fault = f"column {target} is missing ({found(columns)})"
+            fault = f"column {target} is missing ({base.found(columns)})"
             fix = f"--targets takes what there is: {', '.join(labels) or 'no label'}"
             raise UserError(f"{path.name}: {fault}: {fix}")
     for label in labels:
@@ -198,24 +183,14 @@ def plain(name: str) -> str:
     return "".join(words_of(name))
 
 
-def point_decimals(path: Path, table: Table, positions: list[int], corpus: Corpus) -> None:
-    """Writes 2,5 as 2.5 in these columns where commas do not separate cells; UserError if the file
-    has both kinds."""
-    if table.separator == ",":
-        return
-    commas, points = [], []
-    for row, cells in table.rows:
-        for i in positions:
-            if "." in cells[i]:
-                points.append(row)
-            elif re.search(r"[0-9],[0-9]", cells[i]):
-                commas.append(row)
-                cells[i] = cells[i].replace(",", ".")
-    if commas and points:
-        fault = f"decimal commas (row {commas[0]}) and points (row {points[0]})"
-        raise UserError(f"{path.name}: {fault}: use one of them")
-    if commas:
-        corpus.notes.append(f"decimal commas read as points: {len(commas)} cells")
+def check_splits(path: Path, words: set[str]) -> None:
+    """UserError if eval stands beside another name of dev (one of them is a test split), or test1
+    beside test."""
+    for split, special in (("dev", {"eval", "evaluation"}), ("test", {"test1"})):
+        alike = sorted(word for word in words if SPLITS.get(word) == split)
+        if len(alike) > 1 and special & set(alike):
+            fix = "rename one of them to test, test2 or the other"
+            raise UserError(f"{path.name}: splits {alike[0]} and {alike[1]}: {fix}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,23 +201,19 @@ def to_seconds(text: str) -> float:
     """Seconds of 83.5, 1:23.5, 0:01:23.5 or "0 days 00:01:23.5"; NaN if it is none of them."""
     match = CLOCK.fullmatch(text)
     if not match:
-        return to_float(text)
+        return base.to_float(text)
     days, hours, minutes, seconds = map(float, match.groups(default="0"))
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def read_row(
-    row: int,
-    cells: dict[str, str],
-    root: Path,
-    folders: dict[str, Path | None],
-    targets: Sequence[str],
+    row: int, cells: dict[str, str], root: Path, folders: dict[str, Path], targets: Sequence[str]
 ) -> Utterance:
     """The utterance of one line; UserError without the file's name and the row."""
     labels = dict.fromkeys(LABELS, math.nan)
     for target in targets:
-        labels[target] = to_float(cells[target])
-        if math.isnan(labels[target]) and not is_missing(cells[target]):
+        labels[target] = base.to_label(cells[target])
+        if labels[target] == math.inf:
             raise UserError(f"{target} {cells[target]!r} is not a number")
     times = dict.fromkeys(TIMES, math.nan)
     for column in TIMES:
@@ -266,54 +237,34 @@ def read_row(
     names = {column: cells.get(column, "") for column in NAMES}
     if "session" not in cells:
         names["session"] = names["speaker"]  # each speaker is a session
-        if targets and "speaker" in cells and not split and not known_speaker(names["speaker"]):
-            fault = "is unknown: without a column session or split, each speaker is a session"
-            raise UserError(f"speaker {names['speaker']!r} {fault}")
-    elif targets and not split and not known_speaker(names["session"]):
-        raise UserError(f"session {names['session']!r} is unknown, but each session is a fold")
+    column = "session" if "session" in cells else "speaker"
+    if targets and not split and column in cells and not known_speaker(names["session"]):
+        raise UserError(f"{column} {names['session']!r} is unknown, but each {column} is a fold")
     names = {column: name if known_speaker(name) else "" for column, name in names.items()}
     names["dialog"] = names["dialog"] or utt_id
     return Utterance(
         utt_id, audio_file(cells["path"], root, folders), **labels, start=start,
         end=None if math.isnan(end) else end, onset=times["start"], split=SPLITS.get(split, ""),
-        row=row, text=cells.get("text"), **names,
+        row=row, **names,
     )  # fmt: skip
 
 
-def audio_file(text: str, root: Path, folders: dict[str, Path | None]) -> Path:
-    """The resolved path of a cell; UserError if it is no file below the root.
-
-    `folders`: those that other cells have named, resolved; None if not below the root.
-    """
-    folder, name = os.path.split(text)
-    if folder not in folders:
-        folders[folder] = resolved(folder, root)
-    if folders[folder] and name not in ("", ".", ".."):
-        audio = folders[folder] / name
-        with contextlib.suppress(OSError, ValueError):
-            if stat.S_ISREG(os.lstat(audio).st_mode):  # not a link, which may lead anywhere
-                return audio
+def audio_file(text: str, root: Path, folders: dict[str, Path]) -> Path:
+    """The real path of a cell; UserError if it is no file below the root."""
+    path = os.path.join(root, text)
     try:
-        audio = (root / text).resolve()
-        exists, is_file = audio.exists(), audio.is_file()
+        audio = base.real_path(path, folders)
+        if not str(audio).startswith(os.path.join(root, "")):  # is_relative_to is slow
+            fault = f"leaves the data root {root} for {audio} (set --data_dir?)"
+            raise UserError(f"path {text} {fault}")
+        kind = os.stat(audio).st_mode
+    except FileNotFoundError:
+        raise UserError(f"audio file {path} does not exist (set --data_dir?)") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, to Python 3.12
         raise UserError(f"path {text} cannot be followed ({error})") from None
-    if not audio.is_relative_to(root):
-        fault = f"leaves the data root {root} for {audio} (set --data_dir?)"
-        raise UserError(f"path {text} {fault}")
-    if not is_file:
-        fault = "is not a file" if exists else "does not exist (set --data_dir?)"
-        raise UserError(f"audio file {audio} {fault}")
+    if not stat.S_ISREG(kind):
+        raise UserError(f"audio file {audio} is not a file")
     return audio
-
-
-def resolved(folder: str, root: Path) -> Path | None:
-    """The folder that a cell names; None if it is not below the root, or cannot be followed."""
-    try:
-        path = (root / folder).resolve()
-    except (OSError, RuntimeError, ValueError):
-        return None
-    return path if path.is_relative_to(root) else None
 
 
 def check_rating(u: Utterance, others: dict[str, Utterance], rater: str | None) -> None:
@@ -358,24 +309,6 @@ def with_onsets(utterances: list[Utterance]) -> list[Utterance]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------
-# The table as a whole
-
-
-def check_splits(path: Path, table: Table, columns: dict[str, int]) -> None:
-    """UserError if eval stands beside another name of dev (one of them is a test split), or test1
-    beside test."""
-    if "split" not in columns:
-        return
-    words = {cells[columns["split"]].lower() for _, cells in table.rows}
-    for split, special in (("dev", {"eval", "evaluation"}), ("test", {"test1"})):
-        alike = sorted(word for word in words if SPLITS[word] == split)
-        if len(alike) > 1 and special & set(alike):
-            both = f"splits {alike[0]} and {alike[1]}"
-            fix = "test or to the other" if split == "dev" else "test2 or to the other"
-            raise UserError(f"{path.name}: {both}: rename one of them to {fix}")
-
-
 def check_range(
     corpus: Corpus,
     path: Path,
@@ -395,11 +328,11 @@ def check_range(
     if not labels:
         return
     lowest, highest = min(labels)[0], max(labels)[0]
-    if 0 < highest - lowest < (hi - lo) / 4:
-        corner = f"{lowest:g}..{highest:g} of {lo:g}..{hi:g}"
-        corpus.notes.append(f"labels lie in {corner}: is --label_range right?")
     low, high = math.floor(min(lo if label_range else 1, lowest)), math.ceil(max(hi, highest))
-    for x, target, row in labels:
+    for x, target, row in (min(labels), max(labels)):
         if not lo <= x <= hi:
             where = f"{path.name} row {row}: {target} {x:g}"
             raise UserError(f"{where} is outside {lo:g}..{hi:g} (set --label_range {low} {high}?)")
+    if 0 < highest - lowest < (hi - lo) / 4:
+        corner = f"{lowest:g}..{highest:g} of {lo:g}..{hi:g}"
+        corpus.notes.append(f"labels lie in {corner}: is --label_range right?")

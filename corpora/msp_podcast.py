@@ -4,7 +4,6 @@ Test1 is the test split; Test2 is scored apart; Test3, which has no labels, is p
 """
 
 import functools
-import json
 import logging
 import math
 import os
@@ -15,15 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from corpora.base import (
-    BLIND,
-    Corpus,
-    Utterance,
-    read_table,
-    require,
-    table_of_ratings,
-    to_label,
-)
+from corpora.base import BLIND, Corpus, Utterance, read_table, require, table_of_ratings, to_label
 from util.files import UserError
 
 log = logging.getLogger("vatune")
@@ -33,24 +24,25 @@ SPLITS = {
     "test2": "test2", "test3": BLIND,
 }  # fmt: skip
 # "WORKER00000012; Neutral; Concerned; A:4.0; V:3.0; D:4.0;", in a cell of labels_detailed.csv
-DETAIL = r"([^;]*);.*?\bA:([^;]*);\s*V:([^;]*);(?:\s*D:([^;]*))?"
+DETAIL = (
+    r"(?P<worker>[^;]*);.*?\bA:(?P<EmoAct>[^;]*);\s*V:(?P<EmoVal>[^;]*);(?:\s*D:(?P<EmoDom>[^;]*))?"
+)
 
 
 def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
     """The corpus below `root`. The parts of a podcast are taken for the turns of a dialogue."""
     names = ("labels_consensus.csv", "labels_concensus.csv")  # an old release misspells it
     tables = [folder / name for folder in (root, root / "Labels") for name in names]
-    tables = [path for path in tables if path.is_file()]
-    folders = [root / name for name in ("Audio", "Audios") if (root / name).is_dir()]
-    if not tables:
+    table = next(filter(Path.is_file, tables), None)
+    if table is None:
         raise UserError(f"{root}: no labels_consensus.csv (or Labels/ with it) (set --data_dir)")
-    if not folders:
+    folder = next(filter(Path.is_dir, (root / "Audio", root / "Audios")), None)
+    if folder is None:
         raise UserError(f"{root}: no Audio or Audios folder (set --data_dir)")
-    table, folder = tables[0], folders[0]
     corpus = Corpus("msp_podcast", root, label_range, [])
     audio = {name for name in os.listdir(folder) if name[0] != "."}
     named, silent = set(), 0
-    columns, _, rows = read_table(table)
+    columns, rows = read_table(table)
     require(table, ("FileName", "EmoAct", "EmoVal", "Split_Set"), columns, columns)
     for row, texts in rows:
         cells = dict(zip(columns, texts))
@@ -79,12 +71,12 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
             blind = Utterance(Path(name).stem, folder / name, math.nan, math.nan, split=BLIND)
             corpus.utterances.append(replace(blind, dialog=blind.utt_id))
             named.add(name)
-    corpus.ratings = functools.partial(read_detailed, table.parent)
+    corpus.ratings = functools.partial(read_detailed, table.with_name("labels_detailed.csv"))
+    corpus.texts = functools.partial(read_transcripts, root / "Transcripts")
     splits = Counter(u.split for u in corpus.utterances)
-    test2, test3 = splits["test2"], splits[BLIND]
     for count, note in (
-        (test2, f"Test2: {test2} utterances are scored beside Test1"),
-        (test3, f"Test3: {test3} utterances have no labels and are predicted"),
+        (splits["test2"], f"Test2: {splits['test2']} utterances are scored beside Test1"),
+        (splits[BLIND], f"Test3: {splits[BLIND]} utterances have no labels and are predicted"),
         (silent, f"Test3: {silent} utterances have no audio and are left out"),
         (len(audio - named), f"{len(audio - named)} audio files have no row in {table.name}"),
     ):
@@ -93,49 +85,31 @@ def read_msp_podcast(root: Path, label_range: tuple[float, float]) -> Corpus:
     return corpus
 
 
-def msp_podcast_texts(corpus: Corpus) -> dict[str, str]:
-    """utt_id -> its words in Transcripts/<utt_id>.txt."""
-    texts = {}
-    for u in corpus.utterances:
-        path = corpus.root / "Transcripts" / f"{u.utt_id}.txt"
-        if path.is_file():
-            texts[u.utt_id] = path.read_text("utf-8-sig", errors="replace")
-    return texts
+def read_transcripts(folder: Path) -> dict[str, str]:
+    """utt_id -> its words, from <utt_id>.txt."""
+    files = folder.glob("*.txt")
+    return {path.stem: path.read_text("utf-8-sig", errors="replace") for path in files}
 
 
-def read_detailed(folder: Path) -> pd.DataFrame:
-    """What each worker rated, as table_of_ratings; without rows where a release lacks it.
+def read_detailed(path: Path) -> pd.DataFrame:
+    """What each worker rated, as table_of_ratings; without rows where a release lacks the file.
 
-    labels_detailed.csv has a line per file and worker, with the ratings in columns or together in
-    one cell (DETAIL); labels_detailed.json is {file: {worker: {"EmoAct": ...}}}. One that is
-    neither is named in the log; the labels are those of labels_consensus.csv in any case.
+    It has a line per clip and worker, with the ratings in columns or together in one cell (DETAIL).
+    One that has neither is named in the log: the labels are the consensus in any case.
     """
-    paths = [folder / f"labels_detailed.{suffix}" for suffix in ("csv", "json")]
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
+    if not path.is_file():
         return table_of_ratings()
-    columns = ["EmoVal", "EmoAct", "EmoDom"]
+    labels = ["EmoVal", "EmoAct", "EmoDom"]
     try:
-        if paths[0].suffix == ".json":
-            content = json.loads(paths[0].read_text("utf-8"))
-            table = pd.DataFrame(
-                {"FileName": name, "worker": worker} | rating
-                for name, workers in content.items()
-                for worker, rating in workers.items()
-            )
-        else:
-            table = pd.read_csv(paths[0], dtype=str, keep_default_na=False)
-            if not {"EmoVal", "EmoAct"} <= {*table}:
-                cells = table.iloc[:, 1].str.extract(DETAIL)
-                table[["worker", "EmoAct", "EmoVal", "EmoDom"]] = cells
-        workers = [name for name in table if re.search("worker|rater|annotator", name.lower())]
-        if "FileName" not in table or not workers:
-            raise ValueError("no column of files or of workers")
-        table = table.reindex(columns=["FileName", workers[0], *columns])
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        fault = str(error).partition("\n")[0]
-        log.warning(f"{paths[0].name} is not understood, its raters are not used: {fault}")
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if not {"EmoVal", "EmoAct"} <= {*table}:
+            table = table[["FileName"]].join(table.iloc[:, 1].str.extract(DETAIL))
+        worker = next(name for name in table if re.search("worker|rater|annotator", name.lower()))
+        table = table[["FileName", worker]].join(table.reindex(columns=labels))
+    except (OSError, ValueError, LookupError, StopIteration) as error:
+        fault = str(error).partition("\n")[0] or "no column of workers"
+        log.warning(f"{path.name} is not understood, its raters are not used: {fault}")
         return table_of_ratings()
-    table[columns] = table[columns].apply(pd.to_numeric, errors="coerce")
-    table["FileName"] = table["FileName"].astype(str).str.rsplit(".", n=1).str[0]  # utt_id
+    table[labels] = table[labels].apply(pd.to_numeric, errors="coerce")
+    table["FileName"] = table["FileName"].str.rsplit(".", n=1).str[0]  # utt_id
     return table_of_ratings(table.to_numpy())

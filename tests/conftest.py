@@ -1,12 +1,13 @@
 """Small inputs shared by the tests: a corpus of tones, a WavLM of two narrow layers."""
 
-import csv
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: on busy cores a second one waits
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -30,12 +31,10 @@ def corpus(tmp_path_factory):
                 tone += 0.01 * rng.standard_normal(len(time))
                 soundfile.write(root / f"{utt_id}.wav", tone, 16_000)
                 speaker = f"{session}{'FM'[turn % 2]}"
-                rows.append((utt_id, f"{utt_id}.wav", session, dialog, speaker, valence, arousal))
-    with open(root / "corpus.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        header = ("utt_id", "path", "session", "dialog", "speaker", "valence", "arousal")
-        writer.writerow(header)
-        writer.writerows((*row[:3], f"{row[2]}-{row[3]}", *row[4:]) for row in rows)
+                names = (utt_id, f"{utt_id}.wav", session, f"{session}-{dialog}", speaker)
+                rows.append((*names, valence, arousal))
+    columns = ("utt_id", "path", "session", "dialog", "speaker", "valence", "arousal")
+    pd.DataFrame(rows, columns=columns).to_csv(root / "corpus.csv", index=False)
     return root / "corpus.csv"
 
 
@@ -92,12 +91,11 @@ def flags(corpus, small_wavlm, tmp_path, no_pictures):
 def finished(corpus, small_wavlm, tmp_path_factory):
     """(flags, directory) of a run that is complete; tests leave it as it is."""
     from train import main, parse_args
-    from util.runs import run_dir
 
     flags = quick_flags(corpus, small_wavlm, tmp_path_factory.mktemp("finished"))
     args = parse_args(flags)
     assert main(args) == 0
-    return flags, run_dir(args)
+    return flags, Path(args.out) / args.name / "fold1"
 
 
 def tiny_vision_model(folder, seed=0):

@@ -1,7 +1,7 @@
 """--balance: rare labels more often, in numbers that a closed form tells."""
 
-import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,12 +19,14 @@ LENGTHS = np.exp(RNG.normal(1.3, 0.6, N) + 9.68).astype(int)
 DIALOGS = [f"d{row // 12}" for row in range(N)]
 
 
-def plan(balance, batch_size=8, accumulation=1, context=1, rank=0, world_size=1, epoch=0):
-    draws = data.balanced_draws(LABELS, balance) if balance else None
-    plan = TrainPlan(
-        LENGTHS, np.arange(N), DIALOGS, batch_size, accumulation, context, rank, world_size,
-        seed=3, labelled=~np.isnan(LABELS), draws=draws,
+def plan(balance, batch_size=8, context=1, epoch=0):
+    dataset = SimpleNamespace(lengths=LENGTHS, labels=LABELS)
+    fold = SimpleNamespace(dataset=dataset, splits={"train": np.arange(N)}, dialogs=DIALOGS)
+    args = SimpleNamespace(
+        batch_size=batch_size, gradient_accumulation_steps=1, context=context, seed=3,
+        balance=balance, target_weights=[0.5, 0.5],
     )  # fmt: skip
+    plan = TrainPlan(fold, args, rank=0, world_size=1)
     plan.set_epoch(epoch)
     return plan
 
@@ -66,31 +68,14 @@ def test_over_epochs_each_utterance_of_a_cell_is_drawn_about_alike():
     assert draws.max() > 4 * draws.min()
 
 
-@pytest.mark.parametrize("context", [1, 4])
-def test_a_step_sees_the_same_utterances_however_it_is_split(context):
-    whole = [sorted(rows_of([spec])) for spec in plan(0.5, 32, context=context)]
-    for accumulation, world_size in ((4, 1), (1, 4), (2, 2)):
-        ranks = [
-            list(plan(0.5, 8, accumulation, context, rank, world_size))
-            for rank in range(world_size)
-        ]
-        micro_steps = list(zip(*ranks, strict=True))
-        steps = [
-            sorted(rows_of(itertools.chain(*micro_steps[i : i + accumulation])))
-            for i in range(0, len(micro_steps), accumulation)
-        ]
-        assert steps == whole
-
-
 def test_chunks_of_a_dialogue_stay_together_and_are_drawn_by_the_mean_of_their_turns():
-    specs = list(plan(1.0, 8, context=4))
-    draws, chunks = data.balanced_draws(LABELS, 1.0), []
-    for chunk in itertools.chain(*(spec.chunks for spec in specs)):
-        assert list(chunk) == list(range(chunk[0], chunk[0] + len(chunk))) and len(chunk) <= 4
-        assert len({DIALOGS[row] for row in chunk}) == 1
-        chunks.append(draws[list(chunk)].mean())
-    plain = [draws[list(c)].mean() for s in plan(0, 8, context=4) for c in s.chunks]
-    assert len(chunks) == len(plain) and np.mean(chunks) > 1.5 * np.mean(plain)
+    means, draws = {}, data.balanced_draws(LABELS, 1.0)
+    for balance in (0, 1.0):
+        chunks = [chunk for spec in plan(balance, 8, context=4) for chunk in spec.chunks]
+        assert all(list(chunk) == list(range(chunk[0], chunk[-1] + 1)) for chunk in chunks)
+        assert all(len({DIALOGS[row] for row in chunk}) == 1 for chunk in chunks)
+        means[balance] = np.mean([draws[list(chunk)].mean() for chunk in chunks])
+    assert means[1.0] > 1.5 * means[0]
 
 
 def test_batches_still_hold_utterances_of_like_length_and_few_of_them_twice():
@@ -110,9 +95,10 @@ def test_the_batch_knows_the_labels_that_its_step_holds():
         assert spec.step_size == tuple((~np.isnan(LABELS[rows_of([spec])])).sum(0))
 
 
-def test_data_py_shows_the_bins_before_and_after(corpus, capsys):
+def test_data_py_shows_the_bins_before_and_after_of_the_targets_that_train_py_takes(corpus, capsys):
     data.inspect(data.parse_args(["--data", str(corpus), "--balance", "1", "--fold", "1"]))
     table = capsys.readouterr().out.split("--balance 1, ")[1].splitlines()
+    assert table[1].split() == ["valence", "valence", "balanced", "arousal", "arousal", "balanced"]
     before, after = zip(*((int(line.split()[1]), int(line.split()[2])) for line in table[2:8]))
     assert sum(before) == 24 and sum(after) == pytest.approx(24, abs=2)
     assert table[7].split() == ["missing", "0", "0", "0", "0"]
@@ -123,15 +109,15 @@ def test_data_py_shows_the_bins_before_and_after(corpus, capsys):
 def test_a_run_draws_by_the_labels_of_its_train_split_alone(flags, corpus, tmp_path):
     args = parse_args([*flags, "--balance", "1", "--dry_run"])
     fold = data.load_fold(args)
-    drawn = fold.plan_batches(args, 0, 1).draws
+    drawn = TrainPlan(fold, args, 0, 1).draws
     rows = fold.splits["train"]
     assert drawn[rows].sum() == pytest.approx(len(rows)) and drawn.sum() == drawn[rows].sum()
     fold.dataset.labels[fold.splits["dev"]] = 0.99  # of others, nothing counts
     fold.dataset.labels[fold.splits["test"]] = np.nan
-    assert np.array_equal(fold.plan_batches(args, 0, 1).draws, drawn)
+    assert np.array_equal(TrainPlan(fold, args, 0, 1).draws, drawn)
     args = parse_args([*flags, "--balance", "1", "--dry_run", "--valence_weight", "1"])
     fifths = np.floor(fold.dataset.labels[rows, 0] * 5)  # of valence, which alone trains
-    totals = [fold.plan_batches(args, 0, 1).draws[rows][fifths == i].sum() for i in range(5)]
+    totals = [TrainPlan(fold, args, 0, 1).draws[rows][fifths == i].sum() for i in range(5)]
     assert totals == pytest.approx([len(rows) / 5] * 5)
     losses = []
     for balance in ("0", "1"):

@@ -1,18 +1,14 @@
 """What the frozen part of WavLM makes of a clip is computed once: from the cache and in exact CCC's
 second pass, a step is the one from audio."""
 
+import re
 import shutil
-import time
 
 import pytest
-import torch
 from conftest import quick_flags, save_narrow_wavlm
-from test_train import caches, records, weights_of
+from helpers import Run, assert_same
 
 import data
-from train import main, parse_args
-from util.files import UserError
-from util.runs import run_dir
 from wavlm import FeatureExtractor
 
 STAGES = ["--unfreeze", "1:none,2:top:1,3:top:2", "--epochs", "3"]
@@ -38,59 +34,58 @@ def flags(corpus, deep_wavlm, tmp_path, no_pictures):
         ["--pooling", "stats"],
     ],
 )
-def test_a_step_from_the_cache_is_the_step_from_audio_in_every_stage(flags, more):
+def test_a_step_from_the_cache_is_the_step_from_audio_in_every_stage(flags, tmp_path, more):
     runs = {}
     for how in ("off", "exact", "on"):
-        args = parse_args([*flags, *STAGES, *more, "--feature_cache", how, "--name", how])
-        assert main(args) == 0
-        runs[how] = args
-    assert len(caches(runs["on"])) == 6  # three stages, two precisions
+        runs[how] = Run([*flags, *STAGES, *more, "--feature_cache", how], tmp_path / how)
+        assert runs[how].train() == 0
+    caches = list((tmp_path / "cache").glob("hidden-*"))
+    assert len(caches) == 6  # three stages, two precisions
     for how, tolerance in (("exact", 1e-4), ("on", 2e-2)):
         for event, key in (("train", "loss"), ("dev", "dev/ccc_mean"), ("test", "test/ccc_mean")):
-            pairs = zip(records(runs[how], event), records(runs["off"], event), strict=True)
+            pairs = zip(runs[how].records(event), runs["off"].records(event), strict=True)
             assert all(a[key] == pytest.approx(b[key], abs=tolerance) for a, b in pairs), key
 
 
-def test_under_bf16_the_cache_holds_the_streams_own_bits(flags):
-    runs = {}
-    for how in ("off", "on"):
-        args = parse_args(
-            [*flags, "--unfreeze", "top:2", "--layers", "3", "--amp", "bf16", "--batch_size", "1",
-             "--max_steps", "4", "--feature_cache", how, "--name", how]
-        )  # fmt: skip
-        assert main(args) == 0
-        runs[how] = args
-    ours, theirs = weights_of(runs["on"]), weights_of(runs["off"])
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def test_under_bf16_the_cache_holds_the_streams_own_bits(flags, tmp_path):
+    more = ["--unfreeze", "top:2", "--layers", "3", "--amp", "bf16", "--batch_size", "1"]
+    off, on = (
+        Run([*flags, *more, "--max_steps", "4", "--feature_cache", how], tmp_path / how)
+        for how in ("off", "on")
+    )
+    assert off.train() == on.train() == 0
+    assert_same(off.weights(), on.weights())
 
 
 def test_a_resumed_run_goes_on_from_the_parts_that_are_there(flags, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "PART_SECONDS", 5)
-    flags = [*flags, "--unfreeze", "top:1", "--max_steps", "2", "--name"]
-    args = parse_args([*flags, "whole"])
-    assert main(args) == 0
-    (cache,) = caches(args)
-    parts = sorted(cache.glob("part-*"))
+    flags = [*flags, "--unfreeze", "top:1", "--max_steps", "2"]
+    whole, again = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "again")
+    assert whole.train() == 0
+    parts = sorted((tmp_path / "cache").glob("hidden-*/part-*"))
     assert len(parts) > 3
     kept = parts[0].stat().st_mtime_ns
     for part in parts[2:]:
         shutil.rmtree(part)
-    time.sleep(0.01)
-    assert main(parse_args([*flags, "again"])) == 0
-    assert sorted(cache.glob("part-*")) == parts and parts[0].stat().st_mtime_ns == kept
-    again = weights_of(parse_args([*flags, "again"]))
-    assert all(torch.equal(again[name], value) for name, value in weights_of(args).items())
+    assert again.train() == 0
+    assert sorted((tmp_path / "cache").glob("hidden-*/part-*")) == parts
+    assert parts[0].stat().st_mtime_ns == kept
+    assert_same(again.weights(), whole.weights())
 
 
-def test_a_cache_that_does_not_fit_the_disk_is_refused_with_its_size(flags, monkeypatch):
-    assert main(parse_args([*flags, "--max_steps", "1", "--name", "first"])) == 0  # caches audio
+def test_a_cache_that_does_not_fit_the_disk_is_refused_with_its_size(
+    flags, tmp_path, monkeypatch, capsys
+):
+    run = Run([*flags, "--max_steps", "1", "--overwrite"], tmp_path)
+    assert run.train() == 0  # caches audio
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"would need \d.* GiB in .*--feature_cache off"):
-        main(parse_args([*flags, "--unfreeze", "top:1", "--max_steps", "1"]))
+    assert run.train("--unfreeze", "top:1") == 2
+    said = capsys.readouterr().err
+    assert re.search(r"would need \d.* GiB in .*--feature_cache off", said), said
 
 
-def test_exact_ccc_runs_the_frozen_part_of_a_micro_batch_once(flags, monkeypatch):
+def test_exact_ccc_runs_the_frozen_part_of_a_micro_batch_once(flags, monkeypatch, tmp_path):
     encoded = []
     forward = FeatureExtractor.forward
 
@@ -100,10 +95,7 @@ def test_exact_ccc_runs_the_frozen_part_of_a_micro_batch_once(flags, monkeypatch
 
     monkeypatch.setattr(FeatureExtractor, "forward", counted)
     flags = [*flags, "--unfreeze", "top:1", "--feature_cache", "off", "--max_steps", "1"]
-    args = parse_args([*flags, "--batch_size", "4", "--gradient_accumulation_steps", "3"])
-    assert main(args) == 0
-    dev, test = (
-        len((run_dir(args) / f"predictions_{split}.csv").read_text().splitlines()) - 1
-        for split in ("dev", "test")
-    )
+    run = Run([*flags, "--batch_size", "4", "--gradient_accumulation_steps", "3"], tmp_path)
+    assert run.train() == 0
+    dev, test = len(run.predictions("dev")), len(run.predictions("test"))
     assert sum(encoded) == 12 + 2 * dev + test

@@ -8,10 +8,6 @@ import pytest
 SCRIPT = Path(__file__).with_name("gpu.sh")
 
 
-def test_the_script_for_the_first_gpu_is_sound_bash():
-    subprocess.run(["shellcheck", SCRIPT], check=True)
-
-
 @pytest.mark.slow
 def test_every_step_of_the_script_for_the_first_gpu_runs_on_a_cpu(tmp_path):
     done = subprocess.run([SCRIPT, "--rehearse", tmp_path], capture_output=True, text=True)

@@ -6,17 +6,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fault_kills import Run, assert_same_outcome, raise_on, run_ranks
-from test_train import CPU, NO_DROPOUT, assert_same, prepared, records, weights_of
+from helpers import NO_DROPOUT, Run, assert_same, assert_same_outcome, raise_on
 
+import data
 import predict
 import step
 from flags import parse_args
-from train import cli, main
+from train import cli
 from util.runs import load_model, run_dir
 from wavlm import ATTENTIONS, LORA, add_lora, load_wavlm, merge_lora
 
+CPU = torch.device("cpu")
 LORA_4 = ["--unfreeze", "none", "--lora", "4"]
+
+
+def built(flags, *more):
+    """(args, the model that a run of these flags starts with)."""
+    args = parse_args([*flags, *more])
+    shape = data.load_fold(args).shape
+    torch.manual_seed(args.seed)
+    return args, step.build_model(args, shape)
 
 
 @pytest.fixture
@@ -83,8 +92,8 @@ def test_gradients_of_an_update_are_those_of_the_dense_weight_times_the_other_fa
 
 
 def test_a_model_starts_as_without_updates_and_has_a_group_of_its_own_for_them(flags):
-    *_, plain = prepared(flags, "--unfreeze", "none")
-    args, _, model = prepared(flags, *LORA_4, "--encoder_lr", "0.5")
+    _, plain = built(flags, "--unfreeze", "none")
+    args, model = built(flags, *LORA_4, "--encoder_lr", "0.5")
     assert parse_args(["--preset", "verify", "--lora", "4"]).unfreeze == args.unfreeze == "lora"
     before, now = plain.state_dict(), model.state_dict()
     assert all(torch.equal(now[name], before[name]) for name in before)
@@ -95,21 +104,21 @@ def test_a_model_starts_as_without_updates_and_has_a_group_of_its_own_for_them(f
 
 
 def test_a_run_moves_updates_and_heads_alone_and_its_export_is_a_plain_wavlm(
-    flags, corpus, audio, tmp_path, capsys
+    flags, corpus, audio, tmp_path
 ):
     from transformers import WavLMModel
 
     flags = [*flags, *LORA_4, "--lora_alpha", "8"]
-    args = parse_args(flags)
-    assert main(args) == 0
-    assert "unfreeze lora | trains lora, decayed 0.002 M at lr 1.0e-03" in capsys.readouterr().out
-    directory = run_dir(args)
+    run = Run(flags, tmp_path / "run")
+    assert run.train() == 0
+    assert "unfreeze lora | trains lora, decayed 0.002 M at lr 1.0e-03" in run.train_log()
+    directory = run.directory
     for name in ("last.pt", "best.pt"):
-        saved = {k for k in weights_of(args, name) if k.startswith("encoder.")}
+        saved = {k for k in run.weights(name) if k.startswith("encoder.")}
         assert len(saved) == 2 * 4 * 2 and all(key.endswith(LORA) for key in saved)
-    assert not any(key.endswith(LORA) for key in weights_of(args, "frozen.pt"))
+    assert not any(key.endswith(LORA) for key in run.weights("frozen.pt"))
     model, _ = load_model(directory, "")
-    *_, before = prepared(flags)
+    _, before = built(flags)
     weights, old = model.state_dict(), before.state_dict()
     still = {name for name in weights if torch.equal(weights[name], old[name])}
     assert still == {k for k in weights if k.startswith("encoder.") and not k.endswith(LORA)}
@@ -135,12 +144,11 @@ def test_a_run_moves_updates_and_heads_alone_and_its_export_is_a_plain_wavlm(
     assert {k.split(".")[0] for k in after if not torch.equal(after[k], weights[k])} == {"film"}
 
 
-def test_a_step_is_the_same_from_cache_and_audio_with_and_without_checkpointing(flags):
-    flags, weights = [*flags, *LORA_4, "--epochs", "1", "--overwrite", "--feature_cache"], []
-    for more in (["off"], ["exact"], ["exact", "--gradient_checkpointing"]):
-        args = parse_args([*flags, *more])
-        assert main(args) == 0
-        weights.append(weights_of(args))
+def test_a_step_is_the_same_from_cache_and_audio_with_and_without_checkpointing(flags, tmp_path):
+    run, weights = Run([*flags, *LORA_4, "--epochs", "1", "--overwrite"], tmp_path), []
+    for more in ("off", "exact", "exact --gradient_checkpointing"):
+        assert run.train("--feature_cache", *more.split()) == 0
+        weights.append(run.weights())
     assert_same(weights[0], weights[1], rtol=1e-4, atol=1e-6)
     assert_same(weights[1], weights[2])
 
@@ -148,24 +156,21 @@ def test_a_step_is_the_same_from_cache_and_audio_with_and_without_checkpointing(
 def test_a_run_whose_updates_begin_later_resumes_bit_for_bit(flags, tmp_path):
     flags = [*flags, "--unfreeze", "1:none,2:lora", "--lora", "2", "--amp", "bf16"]
     whole, parted = Run(flags, tmp_path / "whole"), Run(flags, tmp_path / "parted")
-    assert main(parse_args(whole.flags)) == 0
+    assert whole.train() == 0
     with raise_on(rf"^step +{whole.records()[-1]['step'] - 2}/"):
-        assert main(parse_args(parted.flags)) == 75
-    assert main(parse_args([*parted.flags, "--resume"])) == 0
+        assert parted.train() == 75
+    assert parted.train("--resume") == 0
     assert_same_outcome(whole, parted)
 
 
 @pytest.mark.slow
 def test_two_ranks_that_accumulate_give_the_losses_and_weights_of_one(flags, tmp_path):
     flags = [*flags, *NO_DROPOUT, *LORA_4, "--global_batch_size", "16", "--epochs", "1"]
-    alone = parse_args([*flags, "--batch_size", "16", "--name", "alone"])
-    assert main(alone) == 0
-    more = [*flags, "--batch_size", "4", "--name", "ranks"]
-    assert run_ranks(more, tmp_path / "log", 2) == [0, 0], (tmp_path / "log").read_text()
-    ranks = parse_args(more)
-    for one, two in zip(records(alone, "train"), records(ranks, "train"), strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], abs=2e-5)
-    assert_same(weights_of(alone), weights_of(ranks), rtol=1e-3, atol=2e-5)
+    alone = Run([*flags, "--batch_size", "16"], tmp_path / "alone")
+    ranks = Run([*flags, "--batch_size", "4"], tmp_path / "ranks", 2)
+    assert alone.train() == 0 and ranks.in_ranks() == [0, 0], ranks.console()
+    assert alone.losses() == pytest.approx(ranks.losses(), abs=2e-5)
+    assert_same(alone.weights(), ranks.weights(), rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -65,24 +65,18 @@ def test_help_and_a_run_need_no_optional_package(flags, tmp_path):
     assert (run / "result.json").exists() and (run / "metrics.jsonl").exists()
 
 
-ERRORS = ("RuntimeError('x')", "OSError('libfoo.so')", "AttributeError('np.bool')")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("packages", "error"),
-    [*((OPTIONAL, error) for error in ERRORS), *(((name,), ERRORS[0]) for name in OPTIONAL)],
+    "error", ["RuntimeError('x')", "OSError('libfoo.so')", "AttributeError('np.bool')"]
 )
-def test_broken_packages_stop_neither_help_nor_the_demo(packages, error, demo_cache, tmp_path):
-    path = stand_ins(tmp_path / "broken", packages, error)
+def test_broken_packages_stop_neither_help_nor_the_demo(error, demo_cache, tmp_path):
+    path = stand_ins(tmp_path / "broken", OPTIONAL, error)
     done = python("-c", HELP_OF_ALL, path=path)
     assert done.returncode == 0, done.stderr
     words = ["train.py", "--preset", "demo", "--max_steps", "2", "--cache_dir", demo_cache]
-    if "opensmile" in packages:
-        done = python(*words, "--out", tmp_path, path=path)
-        assert done.returncode == 2 and "or --prosody none" in done.stderr
-        words += ["--prosody", "none"]
     done = python(*words, "--out", tmp_path, path=path)
+    assert done.returncode == 2 and "or --prosody none" in done.stderr
+    done = python(*words, "--prosody", "none", "--out", tmp_path, path=path)
     assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stderr
 
 
@@ -131,7 +125,7 @@ RUNTIME = "raise RuntimeError('CUDA version mismatch\\nand a second line')"
         (
             ["--speaker", "ecapa"],
             {"torchaudio": "", "speechbrain": "raise AttributeError('backend')"},
-            ["speechbrain", "AttributeError: backend)", "--speaker xvector"],
+            ["reinstall speechbrain", "AttributeError: backend)", "<utt_id>.npy"],
         ),
         (["--speaker", "ecapa"], {"torchaudio": "", "speechbrain": ""}, ["speechbrain.inference"]),
         (
@@ -139,8 +133,11 @@ RUNTIME = "raise RuntimeError('CUDA version mismatch\\nand a second line')"
             {"torchaudio": "", "speechbrain.inference.speaker": WORKING},
             ["spkrec-ecapa-voxceleb", "hub does not answer", "<utt_id>.npy"],
         ),
-        (["--speaker", "xvector"], {"torchaudio": RUNTIME}, ["torchaudio", "or uninstall it"]),
-        (["--speaker", "xvector"], {"torchaudio": "raise OSError('so')"}, ["OSError: so)"]),
+        (
+            ["--speaker", "xvector"],
+            {"torchaudio": RUNTIME},
+            ["--upgrade torchaudio, or give"],
+        ),
         (["--speaker", "xvector"], {}, ["wavlm-base-plus-sv", "transformers", "HF_ENDPOINT"]),
         (["--prosody", "egemaps"], {"opensmile": RUNTIME}, ["opensmile", "or --prosody none"]),
         (
@@ -172,5 +169,5 @@ def test_a_hub_that_never_answers_is_told_within_seconds(flags, tmp_path, mute_h
 
 
 def test_a_package_is_described_with_its_version():
-    text = described("numpy", "numpy", ValueError("one\ntwo"))
+    text = described("numpy", ValueError("one\ntwo"))
     assert text.startswith("numpy ") and text.endswith(": ValueError: one") and "." in text

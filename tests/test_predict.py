@@ -355,7 +355,7 @@ def decoder(request, tmp_path, monkeypatch):
     (folder / "torchcodec").mkdir(parents=True)
 
     def forget():
-        for function in (audio.torchcodec, audio.convert, files.version_of):
+        for function in (audio.torchcodec, audio.convert):
             function.cache_clear()
 
     def install():

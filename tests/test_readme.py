@@ -25,13 +25,11 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+from helpers import ROOT, wait_for
 
 from corpora.demo import DEMO_VERSION, demo_voice, synthesise
-from flags import parse_args
-from report import fold_list
-from util.runs import run_dir
+from train import parse_args
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [page.read_text() for page in sorted(ROOT.glob("docs/*.md"))]
 BEFORE, CHANGES = re.split(r"^## How to change it\n", README, flags=re.MULTILINE)
@@ -180,9 +178,7 @@ def python(request):
             start_new_session=True,
         )
         try:
-            while not os.access(f"{directory}/python", os.X_OK):
-                assert server.poll() is None
-                time.sleep(0.1)
+            wait_for(lambda: os.access(f"{directory}/python", os.X_OK), 60)
             yield f"{directory}:{path}"
         finally:
             os.killpg(server.pid, signal.SIGKILL)
@@ -212,11 +208,11 @@ class Clone:
             text=True,
         )
 
-    def run(self, command, **environment):
-        """What it prints; it must end with exit code 0."""
+    def run(self, command, code=0, **environment):
+        """What it prints; it must end with this exit code."""
         process = self.start(command, **environment)
         output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, f"{command}\n{output}"
+        assert process.returncode == code, f"{command}\n{output}"
         return output
 
 
@@ -267,24 +263,28 @@ def promised(command):
             files.append(f"{name}/report.html" if program == "report.py" else name)
     if program == "report.py" and re.search(r"py \S+ runs/", command):  # several runs
         files += ["report.html", "experiment_comparison.md"]
-    folds = []
-    if "--folds" in argv and program != "report.py":
-        folds = fold_list(argv[argv.index("--folds") + 1])
-        argv = argv[argv.index("--") + 1 :]
-    if folds or (program == "train.py" and "--help" not in argv):
+    if program.endswith("launch.sh"):
+        args, folds = parse_args(argv[argv.index("--") + 1 :]), (1, 2, 3)
+    elif program == "train.py" and "--help" not in argv:
         args = parse_args(argv)
-        files += [run_dir(args).with_name(f"fold{k}") / "result.json" for k in folds or [args.fold]]
-    return files
+        folds = (args.fold,)
+    else:
+        return files
+    return files + [f"{args.out}/{args.name}/fold{fold}/result.json" for fold in folds]
 
 
-def slow_if_alike(command):
-    """Commands that differ from their neighbours in flags of the model or the preset alone."""
-    names = r"berlin-\w+|retried|one_gpu|full|resumable|frozen|verify"
-    alike = re.search(rf"--name ({names})\b|runs/berlin|logmel.py", command)
-    return pytest.param(command, marks=SLOW) if alike else command
+def is_alike(command):
+    """Does it differ from a neighbour in flags of the model or the preset alone?"""
+    names = r"berlin-\w+|retried|one_gpu|full|ddp|resumable|frozen|verify"
+    others = r"runs/berlin|logmel.py|report.py runs/folds$|--lora 8 --gradient_checkpointing"
+    return re.search(rf"--name ({names})\b|{others}", command)
 
 
-@pytest.mark.parametrize("command", [slow_if_alike(command) for command in COMMANDS])
+ALIKE = [command for command in COMMANDS if is_alike(command)]
+TRIED = [pytest.param(c, marks=SLOW) if c in ALIKE else c for c in COMMANDS]
+
+
+@pytest.mark.parametrize("command", TRIED)
 def test_every_command_runs_and_leaves_what_it_promises(clone, command, monkeypatch):
     monkeypatch.chdir(clone.directory)
     command, began = shrunk(command), time.time()
@@ -302,6 +302,14 @@ def test_every_command_runs_and_leaves_what_it_promises(clone, command, monkeypa
     for text in expected:
         assert re.search(text, said), f"{command}\n{said}"
     assert files or expected, f"{command}: nothing is known of what it does"
+
+
+def test_the_flags_of_commands_that_are_tried_with_slow_alone_exist(clone, monkeypatch):
+    monkeypatch.chdir(clone.directory)
+    shutil.copy("manifest.csv", "emodb/manifest.csv")  # berlin.py's
+    assert len(ALIKE) > 10
+    for command in ALIKE:
+        promised(shrunk(command))  # a wrong flag exits
 
 
 @pytest.mark.slow
@@ -350,10 +358,7 @@ def test_a_slurm_job_at_its_time_limit_is_requeued_and_a_failed_one_is_not(clone
     script = shrunk(script, steps=-1)
     wrong = clone.start(script, SLURM_ARRAY_TASK_ID="9", SLURM_JOB_ID="9")
     job = clone.start(script, SLURM_ARRAY_TASK_ID="2", SLURM_JOB_ID="8")
-    deadline = time.time() + 120
-    while not (clone.directory / "runs/slurm/fold2/last.pt").exists():
-        assert job.poll() is None and time.time() < deadline, job.communicate()[0]
-        time.sleep(0.1)
+    wait_for((clone.directory / "runs/slurm/fold2/last.pt").exists, 120)
     job.send_signal(signal.SIGUSR1)  # --signal=B: to the shell alone
     said, _ = job.communicate(timeout=120)
     assert job.returncode == 75, said
@@ -362,11 +367,8 @@ def test_a_slurm_job_at_its_time_limit_is_requeued_and_a_failed_one_is_not(clone
     assert (clone.directory / "scontrol.log").read_text() == "requeue 8\n"
 
 
-def test_what_is_not_run_is_still_in_the_readme():
-    assert all(any(c.startswith(start) for c in commands(USAGE)) for start in NOT_RUN)
-
-
 def test_every_flag_in_the_text_exists_and_every_page_is_linked_once():
+    assert all(any(c.startswith(start) for c in commands(USAGE)) for start in NOT_RUN)
     text = "\n".join([README, *PAGES])
     programs = [*ROOT.glob("*.py"), ROOT / "launch.sh", ROOT / "tests" / "gpu.sh"]
     programs += ROOT.glob("tests/bench_*.py")
@@ -432,8 +434,11 @@ def test_the_corpus_of_the_readme_is_read_and_trained_on(hacked):
 
 
 def test_the_encoder_of_the_readme_trains_is_planned_and_ignores_padding(hacked):
-    hacked.run(apply_example("An encoder", hacked))
+    command = apply_example("An encoder", hacked)
+    hacked.run(command)
     assert result_of(hacked, "gru")["encoder"] == "gru"
+    said = hacked.run(f"{command} --overwrite --gradient_checkpointing", code=2)
+    assert "--encoder gru has no --gradient_checkpointing" in said
     assert "card must have" in hacked.run("python memory.py --encoder gru --max_seconds 0.5")
     spec = importlib.util.spec_from_file_location("hacked", hacked.directory / "model.py")
     changed = importlib.util.module_from_spec(spec)

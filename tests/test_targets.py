@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 from conftest import quick_flags
-from fault_kills import raise_on
+from helpers import raise_on
 
 import predict
 import report

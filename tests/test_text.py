@@ -57,7 +57,7 @@ def write_csv(path, texts):
 
 
 def extract(tmp_path, *flags, data="m.csv", model="model", out="out"):
-    argv = ["--data", data if data == "demo" else tmp_path / data, "--model", tmp_path / model]
+    argv = ["--data", tmp_path / data, "--model", tmp_path / model]
     text.extract(text.parse_args(list(map(str, [*argv, "--out", tmp_path / out, *flags]))))
     return {path.stem: np.load(path) for path in (tmp_path / out).glob("*.npy")}
 
@@ -101,11 +101,8 @@ def test_what_is_there_is_kept_unless_its_transcript_changed_and_another_model_i
     for flags, model in ((["--layer", "1"], "model"), ([], "other")):
         with pytest.raises(UserError, match="of another model or --layer"):
             extract(tmp_path, *flags, model=model)
-    (tmp_path / "out/text.json").write_text("[1]")
-    with pytest.raises(UserError, match="is damaged"):
-        extract(tmp_path)
     (tmp_path / "out/text.json").unlink()
-    with pytest.raises(UserError, match=r"holds \.npy files that are not of text\.py"):
+    with pytest.raises(UserError, match="or of another program: choose another --out"):
         extract(tmp_path)
 
 
@@ -134,44 +131,43 @@ def test_a_text_beyond_the_models_length_is_cut_and_counted(tmp_path, capsys):
     np.testing.assert_allclose(got["a"], got["b"], rtol=1e-4, atol=1e-6)
 
 
+SPOKEN = ("Excuse me.", "Yes. [LAUGHTER]")
+
+
 def iemocap(root):
-    turns = [("Ses01F_impro01_F000", "Excuse me."), ("Ses01F_impro01_M000", "Yes. [LAUGHTER]")]
-    for folder in ("EmoEvaluation", "transcriptions"):
-        (root / "Session1/dialog" / folder).mkdir(parents=True)
-    wavs = root / "Session1/sentences/wav/Ses01F_impro01"
-    wavs.mkdir(parents=True)
-    labels, said = "", "Ses01F_impro01_FXX0 [005.0000-006.0000]: So?\nF: what\n"
-    for i, (utt_id, words) in enumerate(turns):
-        (wavs / f"{utt_id}.wav").touch()
-        labels += f"[{i}.0000 - {i + 1}.0000]\t{utt_id}\tneu\t[2.5, 2.5, 2.5]\n"
-        said += f"{utt_id} [00{i}.0000-00{i + 1}.0000]: {words}\n"
-    (root / "Session1/dialog/EmoEvaluation/Ses01F_impro01.txt").write_text(labels)
-    (root / "Session1/dialog/transcriptions/Ses01F_impro01.txt").write_text(said)
+    dialog = "Ses01F_impro01"
+    labels, said = "", f"{dialog}_FXX0 [005.0000-006.0000]: So?\nF: what\n"
+    for i, words in enumerate(SPOKEN):
+        write(root / f"Session1/sentences/wav/{dialog}/{dialog}_F00{i}.wav", "")
+        labels += f"[{i}.0000 - {i + 1}.0000]\t{dialog}_F00{i}\tneu\t[2.5, 2.5, 2.5]\n"
+        said += f"{dialog}_F00{i} [00{i}.0000-00{i + 1}.0000]: {words}\n"
+    write(root / f"Session1/dialog/EmoEvaluation/{dialog}.txt", labels)
+    write(root / f"Session1/dialog/transcriptions/{dialog}.txt", said)
 
 
 def msp_podcast(root):
-    for folder in ("Audios", "Labels", "Transcripts"):
-        (root / folder).mkdir(parents=True)
-    rows = "FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set\n"
-    for i, words in enumerate(("Excuse me.\n", "Yes. [LAUGHTER]")):
-        name = f"MSP-PODCAST_0001_000{i}"
-        (root / f"Audios/{name}.wav").touch()
-        (root / f"Transcripts/{name}.txt").write_text(words)
-        rows += f"{name}.wav,N,4,4,4,{i},Male,Train\n"
-    (root / "Labels/labels_consensus.csv").write_text(rows)
+    rows = "FileName,EmoAct,EmoVal,Split_Set\n"
+    for i, words in enumerate(SPOKEN):
+        write(root / f"Audios/MSP-PODCAST_0001_000{i}.wav", "")
+        write(root / f"Transcripts/MSP-PODCAST_0001_000{i}.txt", words + "\n")
+        rows += f"MSP-PODCAST_0001_000{i}.wav,4,4,Train\n"
+    write(root / "Labels/labels_consensus.csv", rows)
 
 
-@pytest.mark.parametrize(("name", "write"), [("iemocap", iemocap), ("msp_podcast", msp_podcast)])
-def test_transcripts_of_a_published_corpus_are_those_of_a_csv_with_the_same_words(
-    tmp_path, name, write
-):
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+@pytest.mark.parametrize("make", [iemocap, msp_podcast])
+def test_transcripts_of_a_published_corpus_are_those_of_a_csv_with_the_same_words(tmp_path, make):
     tiny_bert(tmp_path / "model")
-    write(tmp_path / "corpus")
-    flags = ["--data", name, "--data_dir", tmp_path / "corpus"]
+    make(tmp_path / "corpus")
+    flags = ["--data", make.__name__, "--data_dir", tmp_path / "corpus"]
     got = extract(tmp_path, *flags)
-    write_csv(tmp_path / "m.csv", {"one": "Excuse me.", "two": "Yes. [LAUGHTER]"})
+    write_csv(tmp_path / "m.csv", dict(zip("ab", SPOKEN)))
     expected = extract(tmp_path, out="expected")
-    for utt_id, other in zip(sorted(got), ("one", "two"), strict=True):
+    for utt_id, other in zip(sorted(got), "ab", strict=True):
         np.testing.assert_allclose(got[utt_id], expected[other], rtol=1e-4, atol=1e-5)
     for path in (tmp_path / "corpus").rglob("*.txt"):
         if path.parent.name in ("transcriptions", "Transcripts"):
@@ -182,8 +178,6 @@ def test_transcripts_of_a_published_corpus_are_those_of_a_csv_with_the_same_word
 
 def test_what_has_no_words_or_is_no_text_model_is_said_in_a_line(tmp_path, small_wavlm):
     write_csv(tmp_path / "m.csv", SAID)
-    with pytest.raises(UserError, match="--data demo: has no transcripts"):
-        extract(tmp_path, data="demo")
     for model in (small_wavlm, "nobody"):
         with pytest.raises(UserError, match=r"--model .*: cannot be used \(transformers") as caught:
             extract(tmp_path, model=model)

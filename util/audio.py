@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from util.files import UserError, optional_module, version_of
+from util.files import described
 
 VERSION = 6  # raise it with every change of decode: it is part of the cache key
 SAMPLE_RATE = 16_000
@@ -135,14 +135,14 @@ def decode(
     return samples, "", changes
 
 
-def decoded_bytes(path: Path, start: float = 0.0, end: float | None = None) -> int:
-    """About how large the decoded clip will be, by its header; 0 if it cannot be read."""
+def header_seconds(path: Path, start: float = 0.0, end: float | None = None) -> float:
+    """About how long the decoded clip will be; 0 if libsndfile does not know the file."""
     try:
         if end is None:
             end = soundfile.info(os.fsencode(path)).duration if path.is_file() else start
     except (soundfile.SoundFileError, OSError, TypeError):
         end = start
-    return 2 * round(SAMPLE_RATE * min(max(0.0, end - start), MAX_CLIP_SECONDS))
+    return min(max(0.0, end - start), MAX_CLIP_SECONDS)
 
 
 def seconds_of(path: Path) -> float:
@@ -158,11 +158,21 @@ def seconds_of(path: Path) -> float:
 # Formats that libsndfile does not know
 
 
+@functools.cache  # a package that breaks takes its time, every time
+def torchcodec() -> tuple[ModuleType | None, str]:
+    """(torchcodec.decoders, ""), or (None, why not)."""
+    try:
+        from torchcodec import decoders
+    except ModuleNotFoundError:
+        return None, NO_DECODER
+    except Exception as error:  # built for another torch, it raises anything
+        return None, f"{NO_DECODER}, which does not work ({described('torchcodec', error)})"
+    return decoders, ""
+
+
 def foreign_decoder() -> str:
     """What is installed that decodes FOREIGN files, or ""."""
-    program = shutil.which("ffmpeg")
-    version = version_of("torchcodec", "torchcodec")
-    return program or (version and f"torchcodec {version}")
+    return shutil.which("ffmpeg") or ("torchcodec" if torchcodec()[0] else "")
 
 
 def foreign_wav(path: Path) -> tuple[IO | None, str]:
@@ -185,8 +195,9 @@ def convert(path: Path, size: int, mtime: int) -> tuple[IO | None, str]:
     wav = tempfile.NamedTemporaryFile(prefix="vatune-", suffix=".wav")  # noqa: SIM115 returned
     program = shutil.which("ffmpeg")
     reason = by_ffmpeg(program, path, wav) if program else by_torchcodec(path, wav)
-    how = f"decoded by {'ffmpeg' if program else 'torchcodec'}"
-    return (None, reason) if reason else (wav, how)
+    if reason:
+        return None, reason
+    return wav, f"decoded by {'ffmpeg' if program else 'torchcodec'}"
 
 
 def by_ffmpeg(program: str, path: Path, wav: IO) -> str:
@@ -211,15 +222,6 @@ def by_ffmpeg(program: str, path: Path, wav: IO) -> str:
     return ""
 
 
-@functools.cache  # a package that breaks takes its time, every time
-def torchcodec() -> tuple[ModuleType | None, str]:
-    """(torchcodec.decoders, ""), or (None, why not)."""
-    try:
-        return optional_module("torchcodec.decoders", "torchcodec", "it"), ""
-    except UserError as error:
-        return None, f"{NO_DECODER} ({error})" if foreign_decoder() else NO_DECODER
-
-
 def by_torchcodec(path: Path, wav: IO) -> str:
     """Fills the .wav; the reason why it could not."""
     decoders, reason = torchcodec()
@@ -231,7 +233,7 @@ def by_torchcodec(path: Path, wav: IO) -> str:
     except (RuntimeError, OSError, ValueError) as error:
         fault = str(error).partition("\n")[0][:120]
         if "libtorchcodec" in fault:  # without FFmpeg's libraries it breaks when it is first used
-            return f"{NO_DECODER} (which is installed, but does not work: {fault})"
+            return f"{NO_DECODER}, which does not work ({fault})"
         return f"cannot be decoded (torchcodec: {fault})"
     soundfile.write(wav.name, samples.data.numpy().T, samples.sample_rate, "PCM_16")
     return missing_of(wav, decoder.metadata.duration_seconds_from_header or 0.0)

@@ -8,7 +8,6 @@ Not here: what a run writes (runs.py).
 import contextlib
 import errno
 import fcntl
-import functools
 import gc
 import hashlib
 import importlib
@@ -45,26 +44,18 @@ def optional_module(name: str, package: str, needed_by: str, otherwise: str = ""
     except Exception as error:  # built for another torch, numpy or CUDA, it raises anything
         fault = "is not installed"
         if getattr(error, "name", "") != name.partition(".")[0]:  # the module that was not found
-            fault = f"does not work ({described(package, name, error)})"
+            fault = f"does not work ({described(package, error)})"
         fix = f"pip install --upgrade {package}{otherwise}"
         raise UserError(f"{needed_by} needs {package}, which {fault}: {fix}") from None
 
 
-def described(package: str, module: str, error: Exception) -> str:
+def described(package: str, error: Exception) -> str:
     """The package with its version, and what it raised, in one line."""
-    text = str(error).strip().partition("\n")[0][:160]
-    named = f"{package} {version_of(package, module)}".strip()
-    return f"{named}: {type(error).__name__}: {text}"
-
-
-@functools.cache
-def version_of(package: str, module: str) -> str:
-    """Version of the installed package, or of another one that brings the module; "" of none."""
-    brought_by = importlib.metadata.packages_distributions()
-    names = brought_by.get(module.partition(".")[0], [package])
+    version = ""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(names[0])
-    return ""
+        version = importlib.metadata.version(package)
+    text = str(error).strip().partition("\n")[0][:160]
+    return f"{f'{package} {version}'.strip()}: {type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
@@ -187,23 +178,6 @@ def sha256(file: BinaryIO, size: int) -> bytes:
 # Caches
 
 
-def check_disk_space(
-    directory: Path,
-    num_bytes: int,
-    what: str,
-    fix: str = "free disk space there, or set another --cache_dir",
-) -> None:
-    """UserError if `num_bytes` do not fit the disk of `directory`, which need not exist yet."""
-    existing = directory.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if num_bytes > free:
-        raise UserError(
-            f"{what} would need {gib(num_bytes)} in {directory}, where {gib(free)} are free: {fix}"
-        )
-
-
 def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
@@ -211,11 +185,9 @@ def gib(num_bytes: float) -> str:
 def build_dir(target: Path, fill: Callable[[Path], object], wait: bool = True) -> Path | None:
     """`target`, filled by `fill(directory)` if it did not exist; never visible half-written.
 
-    None, without `wait`, if another process is filling it now.
-
-    The lock only avoids double work (flock does nothing on some network disks); the rename is what
-    keeps the cache complete. If two processes build, the first rename wins. UserError if the disk
-    is full or cannot be written.
+    None, without `wait`, if another process is filling it now. The lock only avoids double work
+    (flock does nothing on some network disks); the rename is what keeps the cache complete, and of
+    two processes the first one wins. UserError if the disk is full or cannot be written.
     """
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:

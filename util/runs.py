@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from corpora import Corpus, Utterance, write_skipped
+from corpora import Corpus, Utterance, real_path, write_skipped
 from data import Fold
 from model import EmotionModel, ModelConfig
 from util import distributed
@@ -245,21 +245,9 @@ def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) 
             )
 
 
-def audio_source(
-    utterance: Utterance, folders: dict[Path, Path]
-) -> tuple[str, float, float | None]:
-    """(resolved path, start, end in seconds): what an utterance is cut from.
-
-    `folders`: those of other utterances, resolved.
-    """
-    path = utterance.path
-    if path.is_symlink() or path.name in ("", ".."):
-        path = path.resolve()
-    else:
-        if path.parent not in folders:
-            folders[path.parent] = path.parent.resolve()
-        path = folders[path.parent] / path.name
-    return str(path), utterance.start, utterance.end
+def audio_source(utterance: Utterance, folders: dict[str, Path]) -> tuple[str, float, float | None]:
+    """(resolved path, start, end in seconds): what an utterance is cut from."""
+    return str(real_path(str(utterance.path), folders)), utterance.start, utterance.end
 
 
 # ---------------------------------------------------------------------------------------------
