@@ -29,9 +29,7 @@ Not here: training and personalisation (train.py --init_from RUN --train_only fi
 """
 
 import argparse
-import csv
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -49,7 +47,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 from corpora import (
@@ -66,12 +63,13 @@ from corpora import (
 )
 from model import AUTOCAST, EmotionModel, track_dialogues
 from util import distributed
-from util.audio import NO_DECODER, seconds_of
+from util.audio import seconds_of
 from util.checkpoints import read_checkpoint, save_checkpoint
 from util.files import (
     UserError,
     digest,
     in_words,
+    progress_bar,
     replace_text,
     replacing,
     run_script,
@@ -114,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max_seconds", type=float, help="use the beginning only; default: the run's")
     p.add_argument("--window", type=float, default=0.0,
                    help="seconds of each window of a curve over the whole file; 0 = off")
-    p.add_argument("--hop", type=float, help="seconds between two windows' starts; default 2")
+    p.add_argument("--hop", type=float, default=2.0, help="seconds between two windows' starts")
     p.add_argument("--plot", metavar="DIR", help="with --window: each curve as DIR/<file>.png")
     p.add_argument("--stream", action="store_true",
                    help="one line on stdout per utterance as it comes, state carried along")
@@ -126,10 +124,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="auto: cuda if present")
     # fmt: on
     args = p.parse_args(argv)
-    files, seconds = not (args.stream or args.export), args.max_seconds
-    hop_alone = args.hop is not None and not args.window
-    args.hop = 2.0 if args.hop is None else args.hop
-    hops = f"--window {args.window:g} --hop {args.hop:g}"
+    files, seconds, out = not (args.stream or args.export), args.max_seconds, args.out or "x.csv"
     for wrong, message in (
         (not files and len(args.checkpoint) > 1, "--stream and --export take one --checkpoint"),
         (args.export and (args.audio or args.data or args.stream), "--export takes a run alone"),
@@ -140,17 +135,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "give either audio files, - for a list of them on stdin, or --data CSV",
         ),
         (files == (args.out is None), "give --out CSV, but not with --stream and --export"),
-        (not (args.out or ".csv").lower().endswith(".csv"), f"--out {args.out}: must end in .csv"),
-        (not Path(args.out or "x").absolute().parent.is_dir(), f"--out {args.out}: no such folder"),
-        (args.window and args.max_seconds, "--window and --max_seconds exclude each other"),
+        (not out.lower().endswith(".csv"), f"--out {out}: must end in .csv"),
+        (not Path(out).absolute().parent.is_dir(), f"--out {out}: no such folder"),
+        (args.window and seconds, "--window and --max_seconds exclude each other"),
         (args.window and args.features_dir, "--window cuts audio, not --features_dir"),
-        (args.data_dir and not args.data, "--data_dir is the root of a manifest: give --data"),
-        (args.split and not args.data, f"--split {args.split}: of what? give --data"),
+        ((args.data_dir or args.split) and not args.data, "--data_dir and --split need --data"),
         (args.split == BLIND and args.window, f"--split {BLIND} writes no windows"),
         (seconds is not None and not 0.1 <= seconds < math.inf, "--max_seconds: 0.1 or more"),
-        (hop_alone, "--hop is between windows: give --window"),
-        (args.window < 0 or 0 < args.window < 0.1, f"{hops}: a window is 0.1 s or more"),
-        (args.window and not 0 < args.hop <= args.window, f"{hops}: need 0 < hop <= window"),
+        (args.window and not args.window >= 0.1, "--window: 0.1 s or more"),
+        (args.window and not 0 < args.hop <= args.window, "--hop: need 0 < hop <= window"),
         (args.plot and not args.window, "--plot shows curves: give --window"),
     ):
         if wrong:
@@ -188,15 +181,7 @@ def decode(corpus: Corpus, cache_dir: str) -> tuple[Corpus, data.PackedRows | No
     for utt_id, file, reason in corpus.skipped:
         long = " or --window" if reason.startswith("longer than") else ""
         say(f"skipped {utt_id} ({file}): {reason}{long}")
-        if reason.startswith(NO_DECODER):
-            note_missing_decoder()
     return corpus, pack
-
-
-@functools.cache  # one line in a run
-def note_missing_decoder() -> None:
-    fix = "install ffmpeg (apt install ffmpeg), or torchcodec (pip install torchcodec)"
-    say(f"note: to decode what libsndfile cannot, {fix}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -212,23 +197,19 @@ def build_inputs(
     flags: dict,
 ) -> data.Batches:
     """What the model of a run trained with `flags` reads of the corpus."""
-    reads_features = model.config.encoder.endswith("transformer")
-    reads_speaker = model.config.speaker_dim > 0
-    kind = args.speaker or flags["speaker"]
-    alone = len(args.checkpoint) == 1  # of several, another one may read it
+    config = model.config
+    reads_features, reads_speaker = config.encoder.endswith("transformer"), config.speaker_dim > 0
     for flag, value, is_read in (
         ("--features_dir", args.features_dir, reads_features),
         ("--speaker", args.speaker, reads_speaker),
-        ("--vectors", " ".join(args.vectors or ()), model.config.vector_dims),
+        ("--vectors", " ".join(args.vectors or ()), config.vector_dims),
     ):
-        if alone and value and not is_read:
+        if value and not is_read and len(args.checkpoint) == 1:  # of several, another may read it
             raise UserError(f"{flag} {value}: the run was trained without such input: remove it")
     if reads_features and not args.features_dir:
         raise UserError("the run reads feature files: give --features_dir DIR")
-    if reads_speaker and kind == "none":
-        raise UserError("--speaker none: the run was trained with speaker embeddings")
-    if model.config.vector_dims and not args.vectors:
-        widths = ", ".join(map(str, model.config.vector_dims))
+    if config.vector_dims and not args.vectors:
+        widths = ", ".join(map(str, config.vector_dims))
         wanted = f"the run reads vectors of widths {widths}: give --vectors DIR for each"
         raise UserError(f"{wanted}{data.MAKERS['--vectors']}")
     named = corpus
@@ -237,24 +218,26 @@ def build_inputs(
         named = dataclasses.replace(corpus, utterances=stems)
     features = prosody = speaker = None
     if reads_features:
-        trained = model.config.frame_rate or None  # None: a run of older code
+        trained = config.frame_rate or None  # None: a run of older code
         features = data.FrameFeatures(named, args.features_dir)
         if trained and not flags["feature_rate"] and not 0.9 < features.rate / trained < 1.1:
             fault = f"{features.rate:g} frames per second, but the run was trained on {trained:g}"
             raise UserError(f"--features_dir {args.features_dir}: {fault}")
         features.rate = trained or features.rate
-    if model.config.prosody_dim:
+    if config.prosody_dim:
         prosody = data.egemaps(corpus, pack, cache_dir)
     if reads_speaker:
-        device = str(next(model.parameters()).device)
+        kind, device = args.speaker or flags["speaker"], str(next(model.parameters()).device)
+        if kind == "none":
+            raise UserError("--speaker none: the run was trained with speaker embeddings")
         speaker = data.speaker_embeddings(named, pack, kind, cache_dir, device)
-    expected = tuple(model.config.vector_dims)
+    expected = tuple(config.vector_dims)
     vectors, found = data.all_vectors(named, args.vectors if expected else (), cache_dir)
     if found != expected:
         fault = f"widths {found}, but the run was trained on {expected}"
         raise UserError(f"--vectors: {fault}: give its directories, in its order")
-    return data.Batches(
-        labels=np.zeros((len(corpus.utterances), len(model.config.targets)), dtype=np.float32),
+    dataset = data.Batches(
+        labels=np.zeros((len(corpus.utterances), len(config.targets)), dtype=np.float32),
         pack=None if features else pack,
         features=features,
         prosody=prosody,
@@ -264,6 +247,10 @@ def build_inputs(
         seed=0,
         vectors=vectors,
     )
+    if dataset.num_cut:
+        cut = f"{dataset.num_cut} longer than {dataset.max_seconds:g} s: their beginning is used"
+        say(f"note: {cut}, as in training; --window 8 gives a curve over all")
+    return dataset
 
 
 def evaluated_as(flags: dict, device: torch.device) -> torch.autocast:
@@ -273,15 +260,14 @@ def evaluated_as(flags: dict, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST[amp], enabled=amp != "off")
 
 
-def encode(model: EmotionModel, dataset: data.Batches, device: torch.device) -> Tensor:
+def encode(dataset: data.Batches, model: EmotionModel) -> Tensor:
     """Utterance vectors (N, U) of all rows, in the batches of train.py's evaluation.
 
     UserError if memory does not suffice for one utterance.
     """
-    rows = np.arange(len(dataset.lengths))
+    rows, device = np.arange(len(dataset.lengths)), next(model.parameters()).device
     plan = data.eval_plan(dataset, rows, 0, 1, model.sees_padding)
-    quiet = not sys.stderr.isatty() or len(plan) < 2
-    batches = tqdm((dataset[spec] for spec in plan), total=len(plan), unit="batch", disable=quiet)
+    batches = progress_bar((dataset[spec] for spec in plan), len(plan), "encode")
     turns = torch.zeros(len(rows), model.width, device=device)
     try:
         for some, vectors in distributed.encode_in_pieces(model.encode, batches, device):
@@ -321,7 +307,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
         raise UserError(f"--out {args.out} is an input, or a folder: give another name")
     if args.window:
         corpus = cut_windows(corpus, args.window, args.hop)
-    preds, ranges, targets = [], [], []  # per checkpoint: (N, E), in the label's scale; its scale
+    preds, first = [], None  # of each checkpoint (N, E), in the label's scale; the first one
     with tempfile.TemporaryDirectory(prefix="vatune-") as temporary:
         cache_dir = args.cache_dir or temporary
         corpus, pack = decode(corpus, cache_dir)
@@ -332,29 +318,24 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
             raise UserError(f"no audio files in {' '.join(args.audio[:3])}")
         for path in args.checkpoint:
             model, checkpoint = load_model(path, "--checkpoint")
-            model.to(device)
-            ranges.append(tuple(checkpoint["label_range"]))
-            low, high = ranges[0]
-            if ranges[-1] != (low, high):
-                raise UserError(f"--checkpoint: the runs differ in label range: {ranges}")
-            targets = targets or list(model.config.targets)
-            if set(model.config.targets) != set(targets):
-                both = f"{in_words(targets)} and {in_words(model.config.targets)}"
-                raise UserError(f"--checkpoint {path}: the runs differ in targets: {both}")
-            flags = checkpoint["args"]
-            dataset = build_inputs(corpus, pack, cache_dir, args, model, flags)
-            if dataset.num_cut:
-                used = f"{dataset.num_cut} longer than {dataset.max_seconds:g} s: their beginning"
-                curve = "is used, as in training; --window 8 gives a curve over all"
-                say(f"note: {used} {curve}")
+            scale = (sorted(model.config.targets), *checkpoint["label_range"])
+            first = first or (scale, model.config.targets)
+            if scale != first[0]:
+                raise UserError(
+                    f"--checkpoint {path}: the runs differ in targets or label range: "
+                    f"{scale}, not {first[0]}"
+                )
+            flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
             order = list(range(len(corpus.utterances)))
             dialogs = order  # each utterance is one
             if flags["context"] > 1 and args.data and not args.window:
                 order = sorted(order, key=lambda row: turn_order(corpus.utterances[row]))
                 dialogs = [u.dialog for u in corpus.utterances]
             with torch.no_grad(), evaluated_as(flags, device):
-                turns = encode(model, dataset, device)
+                dataset = build_inputs(corpus, pack, cache_dir, args, model.to(device), flags)
+                turns = encode(dataset, model)
                 tracked = track_dialogues(model, turns[order], [dialogs[row] for row in order])
+            targets = first[1]
             tracked = tracked[:, [model.config.targets.index(target) for target in targets]]
             preds.append(torch.empty_like(tracked))
             preds[-1][order] = low + (high - low) * tracked
@@ -397,10 +378,7 @@ def path_of(u: Utterance, corpus: Corpus) -> str:
 
 
 def plot_windows(
-    directory: Path,
-    table: pd.DataFrame,
-    targets: list[str],
-    label_range: tuple[float, float],
+    directory: Path, table: pd.DataFrame, targets: Sequence[str], label_range: tuple[float, float]
 ) -> None:
     """<utt_id>.png, with _ for /: predictions at the middles of the windows, in a band of one
     standard deviation."""
@@ -409,11 +387,9 @@ def plot_windows(
         figure, [axis] = new_figure(1, width=9)
         x = (windows["start"] + windows["end"]) / 2
         for target, colour in zip(targets, COLOURS):
-            mean = windows[f"pred_{target}"]
+            mean, std = windows[f"pred_{target}"], windows.get(f"std_{target}", 0)
             axis.plot(x, mean, ".-", lw=1.2, color=colour, label=target)
-            if f"std_{target}" in windows:
-                std = windows[f"std_{target}"]
-                axis.fill_between(x, mean - std, mean + std, alpha=0.25, lw=0, color=colour)
+            axis.fill_between(x, mean - std, mean + std, alpha=0.25, lw=0, color=colour)
         axis.set(xlabel="middle of the window, s", ylim=label_range, title=utt_id)
         axis.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=len(targets))
@@ -432,7 +408,6 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
     """
     model, checkpoint = load_model(args.checkpoint[0], "--checkpoint")
     flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
-    targets = model.config.targets
     carries, state = flags["context"] > 1, None
     if not carries:
         fault = "the run was trained on single utterances (--context 1): nothing is carried"
@@ -443,12 +418,10 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
         key = digest(weights_digest(model.state_dict()), dataclasses.asdict(model.config))
         state = read_state(Path(args.state), key, device)
     model.to(device)
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["utt_id", "path", "seconds", *predicted(targets)])
-    sys.stdout.flush()
+    print(",".join(["utt_id", "path", "seconds", *predicted(model.config.targets)]), flush=True)
     microseconds, skipped = [], 0
     for path in listed(args.audio or ["-"]):
-        lines = []
+        rows = pd.DataFrame()
         if not path:  # a dialogue ends
             state = None
         else:
@@ -457,28 +430,27 @@ def stream(args: argparse.Namespace, device: torch.device) -> int:
                 if not corpus.utterances:
                     skipped += 1
                     continue
-                dataset = build_inputs(corpus, pack, cache_dir, args, model, flags)
                 with torch.no_grad(), evaluated_as(flags, device):
-                    turns = encode(model, dataset, device)  # (K, U), K = 1 unless it is a folder
+                    dataset = build_inputs(corpus, pack, cache_dir, args, model, flags)
+                    turns = encode(dataset, model)  # (K, U), K = 1 unless it is a folder
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     start = time.perf_counter()
                     preds, after = model.track(turns.unsqueeze(0 if carries else 1), state)
-                    preds = (low + (high - low) * preds.float().flatten(0, 1)).tolist()
+                    preds = (low + (high - low) * preds.float().flatten(0, 1)).cpu()
                     microseconds.append(1e6 * (time.perf_counter() - start) / len(preds))
             state = after if carries else None
-            for u, seconds, values in zip(corpus.utterances, corpus.seconds, preds):
-                names = [u.utt_id, path_of(u, corpus)]  # they need not be UTF-8
-                names = [name.encode(errors="backslashreplace").decode() for name in names]
-                lines.append([*names, f"{seconds:.3f}", *(f"{value:.6f}" for value in values)])
+            rows = table_of(corpus, preds.unsqueeze(0), model.config.targets, windows=False)
+            rows = rows.drop(columns=["dialog", "speaker"])
+            rows["seconds"] = rows["seconds"].map("{:.3f}".format)
         if args.state:
             save_checkpoint(Path(args.state), {"checkpoint": key, "state": state})
-        writer.writerows(lines)
-        sys.stdout.flush()
+        text = rows.to_csv(index=False, header=False, float_format="%.6f")
+        print(text.encode(errors="backslashreplace").decode(), end="", flush=True)
     cost = f"{statistics.median(microseconds):.0f}" if microseconds else "-"
     say(
-        f"{len(microseconds)} given, {skipped} skipped, {in_words(targets)} in {low:g}.."
-        f"{high:g} | beyond the encoder {cost} us per utterance (median)"
+        f"{len(microseconds)} given, {skipped} skipped, {in_words(model.config.targets)} in {low:g}"
+        f"..{high:g} | beyond the encoder {cost} us per utterance (median)"
     )
     return 1 if skipped and not microseconds else 0
 
@@ -490,15 +462,10 @@ def read_state(path: Path, key: str, device: torch.device) -> dict | None:
     """
     if not path.exists():
         return None
-    try:
-        content = read_checkpoint(path, device)
-    except UserError:
-        content = {}
-    fix = "give another file, or delete it"
-    if "state" not in content:
-        raise UserError(f"--state {path}: not a state of predict.py, or damaged: {fix}")
-    if content["checkpoint"] != key:
-        raise UserError(f"--state {path}: of another checkpoint than --checkpoint: {fix}")
+    content = read_checkpoint(path, device)
+    if content.get("checkpoint") != key:
+        fault = "not a state of predict.py, or one of another checkpoint"
+        raise UserError(f"--state {path}: {fault}: give another file, or delete it")
     return content["state"]
 
 
@@ -522,30 +489,24 @@ def export(path: str, directory: Path) -> None:
         checkpoint["args"] |= {"lora": 0, "lora_alpha": 0.0}
     if directory.exists():
         raise UserError(f"--export {directory} exists: delete it, or give another")
+    run = Path(path) if Path(path).is_dir() else Path(path).parent
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    content = {"targets": model.config.targets, "config": dataclasses.asdict(model.config)}
+    flags = {k: v for k, v in checkpoint["args"].items() if k in MODEL_FLAGS | {"amp", "tf32"}}
+    content |= {"label_range": checkpoint["label_range"], "args": flags}
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         aside.mkdir(parents=True)
-        write_export(aside, path, model, checkpoint)
+        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+        replace_text(aside / "config.json", json.dumps(content, indent=1) + "\n")
+        replace_text(aside / "README.md", model_card(run, checkpoint, model.config.targets))
+        if model.config.encoder == "wavlm":
+            save_wavlm(model.encoder.wavlm, aside / "wavlm")
         os.rename(aside, directory)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--export {directory}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_export(aside: Path, path: str, model: EmotionModel, checkpoint: dict) -> None:
-    """Fills the directory."""
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-    content = {"targets": model.config.targets, "config": dataclasses.asdict(model.config)}
-    flags = {k: v for k, v in checkpoint["args"].items() if k in MODEL_FLAGS | {"amp", "tf32"}}
-    content |= {"label_range": checkpoint["label_range"], "args": flags}
-    (aside / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if model.config.encoder == "wavlm":
-        save_wavlm(model.encoder.wavlm, aside / "wavlm")
-    run = Path(path) if Path(path).is_dir() else Path(path).parent
-    card = model_card(run, checkpoint, model.config.targets)
-    (aside / "README.md").write_text(card, encoding="utf-8")
 
 
 CARD = """\
@@ -568,8 +529,7 @@ eGeMAPS, if used, comes from opensmile, which is free for research only.
 
 def model_card(run: Path, checkpoint: dict, targets: Sequence[str]) -> str:
     """README.md of an export: figures from the run's result.json, or that there is none."""
-    flags, (low, high) = checkpoint["args"], checkpoint["label_range"]
-    result = read_json(run / "result.json")
+    flags, result = checkpoint["args"], read_json(run / "result.json")
     scores = "There is no result.json: the run was not evaluated on test."
     if result:
         scores = f"Scores of fold {result['fold']} of {result['num_folds']}:\n"
@@ -577,12 +537,15 @@ def model_card(run: Path, checkpoint: dict, targets: Sequence[str]) -> str:
             found = {target: result[split][f"ccc_{target}"] for target in targets}
             cccs = [f"CCC {t} {ccc:.3f}" for t, ccc in found.items() if ccc is not None]
             scores += f"\n- {split}, {result['splits'][split]} utterances: {', '.join(cccs)}"
-    origin = f", starting from {Path(flags['init_from']).name}" if flags["init_from"] else ""
+    origin = vectors = ""
+    if flags["init_from"]:
+        origin = f", starting from {Path(flags['init_from']).name}"
     if flags["train_only"]:
         origin += "; only FiLM was trained: if on one speaker, for that speaker alone"
-    widths, vectors = checkpoint["config"].get("vector_dims", ()), ""
+    widths = checkpoint["config"].get("vector_dims", ())
     if widths:
         vectors = f" and vectors of widths {', '.join(map(str, widths))} (`--vectors DIR` for each)"
+    low, high = checkpoint["label_range"]
     values = {"low": low, "high": high, "scores": scores, "origin": origin, "vectors": vectors}
     values |= {"commit": result.get("git_commit", "unknown"), "targets": in_words(targets)}
     return CARD.format(**(flags | values | {"data": Path(flags["data"]).name}))
@@ -600,13 +563,7 @@ def main(args: argparse.Namespace) -> int:
     if args.export:
         export(args.checkpoint[0], Path(args.export))
         return 0
-    try:
-        return stream(args, device) if args.stream else predict(args, device)
-    except UserError as error:
-        if args.cache_dir:
-            raise
-        # a cache is in a temporary folder then
-        raise UserError(str(error).replace("--cache_dir", "$TMPDIR")) from None
+    return stream(args, device) if args.stream else predict(args, device)
 
 
 if __name__ == "__main__":

@@ -357,7 +357,6 @@ def decoder(request, tmp_path, monkeypatch):
     def forget():
         for function in (audio.torchcodec, audio.convert):
             function.cache_clear()
-        predict.note_missing_decoder.cache_clear()
 
     def install():
         forget()
@@ -400,12 +399,11 @@ def test_other_formats_are_read_like_a_wav_or_one_line_says_what_to_install(
     install()
     for more in ([], ["--window", 0.2, "--hop", 0.2]):
         capsys.readouterr()
-        predict.note_missing_decoder.cache_clear()
         got = predicted([*argv, *more], tmp_path / "out.csv")
         said = capsys.readouterr().err
         names = {Path(row["path"]).name for row in got}
         if name == "none":
-            assert names == {clip.name} and said.count("(apt install ffmpeg)") == 1
+            assert names == {clip.name}
             assert said.count("needs the program ffmpeg or the package torchcodec") == 9
             continue
         assert names == {clip.name, *BEGINNINGS} and "moov atom not found" in said
@@ -524,18 +522,6 @@ for words in {[["--help"], ["--checkpoint", str(directory), str(corpus.parent / 
     )
 
 
-def test_a_package_that_a_run_needs_is_named_with_its_version(
-    trained, corpus, tmp_path, monkeypatch
-):
-    (tmp_path / "opensmile.py").write_text("raise OSError('libSMILEapi.so: cannot open')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "opensmile", raising=False)
-    with pytest.raises(
-        UserError, match=r"needs opensmile, which does not work \(opensmile \d.*libSMILEapi"
-    ):
-        predicted(["--checkpoint", trained, corpus.parent / "s1d0t0.wav"], tmp_path / "out.csv")
-
-
 # --- windows
 
 
@@ -596,9 +582,9 @@ def test_a_stream_equals_the_batch_and_its_state_survives_the_process(
 def test_a_state_of_another_checkpoint_or_of_nobody_is_refused(dialogues, corpus, tmp_path):
     clip, state = corpus.parent / "s1d0t0.wav", tmp_path / "state"
     for content, said in (
-        ({"checkpoint": "another", "state": None}, "of another checkpoint"),
-        ({"model": {}}, "not a state"),
-        (None, "not a state"),
+        ({"checkpoint": "another", "state": None}, "--state .*one of another checkpoint"),
+        ({"model": {}}, "--state .*not a state"),
+        (None, str(state)),
     ):
         if content is None:
             state.write_bytes(b"nonsense")
@@ -746,10 +732,9 @@ def test_wrong_input_is_named_and_what_is_read_is_not_written_over(
         ("a.wav --out nowhere/x.csv", "--out nowhere/x.csv: no such folder"),
         ("a.wav --out x.csv --window 8 --hop 9", "0 < hop <= window"),
         ("a.wav --out x.csv --window 0.01", "0.1 s or more"),
-        ("a.wav --out x.csv --hop 1", "give --window"),
         ("a.wav --out x.csv --max_seconds -1", "--max_seconds: 0.1 or more"),
         ("a.wav --out x.csv --max_seconds inf", "--max_seconds: 0.1 or more"),
-        ("a.wav --out x.csv --data_dir d", "give --data"),
+        ("a.wav --out x.csv --data_dir d", "need --data"),
         ("a.wav --out x.csv --plot pictures", "give --window"),
         ("a.wav --out x.csv --state s", "--state needs --stream"),
         ("--stream --data b.csv", "--stream takes files"),
@@ -763,13 +748,6 @@ def test_flags_that_exclude_each_other_are_one_line(words, said, capsys):
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 2  # usage, then the error
-
-
-def test_the_command_line_exits_with_2_and_one_line(tmp_path):
-    command = [sys.executable, "predict.py", "--checkpoint", "x", "y.wav", "--out", "z.csv"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "y.wav" in done.stderr
 
 
 def test_a_kept_cache_gives_the_same_predictions_without_decoding_again(

@@ -129,4 +129,4 @@ def test_a_run_keeps_its_ratings_and_the_report_sets_them_beside_the_model(
         (directory / "ratings_test.csv").write_text(damage)
         assert run(directory.parent, "--folds", "1") == 0
         text = capsys.readouterr().out
-        assert "human raters: not given" in text and title not in text and "pooled" in text
+        assert "ceiling: not given" in text and title not in text and "pooled" in text

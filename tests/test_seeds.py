@@ -6,9 +6,18 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import TARGETS, change_predictions, elsewhere, line_of, run, write_fold
+from test_report import (
+    TARGETS,
+    ccc,
+    change_predictions,
+    drawn_plainly,
+    elsewhere,
+    figures_of,
+    line_of,
+    run,
+    write_fold,
+)
 
-import report
 from util import files, intervals
 
 __all__ = ["elsewhere"]  # a fixture of all tests here, too
@@ -45,11 +54,6 @@ def grid(tmp_path):
     return write_grid(tmp_path / "runs" / "grid")
 
 
-def figures_of(capsys, *argv):
-    assert run(*argv, "--json") == 0
-    return json.loads(capsys.readouterr().out)
-
-
 def rows_of(directory, seeds, folds=(1, 2)):
     """(predictions, labels) of each seed (S, N, 2), and the speaker of each row."""
     tables = [
@@ -62,29 +66,7 @@ def rows_of(directory, seeds, folds=(1, 2)):
     return preds, tables[0][list(TARGETS)].to_numpy(), tables[0]["speaker"].to_numpy()
 
 
-def ccc(p, y):
-    """Mean over the targets."""
-    cov = ((p - p.mean(0)) * (y - y.mean(0))).mean(0)
-    return np.mean(2 * cov / (p.var(0) + y.var(0) + (p.mean(0) - y.mean(0)) ** 2 + 1e-8))
-
-
-def drawn_plainly(preds, labels, speakers, other=None):
-    """Interval of the mean CCC (less that of `other`) in a plain loop over the same draws."""
-    names, ids = np.unique(speakers, return_inverse=True)
-    size, draws = len(names), np.random.default_rng(intervals.SEED)
-    times = [draws.multinomial(size, np.full(size, 1 / size), size=100) for _ in range(2)]
-    count = len(preds)
-    seeds = draws.multinomial(count, np.full(count, 1 / count), size=200)
-    values = []
-    for of_cluster, of_seed in zip(np.concatenate(times), seeds):
-        rows = np.repeat(np.arange(len(ids)), of_cluster[ids])
-        both = [preds] if other is None else [preds, other]
-        means = [np.average([ccc(p[rows], labels[rows]) for p in x], weights=of_seed) for x in both]
-        values.append(means[0] - (means[1] if other is not None else 0))
-    return np.quantile(values, (0.025, 0.975))
-
-
-def test_mean_and_both_spreads_over_seeds_and_folds_are_those_of_numpy(grid, capsys):
+def test_mean_spreads_and_intervals_over_seeds_and_folds_are_those_of_numpy(grid, capsys):
     [figures] = figures_of(capsys, grid)
     values = np.array([[SCORES[seed][fold][0] for fold in (1, 2)] for seed in SCORES])  # valence
     key = "test/ccc_valence"
@@ -92,16 +74,6 @@ def test_mean_and_both_spreads_over_seeds_and_folds_are_those_of_numpy(grid, cap
     assert figures["std"][key] == pytest.approx(np.sqrt(values.var(1, ddof=1).mean()))
     assert figures["std_of_seeds"][key] == pytest.approx(values.mean(1).std(ddof=1))
     assert figures["folds"].keys() == {f"seed{s}/fold{f}" for s in SCORES for f in (1, 2)}
-    assert run(grid) == 0
-    text = capsys.readouterr().out
-    assert "6 of 6 runs, 3 seeds x 2 folds" in text
-    assert line_of(text, "seed3/fold2")[1] == "0.500"
-    shown = [line.split()[3] for line in text.splitlines() if line.startswith("std of")]
-    assert shown[:2] == [f"{figures[name][key]:.3f}" for name in ("std", "std_of_seeds")]
-
-
-def test_pooled_ccc_is_a_mean_over_seeds_and_its_interval_draws_seeds_and_speakers(grid, capsys):
-    [figures] = figures_of(capsys, grid)
     preds, labels, speakers = rows_of(grid, SCORES)
     expected = np.mean([ccc(p, labels) for p in preds])
     assert figures["pooled"]["ccc_mean"] == pytest.approx(expected, abs=1e-6)
@@ -112,7 +84,10 @@ def test_pooled_ccc_is_a_mean_over_seeds_and_its_interval_draws_seeds_and_speake
     assert one_seed == pytest.approx(alone, abs=1e-6)
     assert run(grid) == 0
     text = capsys.readouterr().out
-    assert "all 24 test utterances" in text and line_of(text, "1-0")[1] == "3"
+    assert "6 of 6 runs, 3 seeds x 2 folds" in text and "all 24 test utterances" in text
+    assert line_of(text, "seed3/fold2")[1] == "0.500" and line_of(text, "1-0")[1] == "3"
+    shown = [line.split()[3] for line in text.splitlines() if line.startswith("std of")]
+    assert shown[:2] == [f"{figures[name][key]:.3f}" for name in ("std", "std_of_seeds")]
 
 
 def test_no_mean_is_given_if_a_run_of_the_grid_is_missing(grid, capsys):
@@ -151,22 +126,21 @@ def test_seeds_of_a_corpus_with_one_fold_have_a_spread_between_them_alone(tmp_pa
     assert run(tmp_path / "msp", "--out", tmp_path) == 0
     text = capsys.readouterr().out
     assert "fold 1, beside the seeds, left out" in text
-    assert "test2" in text and "12 utterances; intervals from" in text
+    assert "test2" in text and "all 12 test utterances" in text
     assert "pictures of seed1/fold1" in (tmp_path / "report.html").read_text()
 
 
-def test_experiments_are_paired_over_the_seeds_and_folds_that_both_have(grid, tmp_path):
+def test_experiments_are_paired_over_the_seeds_and_folds_that_both_have(grid, tmp_path, capsys):
     scores = {seed: SCORES[seed] for seed in (3, 4)} | {9: SCORES[0]}
     other = write_grid(tmp_path / "runs" / "other", scores, first_noise=100)
     for path in (grid / "seed3" / "fold1", other / "seed4" / "fold1"):
         shutil.rmtree(path)
-    one, two = (report.read_experiment(path) for path in (grid, other))
-    paired = report.paired_difference(one, two)
+    assert run(grid, other, "--baseline", other, "--json") == 1  # runs are missing
+    paired = json.loads(capsys.readouterr().out)[0]["difference"]
     (preds, labels, _), (others, *_) = (rows_of(p, (3, 4), (2,)) for p in (grid, other))
     expected = np.mean([ccc(p, labels) - ccc(o, labels) for p, o in zip(preds, others)])
     interval = drawn_plainly(preds, labels, [f"u2-{i}" for i in range(12)], others)
     assert paired["ccc_mean"] == pytest.approx((expected, *interval), abs=1e-6)
     assert paired["n"] == 12 and paired["clusters"] == "12 utterances x 2 seeds"
     write_fold(tmp_path / "plain", 1, (0.5, 0.5), num_folds=1)
-    plain = report.read_experiment(tmp_path / "plain")
-    assert report.paired_difference(one, plain) == "no seed in common"
+    assert run(grid, tmp_path / "plain") == 1 and "no seed in common" in capsys.readouterr().out

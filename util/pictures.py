@@ -5,7 +5,6 @@ and scikit-learn are imported where they are used, since each takes a second; Us
 not work. Not here: tables and pages (report.py).
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +16,12 @@ from torch import Tensor
 
 from corpora import known_speaker
 from model import metrics
-from util.files import UserError, optional_module
+from util.files import optional_module
 from util.runs import read_predictions, read_records, tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-log = logging.getLogger("vatune")
 
 MAX_VECTORS = 1000  # embeddings that are measured or drawn
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -96,15 +93,10 @@ def probe(vectors: np.ndarray, classes: np.ndarray, method: str) -> np.ndarray:
 
 def plot_run(directory: Path, split: str, vectors: Tensor, targets: Sequence[str]) -> None:
     """Writes the pictures of a run; vectors (n, U) in the row order of predictions_<split>.csv."""
-    parts = {directory.name: read_predictions(directory / f"predictions_{split}.csv", targets)}
-    records = {directory.name: read_records(directory)}
-    try:
-        figures = plot_all(records, parts, {directory.name: vectors.numpy()}, targets)
-    except UserError as error:  # a package is broken, the run is not
-        log.warning(f"no pictures: {error}")
-        return
-    for name, figure in figures.items():
-        figure.savefig(directory / f"{name}.png")
+    rows, name = read_predictions(directory / f"predictions_{split}.csv", targets), directory.name
+    records = {name: read_records(directory)}
+    for title, figure in plot_all(records, {name: rows}, {name: vectors.numpy()}, targets).items():
+        figure.savefig(directory / f"{title}.png")
 
 
 def plot_all(
@@ -190,9 +182,10 @@ def plot_circumplex(rows: pd.DataFrame) -> "Figure":
     arrows = grid.mean()[grid.size() >= 3]
     axis.quiver(
         arrows["x"], arrows["y"], arrows["dx"], arrows["dy"], angles="xy", scale_units="xy",
-        scale=1, width=0.006, color=COLOURS[0],
+        scale=1, width=0.004, color=COLOURS[0],
     )  # fmt: skip
-    axis.set(xlabel="valence", ylabel="arousal", title="true (dots) to predicted (cell means)")
+    title = "true (dots) to predicted (cell means)"
+    axis.set(xlabel="valence", ylabel="arousal", title=title, aspect="equal")
     return figure
 
 
@@ -211,12 +204,10 @@ def plot_embedding(
         rows = parts[name].iloc[keep].reset_index(drop=True)
         pca = decomposition.PCA(2)
         x, y = pca.fit_transform(values[keep].astype(np.float64)).T  # (n,) each
-        one, two = pca.explained_variance_ratio_
+        one, two = (f"PC {k + 1} ({pca.explained_variance_ratio_[k]:.0%})" for k in (0, 1))
         row = axes[len(panels) * i : len(panels) * (i + 1)]
         for axis, what in zip(row, panels):
-            axis.set(
-                xlabel=f"PC 1 ({one:.0%})", ylabel=f"PC 2 ({two:.0%})", title=f"{name}: {what}"
-            )
+            axis.set(xlabel=one, ylabel=two, title=f"{name}: {what}")
         for axis, target in zip(row, targets):
             figure.colorbar(axis.scatter(x, y, c=rows[target], s=10, cmap="cividis"), ax=axis)
         speakers = rows["speaker"].replace("", "unknown").str.slice(0, 24)
