@@ -112,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max_seconds", type=float, help="use the beginning only; default: the run's")
     p.add_argument("--window", type=float, default=0.0,
                    help="seconds of each window of a curve over the whole file; 0 = off")
-    p.add_argument("--hop", type=float, default=2.0, help="seconds between two windows' starts")
+    p.add_argument("--hop", type=float, help="seconds between two windows' starts; default 2")
     p.add_argument("--plot", metavar="DIR", help="with --window: each curve as DIR/<file>.png")
     p.add_argument("--stream", action="store_true",
                    help="one line on stdout per utterance as it comes, state carried along")
@@ -124,6 +124,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="auto: cuda if present")
     # fmt: on
     args = p.parse_args(argv)
+    hop = 2.0 if args.hop is None else args.hop
     files, seconds, out = not (args.stream or args.export), args.max_seconds, args.out or "x.csv"
     for wrong, message in (
         (not files and len(args.checkpoint) > 1, "--stream and --export take one --checkpoint"),
@@ -142,12 +143,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ((args.data_dir or args.split) and not args.data, "--data_dir and --split need --data"),
         (args.split == BLIND and args.window, f"--split {BLIND} writes no windows"),
         (seconds is not None and not 0.1 <= seconds < math.inf, "--max_seconds: 0.1 or more"),
+        (args.hop is not None and not args.window, "--hop is between windows: give --window"),
         (args.window and not args.window >= 0.1, "--window: 0.1 s or more"),
-        (args.window and not 0 < args.hop <= args.window, "--hop: need 0 < hop <= window"),
+        (args.window and not 0 < hop <= args.window, f"--hop {hop:g}: need 0 < hop <= window"),
         (args.plot and not args.window, "--plot shows curves: give --window"),
     ):
         if wrong:
             p.error(message)
+    args.hop = hop
     return args
 
 

@@ -267,7 +267,7 @@ def shared_rows(
     """Test rows of the seeds and utterances of both, in the order of the first; UserError if there
     are none or if their labels differ."""
     if not set(one["seed"]) & set(two["seed"]):
-        raise UserError("no seed in common")
+        raise UserError("no seed in common (--seeds for both, or for neither)")
     one, two = one.drop_duplicates(KEYS), two.drop_duplicates(KEYS)
     shared = one[KEYS].merge(two[KEYS])
     if shared.empty:

@@ -736,6 +736,8 @@ def test_wrong_input_is_named_and_what_is_read_is_not_written_over(
         ("a.wav --out x.csv --max_seconds inf", "--max_seconds: 0.1 or more"),
         ("a.wav --out x.csv --data_dir d", "need --data"),
         ("a.wav --out x.csv --plot pictures", "give --window"),
+        ("a.wav --out x.csv --hop 1", "--hop is between windows: give --window"),
+        ("a.wav --out x.csv --window 1 --hop 2", "--hop 2: need 0 < hop <= window"),
         ("a.wav --out x.csv --state s", "--state needs --stream"),
         ("--stream --data b.csv", "--stream takes files"),
         ("--stream --checkpoint other", "one --checkpoint"),
