@@ -213,7 +213,7 @@ def egemaps_of(pack: PackedRows) -> np.ndarray:
     return np.array(rows, dtype=np.float32)
 
 
-def egemaps(corpus: Corpus, pack: PackedRows, cache_dir: str | Path) -> np.ndarray:
+def egemaps(pack: PackedRows, cache_dir: str | Path) -> np.ndarray:
     """(N, 88) float32 eGeMAPSv02 functionals, NaN if opensmile leaves one undefined."""
     flag, otherwise = "--prosody egemaps", ", or --prosody none"
     opensmile = files.optional_module("opensmile", "opensmile", flag, otherwise)
@@ -488,7 +488,7 @@ def frozen_states(
     (N,): size of a row's states; `compute`: {name: states of these rows, in their order}.
     The missing size is logged; UserError if the disk has no room for it.
     """
-    directory = Path(cache_dir) / f"hidden-{key}"
+    directory = Path(cache_dir) / f"hidden-{key}-{PART_SECONDS}"  # which rows make a part
     order = np.argsort(-lengths, kind="stable")
     place = np.cumsum(lengths[order]) // (PART_SECONDS * SAMPLE_RATE)
     parts = [
@@ -593,14 +593,15 @@ class Batches(torch.utils.data.Dataset):
             return error
 
     def collate(self, spec: BatchSpec) -> dict:
-        """All torch CPU tensors but the last four; turns of chunks are ordered by length:
+        """All torch CPU tensors but the last five; turns of chunks are ordered by length:
         chunk_index (C, K) positions in the batch (-1 = padding),
         labels (B, E), input_values (B, L) and attention_mask (B, L) True = sample,
         frames (B, T, D) and frame_mask (B, T), stream and hidden as from EmotionModel.encode_frozen
         in the dtype of the cache,
         prosody (B, 88) raw with NaN, speaker (B, S), vectors (B, V) raw,
-        rows (list, of the corpus), audio_seconds and padded_share (floats), and, if the turns of
-        chunks mix lengths, groups [(start, stop, L)] of similar length, to be encoded apart.
+        rows (list, of the corpus), step_size (see BatchSpec), audio_seconds and padded_share
+        (floats), and, if the turns of chunks mix lengths, groups [(start, stop, L)] of similar
+        length, to be encoded apart.
         """
         rows = np.array([row for chunk in spec.chunks for row in chunk])
         width = max(len(chunk) for chunk in spec.chunks)
@@ -884,13 +885,20 @@ class Fold:
         return [self.corpus.utterances[row].speaker for row in self.splits[split]]
 
 
+def load_corpus(
+    args: argparse.Namespace, max_skipped: float = corpora.MAX_SKIPPED
+) -> tuple[Corpus, PackedRows]:
+    """The corpus that the flags name, and its decoded audio; see load_audio."""
+    flags = (args.data, args.data_dir, args.label_range, args.cache_dir, args.targets)
+    return load_audio(read_corpus(*flags), args.cache_dir, max_skipped)
+
+
 def load_fold(args: argparse.Namespace) -> Fold:
     """The corpus, its splits for --fold and the inputs of the model; builds missing caches.
 
     Nothing is normalised here: the model's normaliser sees the train split alone.
     """
-    flags = (args.data, args.data_dir, args.label_range, args.cache_dir, args.targets)
-    corpus, pack = load_audio(read_corpus(*flags), args.cache_dir)
+    corpus, pack = load_corpus(args)
     digests = {"audio": corpus.audio}
     features = prosody = speaker = None
     if args.features_dir:
@@ -898,7 +906,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
         corpus.notes.append(features.describe())
         digests["features"] = features.digests.astype(str).tolist()
     if args.prosody == "egemaps":
-        prosody = egemaps(corpus, pack, args.cache_dir)
+        prosody = egemaps(pack, args.cache_dir)
     if args.speaker != "none" and not args.no_film:
         speaker = speaker_embeddings(corpus, pack, args.speaker, args.cache_dir)
         if holds_vectors(args.speaker):
@@ -918,7 +926,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
         vectors=vectors,
     )
     if dataset.num_cut:
-        what = "training takes a random window of them, evaluation the beginning"
+        what = "the beginning is used; without a cache of hidden states, training takes any window"
         longer = f"{dataset.num_cut} utterances are longer than --max_seconds {args.max_seconds:g}"
         corpus.notes.append(f"{longer}: {what}")
     return Fold(
@@ -944,8 +952,7 @@ def load_fold(args: argparse.Namespace) -> Fold:
 
 def inspect(args: argparse.Namespace) -> None:
     """Print what one should know before training. UserError: do not train on it."""
-    flags = (args.data, args.data_dir, args.label_range, args.cache_dir, args.targets)
-    corpus, pack = load_audio(read_corpus(*flags), args.cache_dir, max_skipped=1.0)
+    corpus, pack = load_corpus(args, max_skipped=1.0)
     if args.skipped:
         corpora.write_skipped(Path(args.skipped), corpus)
     for note in corpus.notes:

@@ -64,7 +64,7 @@ def find_sources(args: argparse.Namespace) -> dict[str, Source]:
         folders = [path for path in base.iterdir() if path.is_dir() and path not in above]
         sources |= {path.name: Source(path) for path in folders}
     if args.data:
-        corpus = read_corpus(args.data, args.data_dir, args.label_range, args.cache_dir)
+        corpus = read_corpus(args.data, args.data_dir, None, args.cache_dir, targets=())
         wanted = {}
         for u in corpus.utterances:
             wanted[u.utt_id] = sources.get(u.utt_id)
@@ -259,7 +259,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu", help="torch device")
     add("--data", help="only the utterances of this corpus: demo, iemocap, msp_podcast, or a .csv")
     add("--data_dir", help="root of the corpus, or of the relative paths in a CSV")
-    add("--label_range", nargs=2, type=float, metavar=("LO", "HI"), help="scale of the labels")
     add("--cache_dir", default="cache", help="directory of the demo corpus")
     args = parser.parse_args(argv)
     if not (args.video_dir or args.face_dir):

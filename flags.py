@@ -18,7 +18,7 @@ import torch
 from corpora import LABELS, is_table
 from data import BALANCE_BINS
 from model import ENCODERS, GATES, ModelConfig
-from step import parse_unfreeze, reads_cache, stages
+from step import PLATEAU_EVALS, parse_unfreeze, reads_cache, stages
 from util.distributed import read_ranks, uses_cuda
 from util.files import UserError
 from util.runs import MODEL_FLAGS, read_flags
@@ -49,7 +49,7 @@ FREE_ON_RESUME = {
 
 # A run with --init_from takes the model flags of its start, except for these.
 FREE_WITH_INIT_FROM = {
-    "max_seconds", "context", "wavlm", "wavlm_revision", "speaker", "vectors",
+    "max_seconds", "context", "wavlm", "wavlm_revision", "speaker", "vectors", "attention",
 }  # fmt: skip
 
 GPU_GIB = 24.0  # assumed size of a GPU that is not in this machine
@@ -111,10 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--context", type=at_least(1), default=1,
         help="turns per dialogue chunk; 1 = single utterances")
     add("--num_workers", type=at_least(0), default=2, help="loader workers per rank")
-    add("--cache_dir", default="cache", help="decoded audio, eGeMAPS, speaker embeddings")
+    add("--cache_dir", default="cache",
+        help="directory of all caches: decoded audio, features, hidden states")
     add("--feature_cache", choices=("auto", "on", "off", "exact"), default="auto",
-        help="run the frozen part of WavLM (unfreeze none or top:K) once per utterance and keep "
-        "what the rest reads in --cache_dir, in half precision, or in that of the run (exact); "
+        help="run the frozen part of WavLM (unfreeze none, top:K or lora) once per utterance and "
+        "keep what the rest reads in --cache_dir, in half precision, or the run's (exact); "
         "utterances above --max_seconds: their beginning; auto: on unless --augment")
     add("--balance", type=share, default=0.0,
         help="draw rare labels more often: an utterance in proportion to (number of train "
@@ -133,8 +134,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", type=int, nargs="+", help="hidden states to mix; default: quarter points")
     add("--lora", type=at_least(0), default=0, metavar="R",
         help="train updates of rank R of the q, k, v and out projections in all of WavLM's layers, "
-        "at --lr, instead of WavLM itself (--unfreeze lora); 0 = off. It saves memory; that it "
-        "helps valence is shown by no published figure")
+        "at --lr, instead of WavLM itself (--unfreeze none then means lora); 0 = off. It saves "
+        "memory; that it helps valence is shown by no published figure")
     add("--lora_alpha", type=rate, default=0.0, metavar="ALPHA",
         help="updates of --lora count ALPHA / R times; 0 = R, so once: the rate alone decides")
     add("--pooling", choices=("mean", "attention", "stats"), default="mean",
@@ -188,7 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weight_decay", type=rate, default=0.01, help="weight decay of AdamW, on matrices only")
     add("--max_grad_norm", type=rate, default=1.0, help="clip the gradient norm; 0 = off")
     add("--scheduler", choices=("none", "cosine", "plateau"), default="cosine",
-        help="plateau: halve the rates after 3 evaluations without a better dev CCC")
+        help=f"plateau: halve the rates after {PLATEAU_EVALS} evaluations without a better dev CCC")
     add("--warmup", type=share, default=0.1, help="share of all steps used for warm-up")
     add("--unfreeze", default="none",
         help="part of WavLM that trains: none, all, transformer, top:K, or a schedule "

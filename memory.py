@@ -36,7 +36,7 @@ from torch import Tensor
 import data
 import flags
 import step
-from corpora import Corpus, make_splits, num_folds, read_corpus
+from corpora import make_splits, num_folds
 from model import AUTOCAST, EmotionModel
 from step import Progress
 from util import distributed, runs, tracing
@@ -77,7 +77,8 @@ KNOWN_SHAPES = {
 SPEED_FLAGS = (
     "encoder", "wavlm", "unfreeze", "amp", "batch_size", "gradient_accumulation_steps",
     "global_batch_size", "gradient_checkpointing", "attention", "layers", "compile", "max_seconds",
-    "context", "feature_cache", "augment", "exact_ccc",
+    "context", "feature_cache", "augment", "exact_ccc", "d_model", "num_layers", "base_channels",
+    "num_blocks", "lora", "tf32",
 )  # fmt: skip
 
 
@@ -320,9 +321,13 @@ class Planner:
         return at
 
 
-def plan_run(args: argparse.Namespace, shape: data.InputShape, world_size: int) -> Plan | None:
+def plan_run(
+    args: argparse.Namespace, shape: data.InputShape, model: EmotionModel, world_size: int
+) -> Plan | None:
     """The plan of a run; None, with a line in the log, if its step looks at values of tensors, as a
     changed one may: on the meta device they have none."""
+    if args.encoder == "wavlm":  # a trial may have replaced the kernel of --attention
+        args = with_flags(args, attention=model.encoder.wavlm.attention)
     try:
         return Planner(args, shape, world_size).plan(args)
     except (RuntimeError, TypeError) as error:
@@ -512,17 +517,10 @@ class Clips:
     source: str
 
 
-def decoded_corpus(args: argparse.Namespace) -> Corpus:
-    """That of --data, with seconds."""
-    label_range = tuple(args.label_range) if args.label_range else None
-    corpus = read_corpus(args.data, args.data_dir, label_range, args.cache_dir, args.targets)
-    return data.load_audio(corpus, args.cache_dir)[0]
-
-
 def clips(args: argparse.Namespace, from_data: bool) -> Clips:
     """Those of the corpus if --data was given, else as many as in IEMOCAP's fold 1."""
     if from_data:
-        corpus = decoded_corpus(args)
+        corpus = data.load_corpus(args)[0]
         lengths = np.minimum(corpus.seconds, args.max_seconds)
         splits = make_splits(corpus, args.fold)
         seconds = {name: float(lengths[rows].sum()) for name, rows in splits.items()}
@@ -587,10 +585,10 @@ def hours(planner: Planner, own: argparse.Namespace, audio: Clips, unfreeze: str
 # Command line
 
 
-def file_width(directory: str) -> int | None:
-    """Width of the vectors in the first .npy file there."""
+def file_width(directory: str, ndim: int) -> int | None:
+    """Width of the first .npy file there."""
     file = next(iter(sorted(Path(directory).glob("*.npy"))), None)
-    return np.load(file, mmap_mode="r", allow_pickle=False).shape[-1] if file else None
+    return data.open_npy(file, ndim, None).shape[-1] if file else None
 
 
 def shape_of(args: argparse.Namespace, from_data: bool = False) -> data.InputShape:
@@ -601,19 +599,19 @@ def shape_of(args: argparse.Namespace, from_data: bool = False) -> data.InputSha
     """
     speaker = {"none": 0, "ecapa": 192, "xvector": 512}.get(args.speaker)
     if speaker is None:
-        speaker = file_width(args.speaker) or 512  # an x-vector model
+        speaker = file_width(args.speaker, 1) or 512  # an x-vector model
     frames, rate = 0, data.SAMPLE_RATE
     if args.features_dir:
-        frames, rate = file_width(args.features_dir), args.feature_rate
+        frames, rate = file_width(args.features_dir, 2), args.feature_rate
         if frames is None:
             raise UserError(f"--features_dir {args.features_dir}: no <utt_id>.npy there")
         if not rate and from_data:
-            rate = data.FrameFeatures(decoded_corpus(args), args.features_dir).rate
+            rate = data.FrameFeatures(data.load_corpus(args)[0], args.features_dir).rate
         elif not rate:
             rate = data.FRAME_RATE
             fix = "give --feature_rate, or --data"
             print(f"feature files of {rate} frames per second are assumed: {fix}", file=sys.stderr)
-    vectors = tuple(file_width(directory) for directory in args.vectors or ())
+    vectors = tuple(file_width(directory, 1) for directory in args.vectors or ())
     if None in vectors:
         raise UserError(f"--vectors {' '.join(args.vectors)}: no <utt_id>.npy in one of them")
     return data.InputShape(speaker, frames, max(1, int(args.max_seconds * rate)), rate, vectors)
@@ -665,7 +663,7 @@ def table_text(planner: Planner, own: argparse.Namespace, audio: Clips) -> str:
     every = batch_sizes(with_flags(args, global_batch_size=None), own.world_size)
     all_folds = f"{audio.folds} folds, {own.gpus} GPU" + ("s" if own.gpus > 1 else "")
     without_lora = Planner(with_flags(args, lora=0), planner.shape, planner.world_size)
-    rows, sources = {}, {}
+    rows, sources = {}, []
     for unfreeze in comparable(args):
         row_planner = planner if "lora" in unfreeze or not args.lora else without_lora
         line, cost = row_planner.line(unfreeze), hours(row_planner, own, audio, unfreeze)
@@ -675,12 +673,14 @@ def table_text(planner: Planner, own: argparse.Namespace, audio: Clips) -> str:
         row["largest"] = max((n for n in every if line(n).verdict == "fits"), default=0)
         row |= {"h per fold": span(cost["fold"]), all_folds: span(cost["all_folds"])}
         row["cache GiB"] = f"{cost['cache_gib']:.2f}"
-        rows[unfreeze], sources[cost["source"]] = row, cost["machine"]
+        rows[unfreeze] = row
+        sources.append(cost["source"])
     table = pd.DataFrame(rows.values(), index=list(rows))
     table.columns.name = "GiB at batch size"
+    sources = ", ".join(dict.fromkeys(sources))
     return (
         f"{table.to_string()}\n(? tight, ! does not fit {planner.capacity_gib:.1f} GiB)\n"
-        f"({args.epochs} epochs, {audio.source}; {cost['machine']}: {', '.join(sources)})"
+        f"({args.epochs} epochs, {audio.source}; {cost['machine']}: {sources})"
     )
 
 

@@ -93,15 +93,15 @@ class WavLMEncoder(nn.Module):
 
     def forward(self, batch: dict) -> tuple[list[Tensor], Tensor]:
         if "stream" in batch:
-            stream, frame_mask, below = batch["stream"], batch["frame_mask"], []
+            stream, frame_mask = batch["stream"], batch["frame_mask"]
             # from a cache it may have another precision than the run
             if not torch.is_autocast_enabled("cpu" if stream.is_meta else stream.device.type):
                 stream = stream.to(self.wavlm.feature_projection.projection.weight.dtype)
         else:
-            stream, frame_mask, below = self.run_frozen(batch)
+            stream, frame_mask, _ = self.run_frozen(batch)  # nothing is frozen: the waveform
         mask = frame_mask if self.takes_mask else None
         above = self.wavlm.run_trained(stream, mask, self.layers)
-        return [*below, *above.values()], frame_mask
+        return list(above.values()), frame_mask
 
     def run_frozen(self, batch: dict) -> tuple[Tensor, Tensor, list[Tensor]]:
         """What no training changes: (`stream`, which the lowest block that trains reads,

@@ -201,7 +201,7 @@ def build_inputs(
 ) -> data.Batches:
     """What the model of a run trained with `flags` reads of the corpus."""
     config = model.config
-    reads_features, reads_speaker = config.encoder.endswith("transformer"), config.speaker_dim > 0
+    reads_features, reads_speaker = config.frame_dim > 0, config.speaker_dim > 0
     for flag, value, is_read in (
         ("--features_dir", args.features_dir, reads_features),
         ("--speaker", args.speaker, reads_speaker),
@@ -228,7 +228,7 @@ def build_inputs(
             raise UserError(f"--features_dir {args.features_dir}: {fault}")
         features.rate = trained or features.rate
     if config.prosody_dim:
-        prosody = data.egemaps(corpus, pack, cache_dir)
+        prosody = data.egemaps(pack, cache_dir)
     if reads_speaker:
         kind, device = args.speaker or flags["speaker"], str(next(model.parameters()).device)
         if kind == "none":
@@ -252,7 +252,7 @@ def build_inputs(
     )
     if dataset.num_cut:
         cut = f"{dataset.num_cut} longer than {dataset.max_seconds:g} s: their beginning is used"
-        say(f"note: {cut}, as in training; --window 8 gives a curve over all")
+        say(f"note: {cut}, as in evaluation; --window 8 gives a curve over all")
     return dataset
 
 
@@ -318,7 +318,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> int:
             if any(os.path.exists(skipped.file) for skipped in corpus.skipped):
                 say("predict.py: nothing could be decoded")
                 return 1
-            raise UserError(f"no audio files in {' '.join(args.audio[:3])}")
+            raise UserError(f"no audio files in {args.data or ' '.join(args.audio[:3])}")
         for path in args.checkpoint:
             model, checkpoint = load_model(path, "--checkpoint")
             scale = (sorted(model.config.targets), *checkpoint["label_range"])

@@ -603,7 +603,7 @@ def comparison_sections(
         differences.append(row)
     explained = (
         f"pooled CCC less that of {first.name}, on test utterances that both predicted, with 95 % "
-        f"intervals from {RESAMPLES} paired bootstrap draws; an interval with 0 inside shows none"
+        f"intervals from {RESAMPLES} paired bootstrap draws; one with 0 inside shows no gain"
     )
     cccs = titles.values()
     columns = ["experiment", "folds", *cccs, "parameters trainable", "hours", "peak GiB"]
@@ -636,7 +636,7 @@ def ensemble_sections(ensemble: dict) -> list[Section]:
     pooled["less the best"] = [cell(difference[key]) for key in keys]
     explained = (
         f"{difference['n']} test utterances; 95 % intervals from {RESAMPLES} bootstrap "
-        f"draws of {ensemble['clusters']}, paired for the difference: with 0 inside it shows none"
+        f"draws of {ensemble['clusters']}, paired for the difference: 0 inside shows no gain"
     )
     return [
         Section(title, table_of(rows), notes),
@@ -800,11 +800,10 @@ def read_all(args: argparse.Namespace) -> list[Experiment]:
     for i, e in enumerate(experiments):
         left_out = [target for target in e.targets if target not in shared]
         if left_out:
-            experiments[i] = read_experiment(args.runs[i], args, shared)
-            note = f"{files.in_words(left_out)} is left out: another run has none"
-            experiments[i].notes.append(note)
+            e = experiments[i] = read_experiment(args.runs[i], args, shared)
+            e.notes.append(f"{files.in_words(left_out)} is left out: another run has none")
         if not e.problems:
-            summarise(experiments[i])
+            summarise(e)
     return experiments
 
 

@@ -82,7 +82,7 @@ def stages(unfreeze: str) -> list[str]:
 
 
 def is_frozen(args: argparse.Namespace, stage: str) -> bool:
-    """True if no weight of WavLM's own trains in this stage."""
+    """True if no pre-trained weight of WavLM trains in this stage."""
     return args.encoder == "wavlm" and stage in ("none", "lora")
 
 
@@ -90,14 +90,6 @@ def stays_frozen(args: argparse.Namespace, epoch: int) -> bool:
     """True if WavLM is frozen from the start through `epoch` (from 0)."""
     schedule = parse_unfreeze(args.unfreeze)
     return all(is_frozen(args, stage) for first, stage in schedule if first <= epoch + 1)
-
-
-def same_frozen_part(args: argparse.Namespace) -> bool:
-    """True if what the last stage freezes has been frozen from the start."""
-    order = [stage for _, stage in parse_unfreeze(args.unfreeze)]
-    depth = {"none": 0, "lora": math.inf, "transformer": math.inf, "all": math.inf}
-    trained = [depth[stage] if stage in depth else int(stage[4:]) for stage in order]
-    return trained[-1] == max(trained)
 
 
 def reads_cache(args: argparse.Namespace, stage: str) -> bool:
@@ -190,6 +182,13 @@ def start_model(args: argparse.Namespace, fold: data.Fold) -> EmotionModel:
     if expected != fold.shape.vector_dims:
         fault = f"its model reads vectors of widths {expected}, not {fold.shape.vector_dims}"
         raise UserError(f"--init_from: {fault}: give its --vectors, in its order")
+    if args.encoder == "wavlm":
+        model.encoder.wavlm.attention = args.attention
+        config = read_config(args.wavlm, args.wavlm_revision, args.wavlm_dropout)
+        given, own = (config.hidden_size, config.num_hidden_layers), model.config.wavlm
+        if given != (own["hidden_size"], own["num_hidden_layers"]):
+            fault = "the model of --init_from holds a WavLM of another size"
+            raise UserError(f"--wavlm {args.wavlm}: {fault}: leave it out")
     set_checkpointing(model, args.gradient_checkpointing)
     return model
 
@@ -224,7 +223,7 @@ def param_groups(model: EmotionModel, args: argparse.Namespace) -> list[dict]:
         set_trainable(model, stage, args.train_only)
         ever_trained |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in ever_trained.items():
-        part = "wavlm" if name.startswith("encoder.wavlm.") else "rest"
+        part = "wavlm" if runs.is_pretrained(name) else "rest"
         part = "lora" if name.endswith(LORA) else part
         kind = "decayed" if parameter.ndim >= 2 else "not decayed"
         groups[part, kind]["params"].append(parameter)
@@ -343,7 +342,7 @@ def zero_sums(device: torch.device, args: argparse.Namespace) -> Tensor:
 def batch_loss(sums: Tensor, args: argparse.Namespace) -> Tensor:
     """Loss of the utterances behind moment sums (6, E).
 
-    A loss that is not a function of these sums belongs into train_step, beside this one.
+    A loss that is not a function of these sums belongs in train_step, beside this one.
     """
     return loss_from_sums(sums, args.loss, args.target_weights, args.mse_weight)
 
@@ -358,11 +357,11 @@ def train_step(
 ) -> StepResult:
     """One update from this rank's micro-batches (all ranks participate).
 
-    The loss is computed from moment sums over the global batch; in each micro-step only its own
-    share of them carries a gradient. With several micro-batches, a forward of all of them gives the
-    sums first: the first one keeps its graph, the others are repeated under the same random numbers
-    from the lowest block that trains. One micro-batch finds the sums in its only forward, and MSE
-    needs no more than the number of labels.
+    The loss is a function of moment sums over the global batch, and the gradient of a micro-step
+    flows through its own share of them. A single micro-batch finds the sums in its forward. With
+    several, a first pass finds them and a second one the gradients, under the same random numbers
+    and from the lowest block that trains; the first micro-batch keeps its graph instead. MSE needs
+    no more than the number of labels, which is known before.
     """
     device = next(ddp_model.parameters()).device
     batches = [to_device(batch, device) for batch in batches]
@@ -375,9 +374,9 @@ def train_step(
             return ddp_model(batches[micro_step], teacher_forcing)  # (B, E)
 
     last = len(batches) - 1
-    exact = args.loss == "mse" or args.exact_ccc == "on"
-    two_passes = exact and args.loss != "mse" and last > 0
-    total, first = zero_sums(device, args), None
+    is_mse, exact = args.loss == "mse", args.exact_ccc == "on"
+    two_passes = exact and not is_mse and last > 0
+    total, first = zero_sums(device, args), None  # sums of the global batch
     if two_passes:
         model = getattr(ddp_model, "module", ddp_model)
         with torch.no_grad():
@@ -389,10 +388,10 @@ def train_step(
             first = forward(0)
         total += moment_sums(first.detach(), labels[0])
         distributed.sum_over_ranks(total)
-    elif args.loss == "mse":
+    elif is_mse:
         total[0] = torch.tensor(batches[0]["step_size"])
 
-    seen = zero_sums(device, args)
+    seen = zero_sums(device, args)  # sums of the micro-steps so far
     for micro_step in range(len(batches)):
         with distributed.synchronised(ddp_model, micro_step == last):
             preds = forward(micro_step) if first is None else first
@@ -401,8 +400,8 @@ def train_step(
             seen += sums.detach()
             if micro_step == last and not two_passes:
                 distributed.sum_over_ranks(seen)
-                total = total if args.loss == "mse" else seen
-            if exact:  # DDP averages over ranks, each of which holds its share of one sum
+                total = total if is_mse else seen
+            if exact or is_mse:  # DDP averages over ranks, each of which holds its share of one sum
                 loss = batch_loss(total + (sums - sums.detach()), args) * distributed.world_size()
             else:
                 loss = batch_loss(sums, args) / len(batches)
@@ -414,7 +413,7 @@ def train_step(
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
     scaler.step(optimizer)
     scaler.update()
-    # DDP's gradients are views of its buckets: dropped, accumulation would hold them twice
+    # under DDP gradients are views of its buckets: if dropped, they would be allocated once more
     optimizer.zero_grad(set_to_none=distributed.world_size() == 1)
     return StepResult(total if two_passes else seen, norm, stop)
 

@@ -18,7 +18,7 @@ import sys
 
 if __name__ == "__main__":  # before the imports, which take seconds
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(os.EX_TEMPFAIL))  # an exception may get lost
+        signal.signal(number, lambda *_: os._exit(os.EX_TEMPFAIL))  # imports may swallow exceptions
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank does not outlive its torchrun
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -134,7 +134,7 @@ def set_up(args: argparse.Namespace) -> Run | None:
     batch_note = trials.choose_batch(args, fold, model, ranks, last)
     planned = None  # only rank 0 writes of it
     if ranks.rank == 0:
-        planned = memory.plan_run(args, fold.shape, ranks.world_size)
+        planned = memory.plan_run(args, fold.shape, model, ranks.world_size)
     run = Run(
         args=args,
         given=given,
@@ -184,7 +184,7 @@ def train(run: Run) -> bool:
             loader = step.make_loader(run.fold.dataset, run.plan, args, device)
         run.plan.set_epoch(epoch, first_step=progress.step - epoch * run.plan.steps_per_epoch)
         stop = distributed.any_rank(bool(distributed.stop_signals))
-        steps_left = 0 if stop else total_steps - progress.step  # also 0 if evaluation is left
+        steps_left = 0 if stop else total_steps - progress.step  # 0 if only evaluation is left
         batches = distributed.with_timeout(loader, args.timeout)
         batches = step.group_micro_batches(batches, args.gradient_accumulation_steps)
 
@@ -243,8 +243,11 @@ def finish(run: Run) -> None:
     distributed.wait_for_ranks()  # best.pt is written
     best = read_checkpoint(files.directory / "best.pt")
     runs.load_weights(run.model, best["model"], files.directory)
-    if not step.same_frozen_part(args):
-        fold.dataset.frozen = None  # that of the best epoch may have been another one
+    fold.dataset.frozen = None
+    if len(step.stages(args.unfreeze)) == 1:  # else the best epoch may have had another frozen part
+        stage, device = step.stage_at(args.unfreeze, 0), run.ranks.device
+        step.set_trainable(run.model, stage, args.train_only)
+        fold.dataset.frozen = step.frozen_states(run.model, fold.dataset, args, stage, device)
     scores, vectors, best_epoch = {}, {}, f"best epoch {progress.best_epoch}"
     for split in ("dev", *(name for name in TESTS if name in fold.splits)):
         figures, evaluation = evaluate(run, split)

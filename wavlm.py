@@ -55,7 +55,7 @@ PADDING_BIAS = -30_000.0
 
 
 class WavLMError(ValueError):
-    """A checkpoint that cannot be read, or layers to train that do not exist, told in one line that
+    """A checkpoint that cannot be read, or layers to train that do not exist; its one line
     names the file (or the flag of train.py) and the fix. Any other exception is a bug."""
 
 

@@ -67,9 +67,11 @@ class Skipped(NamedTuple):
 def table_of_ratings(rows: Sequence[tuple] | np.ndarray = ()) -> pd.DataFrame:
     """A line per rating of an utterance by one rater; each rater's first one counts.
 
-    rows: (utt_id, rater, *LABELS), NaN where a rating is missing.
+    rows: (utt_id, rater, *LABELS), NaN where a rating is missing; a reader that does not know the
+    last LABELS may leave them out.
     """
-    table = pd.DataFrame(rows, columns=["utt_id", "rater", *LABELS])
+    table = pd.DataFrame(rows).reindex(columns=range(2 + len(LABELS)))
+    table.columns = ["utt_id", "rater", *LABELS]
     table[list(LABELS)] = table[list(LABELS)].astype(np.float64)
     return table.drop_duplicates(["utt_id", "rater"])
 
@@ -149,11 +151,12 @@ def keep_usable(corpus: Corpus, targets: Sequence[str]) -> None:
     for u in corpus.utterances:
         labels = {target: getattr(u, target) for target in targets}
         wrong = [x for x in labels.values() if x < lo or x > hi]
+        far = [x for x in wrong if x < lo - margin or x > hi + margin]
         reason = ""
         if math.inf in wrong:
             reason = "label is not a number"
-        elif any(x < lo - margin or x > hi + margin for x in wrong):
-            reason = f"label far outside {lo:g}..{hi:g} ({wrong[0]:g})"
+        elif far:
+            reason = f"label far outside {lo:g}..{hi:g} ({far[0]:g})"
         elif targets and all(map(math.isnan, labels.values())) and u.split != BLIND:
             reason = "no label"
         elif u.utt_id in kept:

@@ -203,6 +203,8 @@ def point_decimals(
     commas, points = [], []
     for row, cells in lines:
         for i in positions:
+            if is_missing(cells[i]):
+                continue
             if "." in cells[i]:
                 points.append(row)
             elif "," in cells[i]:

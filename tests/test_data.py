@@ -422,19 +422,19 @@ def test_an_unusable_file_is_skipped_and_named_and_rows_stay_aligned(tmp_path):
 
 def test_egemaps_equals_opensmile_called_directly_in_one_thread_and_in_several(tmp_path):
     opensmile = pytest.importorskip("opensmile")
-    corpus, pack = data.load_audio(corpus_of(tmp_path, [0.3] * 51), tmp_path / "cache")
-    features = data.egemaps(corpus, pack, tmp_path / "cache")  # 51 clips: several threads
+    _, pack = data.load_audio(corpus_of(tmp_path, [0.3] * 51), tmp_path / "cache")
+    features = data.egemaps(pack, tmp_path / "cache")  # 51 clips: several threads
     assert features.shape == (51, 88) and features.dtype == np.float32
     smile = opensmile.Smile(opensmile.FeatureSet.eGeMAPSv02, opensmile.FeatureLevel.Functionals)
     rows = [0, 20, 50]
     part = pack.part(rows)
     part.key = "three"
-    few = data.egemaps(corpus, part, tmp_path / "cache")
+    few = data.egemaps(part, tmp_path / "cache")
     for i, row in enumerate(rows):
         expected = smile.process_signal(pack.read(row), SAMPLE_RATE).to_numpy()[0]
         np.testing.assert_array_equal(features[row], expected.astype(np.float32))
         np.testing.assert_array_equal(few[i], features[row])
-    np.testing.assert_array_equal(data.egemaps(corpus, part, tmp_path / "cache"), few)  # cached
+    np.testing.assert_array_equal(data.egemaps(part, tmp_path / "cache"), few)  # cached
 
 
 def tiny_xvector(folder, seed=0):

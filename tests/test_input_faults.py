@@ -887,9 +887,9 @@ def hidden_states(pack, cache):
 
 def all_caches(path, cache):
     """{cache: array of all that is read from it}; fills those that are missing."""
-    corpus, pack = data.load_audio(corpora.read_corpus(str(path), None, None), cache)
+    _, pack = data.load_audio(corpora.read_corpus(str(path), None, None), cache)
     rows = range(len(pack.lengths))
-    egemaps = data.egemaps(corpus, pack, cache)
+    egemaps = data.egemaps(pack, cache)
     hidden = hidden_states(pack, cache)
     return {
         "audio": np.stack([pack.read(row) for row in rows]),

@@ -119,10 +119,10 @@ def read_ranks() -> tuple[int, int, int]:
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     given = {name: os.environ[name] for name in names if name in os.environ}
-    told = "environment: " + ", ".join(f"{name} is {text!r}" for name, text in given.items())
+    found = "environment: " + ", ".join(f"{name} is {text!r}" for name, text in given.items())
     fix = f"start several ranks with torchrun, or unset {' '.join(given)} for one process"
     if not all(re.fullmatch("[0-9]{1,9}", text) for text in given.values()):
-        raise UserError(f"{told}, must be a whole number: {fix}")
+        raise UserError(f"{found}, must be a whole number: {fix}")
     numbers = {name: int(text) for name, text in given.items()}
     rank, local_rank = numbers.get("RANK", 0), numbers.get("LOCAL_RANK", 0)
     world_size = numbers.get("WORLD_SIZE", 1)
@@ -132,9 +132,9 @@ def read_ranks() -> tuple[int, int, int]:
         return 0, 0, 1
     missing = [name for name in (*names, "MASTER_ADDR") if not os.environ.get(name)]
     if missing:
-        raise UserError(f"{told}, but {missing[0]} is not set: {fix}")
+        raise UserError(f"{found}, but {missing[0]} is not set: {fix}")
     if not local_rank <= rank < world_size:
-        raise UserError(f"{told}, needs LOCAL_RANK <= RANK < WORLD_SIZE: {fix}")
+        raise UserError(f"{found}, needs LOCAL_RANK <= RANK < WORLD_SIZE: {fix}")
     return rank, local_rank, world_size
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from util import distributed
 from util.distributed import RETRY_EXIT_CODE, Stopped
 from util.files import UserError, disk_of, replace_text, say
-from util.runs import run_dir
+from util.runs import read_json, run_dir
 
 DISK_REMEDIES = {
     errno.ENOSPC: "free disk space on {}",
@@ -30,7 +30,7 @@ DISK_REMEDIES = {
 
 
 def exit_code(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """That of main(args): 0 done, 75 resume me, 2 wrong flags or data, 1 anything else.
+    """Exit code of main(args): 0 done, 75 resume me, 2 wrong flags or data, 1 anything else.
 
     Every rank prints its own reason, if it has one. Mistakes of the user and faults of the machine
     are one or two lines; everything else keeps its traceback.
@@ -68,12 +68,13 @@ def end_status(directory: Path, exit_code: int, reason: str) -> None:
 
     The first rank that ends says why: torchrun ends the others by a signal.
     """
-    with contextlib.suppress(OSError, ValueError):  # no such file, or no room for a new one
-        status = json.loads((directory / "status.json").read_text())
-        same_launcher = "TORCHELASTIC_RUN_ID" in os.environ and status["launcher"] == os.getppid()
-        ours = status["pid"] == os.getpid() or same_launcher
-        if ours and status["host"] == platform.node() and status["exit_code"] is None:
-            now = {"exit_code": exit_code, "reason": reason, "time": time.time()}
+    status = read_json(directory / "status.json")
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    ours = status.get("pid") == os.getpid()
+    ours = ours or (by_torchrun and status.get("launcher") == os.getppid())
+    if ours and status.get("host") == platform.node() and status.get("exit_code") is None:
+        now = {"exit_code": exit_code, "reason": reason, "time": time.time()}
+        with contextlib.suppress(OSError):  # no room for a new file
             replace_text(directory / "status.json", json.dumps(status | now, indent=1) + "\n")
 
 

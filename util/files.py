@@ -2,7 +2,7 @@
 
 Everything is written aside, synced and renamed, so a process may be killed at any moment. A cache
 is checked when it is opened. A file whose name begins with a dot may be deleted while nothing runs.
-Not here: what a run writes (runs.py).
+Not here: what a run writes (util/runs.py).
 """
 
 import contextlib
@@ -82,14 +82,14 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def open_standard_streams() -> None:
-    """Lets closed ones (`>&-`) lead nowhere; a file opened later would take their place."""
+    """Opens closed ones (`>&-`) on /dev/null, or a file opened later would take their place."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def silence(stream: TextIO) -> None:
-    """Lets a stream that is full, or whose reader has gone, lead nowhere; what waits in it, too."""
+    """Redirects a stream, whose disk is full or whose reader has gone, to /dev/null."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

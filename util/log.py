@@ -173,7 +173,9 @@ def hints(args: argparse.Namespace, history: list[dict]) -> dict[str, str]:
             f"the loss diverges, it has risen from {min(means):.3g} to {means[-1]:.3g}: lower "
             "--lr and --encoder_lr, or raise --warmup"
         )
-    cccs = [record["dev/ccc_mean"] for record in history if record["event"] == "dev"]
+    chosen_by = [f"dev/ccc_{t}" for t, w in zip(args.targets, args.target_weights) if w]
+    dev = [record for record in history if record["event"] == "dev"]
+    cccs = [statistics.fmean(r[name] for name in chosen_by if name in r) for r in dev]
     early = bool(history) and history[-1]["epoch"] <= 0.7 * args.epochs  # cosine flattens the rest
     if len(cccs) > 4 and max(cccs[-4:]) < cccs[-5] + 0.01 and early:
         way = "flat" if min(cccs[-4:]) > cccs[-5] - 0.01 else "falling"

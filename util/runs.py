@@ -1,8 +1,7 @@
 """A run on disk: its checkpoints, its directory, and what others read there.
 
-train.py writes, predict.py and report.py read. No file is ever half-written (files.py); a
-checkpoint ends with its SHA-256 and is verified before it is unpickled, tensors and plain values
-only.
+train.py writes, predict.py and report.py read. No file is ever half-written (util/files.py); the
+format of a checkpoint is in util/checkpoints.py.
 """
 
 import argparse
@@ -75,7 +74,7 @@ def load_weights(model: EmotionModel, weights: dict[str, Tensor], directory: Pat
 
 def all_weights(weights: dict[str, Tensor], encoder: str, directory: Path) -> dict[str, Tensor]:
     """The weights, and those of a WavLM that did not train, which are in frozen.pt."""
-    if encoder == "wavlm" and not any(map(is_wavlms_own, weights)):
+    if encoder == "wavlm" and not any(map(is_pretrained, weights)):
         return weights | read_checkpoint(directory / "frozen.pt")["model"]
     return weights
 
@@ -203,16 +202,16 @@ def check_same_run(what: str, content: dict, flags: dict, files: "RunFiles") -> 
     )
 
 
-def is_wavlms_own(name: str) -> bool:
+def is_pretrained(name: str) -> bool:
     """True for a weight of WavLM, False for one of --lora's updates, or of anything else."""
     return name.startswith(WAVLM) and not name.endswith(LORA)
 
 
 def split_weights(model: EmotionModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(WavLM's own weights, all others): while WavLM is frozen, its own are in frozen.pt, once."""
+    """(pre-trained weights of WavLM, all others): while these are frozen, frozen.pt has them."""
     weights = model.state_dict()
-    own = {name: tensor for name, tensor in weights.items() if is_wavlms_own(name)}
-    return own, {name: tensor for name, tensor in weights.items() if name not in own}
+    pretrained = {name: tensor for name, tensor in weights.items() if is_pretrained(name)}
+    return pretrained, {k: tensor for k, tensor in weights.items() if k not in pretrained}
 
 
 def check_unseen(init_from: str, corpus: Corpus, splits: dict[str, np.ndarray]) -> None:
@@ -521,10 +520,8 @@ class RunFiles:
     def write_vectors(self, vectors: Tensor) -> None:
         """embedding_test.npy (n, U) float16, rows as predictions_test.csv."""
         if self.writes:
-            content = io.BytesIO()  # np.save into a file does not name it when the disk is full
-            np.save(content, vectors.half().numpy())
             with replacing(self.directory / "embedding_test.npy") as file:
-                file.write(content.getvalue())
+                np.save(file, vectors.half().numpy())
 
     def close(self) -> None:
         try:
