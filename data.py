@@ -926,9 +926,9 @@ def load_fold(args: argparse.Namespace) -> Fold:
         vectors=vectors,
     )
     if dataset.num_cut:
-        what = "the beginning is used; without a cache of hidden states, training takes any window"
+        what = "training takes a random window, or the beginning where hidden states are cached"
         longer = f"{dataset.num_cut} utterances are longer than --max_seconds {args.max_seconds:g}"
-        corpus.notes.append(f"{longer}: {what}")
+        corpus.notes.append(f"{longer}: {what}; evaluation takes the beginning")
     return Fold(
         corpus=corpus,
         splits=make_splits(corpus, args.fold),

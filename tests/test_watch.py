@@ -55,7 +55,11 @@ def test_a_resumed_run_remembers_what_it_was_about_to_tell(
         assert run.train() == 75
     assert hints_of(run) == []
     records = run.records()
-    for event, key, values in (("train", "loss", losses), ("dev", "dev/ccc_mean", cccs)):
+    for event, key, values in (
+        ("train", "loss", losses),
+        ("dev", "dev/ccc_valence", cccs),
+        ("dev", "dev/ccc_arousal", cccs),
+    ):
         found = [record for record in records if record["event"] == event]
         for record, value in zip(found, values):
             record[key] = value
