@@ -101,6 +101,17 @@ def test_a_run_killed_after_every_save_ends_the_same(flags, tmp_path, setting, w
     assert_same_outcome(whole, killed)
 
 
+def test_a_run_stopped_before_its_test_is_tested_from_the_same_cache(flags, tmp_path):
+    whole, stopped = (
+        Run([*flags, "--unfreeze", "none"], tmp_path / name) for name in ("whole", "stopped")
+    )
+    assert whole.train() == 0
+    with raise_on(r"^best epoch .* dev CCC"):
+        assert stopped.train() == 75
+    assert stopped.train("--resume") == 0
+    assert_same_outcome(whole, stopped)
+
+
 # --- the data has changed
 
 
