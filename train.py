@@ -243,8 +243,9 @@ def finish(run: Run) -> None:
     distributed.wait_for_ranks()  # best.pt is written
     best = read_checkpoint(files.directory / "best.pt")
     runs.load_weights(run.model, best["model"], files.directory)
-    fold.dataset.frozen = None
-    if len(step.stages(args.unfreeze)) == 1:  # else the best epoch may have had another frozen part
+    if len(step.stages(args.unfreeze)) > 1:
+        fold.dataset.frozen = None  # the best epoch may have had another frozen part
+    elif fold.dataset.frozen is None:  # of a run that was resumed after its last epoch
         stage, device = step.stage_at(args.unfreeze, 0), run.ranks.device
         step.set_trainable(run.model, stage, args.train_only)
         fold.dataset.frozen = step.frozen_states(run.model, fold.dataset, args, stage, device)
