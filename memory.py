@@ -125,7 +125,7 @@ def make_batch(
         mask, length = "attention_mask", samples
         sizes["input_values"] = (length,)
     if args.prosody == "egemaps":
-        sizes["prosody"] = (88,)
+        sizes["prosody"] = (model.config.prosody_dim,)
     if shape.speaker_dim:
         sizes["speaker"] = (shape.speaker_dim,)
     if shape.vector_dims:

@@ -136,7 +136,7 @@ def build_model(
     settings = {name: value for name, value in vars(args).items() if name in names}
     settings["targets"] = tuple(args.targets)
     settings["layers"] = tuple(args.layers or ())
-    settings["prosody_dim"] = 88 if args.prosody == "egemaps" else 0
+    settings["prosody_dim"] = ModelConfig.prosody_dim if args.prosody == "egemaps" else 0
     settings["ema_alpha"] = -1.0 if args.ema_alpha == "learned" else float(args.ema_alpha)
     settings["film"] = not args.no_film
     settings["speaker_dim"] = 0 if args.no_film else shape.speaker_dim
