@@ -181,6 +181,7 @@ def run_vatune(directory: Path, args: argparse.Namespace) -> dict:
     flags += [json.loads((directory / "wavlm/config.json").read_text())["num_hidden_layers"]]
     flags += ["--batch_size", args.batch_size, "--amp", args.amp, "--cache_dir", directory / "c"]
     flags += ["--unfreeze", args.unfreeze, "--attention", args.attention]
+    flags += ["--compile"] if args.compile else []
     flags += ["--num_workers", "0", "--out", directory / "runs", "--name", "b", "--overwrite"]
     flags += ["--encoder_lr", "1e-5", "--lr", "1e-5", "--max_steps", args.steps]
     assert train.main(train.parse_args([str(flag) for flag in flags])) == 0
@@ -215,6 +216,7 @@ def main() -> None:
     p.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
     p.add_argument("--unfreeze", default="transformer", help="or top:K")
     p.add_argument("--attention", default="fused", help="of train.py")
+    p.add_argument("--compile", action="store_true", help="in train.py")
     p.add_argument("--runs", type=int, default=3)
     p.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     p.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)

@@ -13,6 +13,8 @@ import soundfile
 import torch
 from matplotlib.figure import Figure
 
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # cuda: runs in float32 on the GPU
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
@@ -70,7 +72,8 @@ def quick_flags(corpus, small_wavlm, directory):
         "--data", str(corpus), "--wavlm", str(small_wavlm), "--layers", "1", "2",
         "--prosody", "none", "--unfreeze", "all", "--epochs", "2", "--batch_size", "8",
         "--lr", "1e-3", "--encoder_lr", "1e-3", "--d_hidden", "16", "--d_state", "8",
-        "--mamba_layers", "1", "--num_workers", "0", "--device", "cpu", "--log_every", "1",
+        "--mamba_layers", "1", "--num_workers", "0", "--log_every", "1",
+        "--device", DEVICE, "--amp", "off", "--tf32", "off",
         "--cache_dir", str(corpus.parent / "cache"), "--out", str(directory / "runs"),
         "--keep_last",
     ]  # fmt: skip

@@ -17,6 +17,7 @@ def test_tf32_is_a_setting_of_matrix_products_and_convolutions(flags, choice):
     assert main(parse_args([*flags, "--dry_run", "--tf32", choice])) == 0
     assert torch.backends.cuda.matmul.allow_tf32 is (choice == "on")
     assert torch.backends.cudnn.allow_tf32 is (choice == "on")
+    assert torch.backends.cudnn.deterministic  # whatever the choice: a resumed run repeats
 
 
 def test_memory_fraction_is_the_share_of_the_card_that_is_planned_for(capsys):

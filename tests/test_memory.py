@@ -228,6 +228,9 @@ def test_autocast_keeps_half_copies_of_matrices_and_checkpointing_the_inputs_of_
     words, column = [*words, "--gradient_checkpointing", "--layers"], KINDS.index("activations")
     few, many = (step_of(*words, layer).timeline[:, column].max() for layer in ("12", "24"))
     assert many - few == pytest.approx(12 * 8 * 399 * 1024 * 2, rel=0.05)  # in half precision
+    trace, column = step_of(*words, "24"), KINDS.index("autocast copies")
+    in_backward = trace.timeline[trace.phases == 1, column].max()
+    assert 0 < in_backward < 2 * 12.6e6 * 2  # of the one or two layers that are computed again
 
 
 def test_the_hidden_states_of_a_frozen_encoder_are_planned_at_their_pooled_size():

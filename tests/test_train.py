@@ -604,7 +604,7 @@ def test_fused_attention_that_does_not_work_on_the_device_is_replaced_and_said(
         return softmax(scores, dim, **options).mul_(1.5)
 
     monkeypatch.setattr(torch, "softmax", broken)
-    log = trained("run", "--max_steps", "1").train_log()
+    log = trained("run", "--max_steps", "1", "--device", "cpu").train_log()
     said = [line for line in log.splitlines() if "sdpa is used" in line]
     reason = "RuntimeError: no kernel image" if fault == "raises" else "differs from eager"
     assert len(said) == 1 and reason in said[0]

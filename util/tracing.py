@@ -265,6 +265,7 @@ class CudaRules(TorchFunctionMode):
                 self.depth -= 1
                 if self.depth == 0:
                     self.__exit__(None, None, None)
+                    self.cache.clear()  # recomputation has an autocast of its own
 
         before = module_hooks.register_module_forward_pre_hook(enter)
         after = module_hooks.register_module_forward_hook(leave, always_call=True)
