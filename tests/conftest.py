@@ -14,6 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # cuda: runs in float32 on the GPU
+if DEVICE == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same on every machine
 
 
 @pytest.fixture(scope="session")

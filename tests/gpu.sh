@@ -43,10 +43,10 @@ if [[ $rehearse ]]; then
     demo=(--max_steps 2)
 else
     where=cuda
-    tests=(-n 8)
+    tests=(-n auto)
     layer=(--amp fp16 --tokens 9600)
-    attention=(--model large --amps fp16 --batch_sizes 16 8 --runs 5)
-    peers=(--wavlm large --amp fp16 --utterances 1000 --steps 60 --runs 1 --batch_size 16)
+    attention=(--model large --amps fp16 --seconds 5 --batch_sizes 16 --runs 5)
+    peers=(--wavlm large --amp fp16 --utterances 700 --steps 40 --runs 1 --batch_size 16)
     frozen=(--wavlm large --unfreeze top:6 --amp fp16 --batch_size 16)
     checkpoint=()
     demo=()
@@ -54,7 +54,7 @@ fi
 
 say "$(git rev-parse --short HEAD), $(date +%F), $(python -c 'import torch
 print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")')"
-run tests 240 env TEST_DEVICE="$where" python -m pytest -q -rfE -p no:cacheprovider "${tests[@]}" &
+run tests 240 env TEST_DEVICE="$where" python -m pytest -v -p no:cacheprovider "${tests[@]}" &
 run memory 240 python tests/bench_memory.py --quick & # neither is timed
 wait
 run peers 160 python tests/bench_peers.py "${peers[@]}"
