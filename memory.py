@@ -53,6 +53,7 @@ BATCHES = (1, 4, 8, 16, 32, 64)
 LESS_MEMORY = "lower --max_seconds, unfreeze less, or give --gradient_checkpointing"
 PADDED = 1.06  # seconds with padding per second of audio, in batches of like length [measured]
 UTILIZATION = (0.1, 0.5)  # share of a card's published peak that training reaches [guess]
+HOPPER_UTILIZATION = (0.03, 0.5)  # it waits for Python to launch kernels [measured on an H100]
 CPU_TFLOPS = 0.05  # of one core, float32 [guess]
 
 log = logging.getLogger("vatune")
@@ -447,9 +448,10 @@ def machine(args: argparse.Namespace) -> Machine:
         peak = CPU_TFLOPS * torch.get_num_threads()
         return Machine("this CPU", peak, peak, UTILIZATION, "a guess: --calibrate")
     gpu = known_gpu(name) or "rtx4090"
-    low, high = UTILIZATION
+    utilization = HOPPER_UTILIZATION if gpu in HOPPER else UTILIZATION
+    low, high = utilization
     source = f"{low:.0%} to {high:.0%} of its published peak (--calibrate narrows it)"
-    return Machine(gpu, *GPUS[gpu][1:], UTILIZATION, source)
+    return Machine(gpu, *GPUS[gpu][1:], utilization, source)
 
 
 def achieved(
