@@ -40,7 +40,7 @@ def write_manifest(clips: Path, rows: int, path: Path) -> None:
             "start": start,
             "end": (start + rng.uniform(0.1, 0.2, rows)).round(3),
             "speaker": picked["speaker"].to_numpy(),
-            "session": picked["session"].to_numpy(),
+            "session": picked["speaker"].to_numpy(),
             "valence": rng.random(rows).round(3),
             "arousal": rng.random(rows).round(3),
         }
