@@ -136,8 +136,7 @@ class Box:
         """What it prints until it has ended with this exit code, and left no process."""
         output, _ = process.communicate(timeout=seconds)
         assert process.returncode == code, output
-        assert not leftovers(process.pid)
-        wait_for(lambda: not any(map(alive, self.pids())), 2)
+        wait_for(lambda: not (leftovers(process.pid) or any(map(alive, self.pids()))), 2)
         return output
 
 
