@@ -98,6 +98,23 @@ def test_the_planned_peak_is_what_cuda_allocates(amp):
     assert planner.trace(planner.args, "all").peak_bytes == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("words", "mib"),  # torch.cuda.max_memory_allocated, torch 2.11.0+cu130, 2026-11-28
+    [
+        ("--unfreeze top:2", 1764.6),
+        ("--unfreeze all --attention sdpa", 7450.5),
+        ("--unfreeze all --gradient_checkpointing", 6155.1),
+        ("--unfreeze all --gradient_accumulation_steps 3", 8163.1),
+        ("--lora 8", 3256.4),
+    ],
+)
+def test_the_plan_is_what_an_h100_allocated(words, mib):
+    planner = planner_of(*LARGE, "--amp", "fp16", "--max_seconds", "5.7", *words.split())
+    planner.args.gpu = "h100"
+    peak = planner.trace(planner.args, planner.args.unfreeze).peak_bytes
+    assert peak / 2**20 == pytest.approx(mib, rel=0.005)
+
+
 @pytest.mark.parametrize("amp", ["fp16", "bf16"])
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_encoder_is_planned_in_half_precision_and_takes_less(encoder, amp, features):

@@ -6,7 +6,7 @@ A model on torch's meta device has shapes and no numbers. `trace` runs a trainin
 else) on it under a mode that sees every allocation and every operator, so a changed model is
 accounted for with no line changed here. Two corrections make meta tensors allocate what CUDA's do:
 `CudaRules` (the casts of autocast with its cache of half-precision weights, one-byte dropout masks,
-the memory-efficient attention kernel) and `workspace_bytes` (what that kernel takes for itself).
+the memory-efficient attention kernel) and `workspace_bytes` (what kernels take for themselves).
 
 Assumed: the optimizer updates in place, as fused ones do. Not here: workspaces of cuDNN,
 torch.compile (traced as eager), kernels of a CPU. Nothing here knows a particular model.
@@ -18,7 +18,7 @@ import inspect
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -38,6 +38,7 @@ KINDS = (
 )  # fmt: skip
 PHASES = ("forward", "backward", "optimizer")
 ROUNDING = 512  # bytes, of CUDA's caching allocator
+BLOCKS = 2_112  # of 128 threads that run at once on an H100; an RTX 4090 has 1,536 [D]
 
 # Operators that CUDA's autocast runs in half precision, and those that it runs in float32, by the
 # names of their Python functions [torch: CUDA operators that autocast to float16 / float32].
@@ -171,7 +172,10 @@ def flops(func: object, args: tuple, kwargs: dict, out: object) -> int:
 
 def workspace_bytes(op: object, args: tuple) -> int:
     """What the memory-efficient attention kernel takes for itself in backward: tiles of 64 x 64
-    sums of dq in float32, and a number per row [torch: mem_eff_attention/kernel_backward.h]."""
+    sums of dq in float32, and a number per row [torch: mem_eff_attention/kernel_backward.h]; and
+    what a sum takes."""
+    if op is torch.ops.aten.sum and len(args) > 1:
+        return sum_bytes(*args[:2])
     if op is torch.ops.aten._efficient_attention_backward:
         batch, frames, heads, width = args[1].shape
     elif op is torch.ops.aten._scaled_dot_product_efficient_attention_backward:
@@ -180,6 +184,21 @@ def workspace_bytes(op: object, args: tuple) -> int:
         return 0
     tiles = math.ceil(frames / 64) * math.ceil(width / 64)
     return 4 * batch * heads * (tiles * (64 * 64 + 4) + frames)
+
+
+def sum_bytes(x: Tensor, dims: Sequence[int]) -> int:
+    """Partial sums in float32 of a sum over many rows, such as the gradient of a bias: blocks of
+    128 threads, each for four columns, share the rows [torch: cuda/Reduce.cuh, setReduceConfig]."""
+    columns = x.shape[-1] if x.dim() else 0
+    if columns < 4 or list(dims) != list(range(x.dim() - 1)) or not x.is_contiguous():
+        return 0
+    width = min(32, 2 ** int(math.log2(columns // 4)))  # threads beside each other
+    values = math.ceil(x.numel() / columns / (128 // width))  # of a thread
+    if values < 256:
+        return 0
+    most = math.ceil(BLOCKS / math.ceil(columns / (4 * width)))
+    parts = min(max(most, math.ceil(values / 256)), math.ceil(values / 16))
+    return 4 * columns * parts * 4 * width
 
 
 # ---------------------------------------------------------------------------------------------
