@@ -319,7 +319,7 @@ def test_the_ladder_of_the_docs_ends_in_one_report_with_a_gain_over_the_base_at_
     (script,) = [text for text in fences("bash", USAGE) if "# ladder.sh" in text]
     (clone.directory / "ladder.sh").write_text(script)
     flags = f"--data manifest.csv {TRAIN} --unfreeze all"
-    said = clone.run(f"VECTORS=vectors bash ladder.sh steps 1-3 0-1 {flags}")
+    said = clone.run(f"VECTORS=vectors bash ladder.sh steps 1-2 0-1 {flags}")  # of three folds
     table = said[said.index("less the baseline") :]
     for name in ("stats", "balance", "vectors", "lora"):
         assert re.search(rf"runs/steps-{name} .*\[[-+]", table), (name, table)
