@@ -84,7 +84,7 @@ sweep() { # RUN: kill what is left of it; torchrun's ranks are in other sessions
     kill -KILL -- "-${pid_of[$1]-none}" 2>/dev/null || true
     while IFS=/ read -r _ _ pid _; do
         kill -KILL "$pid" 2>/dev/null || true
-    done < <(grep -lsxzF "VATUNE_LAUNCH=$launch_id-$1" /proc/[0-9]*/environ)
+    done <<<"$(grep -lsxzF "VATUNE_LAUNCH=$launch_id-$1" /proc/[0-9]*/environ)" # waits for grep
 }
 # shellcheck disable=SC2317,SC2329 # reached through the trap
 stop_all() {

@@ -53,7 +53,7 @@ BATCHES = (1, 4, 8, 16, 32, 64)
 LESS_MEMORY = "lower --max_seconds, unfreeze less, or give --gradient_checkpointing"
 PADDED = 1.06  # seconds with padding per second of audio, in batches of like length [measured]
 UTILIZATION = (0.1, 0.5)  # share of a card's published peak that training reaches [guess]
-HOPPER_UTILIZATION = (0.03, 0.5)  # it waits for Python to launch kernels [measured on an H100]
+HOPPER_UTILIZATION = (0.03, 0.5)  # small batches wait for Python [measured on an H100]
 CPU_TFLOPS = 0.05  # of one core, float32 [guess]
 
 log = logging.getLogger("vatune")
@@ -201,8 +201,9 @@ class Planner:
         """Bytes that cuBLAS holds."""
         if not self.on_gpu:
             return 0
-        hopper = getattr(self.args, "gpu", None) in HOPPER
-        if torch.cuda.is_available():
+        gpu = getattr(self.args, "gpu", None)
+        hopper = gpu in HOPPER
+        if torch.cuda.is_available() and not gpu:
             hopper = torch.cuda.get_device_capability()[0] >= 9
         return 2 * (HOPPER_CUBLAS_BYTES if hopper else CUBLAS_BYTES)
 

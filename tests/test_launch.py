@@ -136,7 +136,8 @@ class Box:
         """What it prints until it has ended with this exit code, and left no process."""
         output, _ = process.communicate(timeout=seconds)
         assert process.returncode == code, output
-        wait_for(lambda: not (leftovers(process.pid) or any(map(alive, self.pids()))), 2)
+        assert not leftovers(process.pid)
+        wait_for(lambda: not any(map(alive, self.pids())), 2)
         return output
 
 

@@ -141,6 +141,16 @@ def test_feature_frames_are_planned_at_their_own_rate_and_length(features):
 # ---------------------------------------------------------------- tracing any torch model
 
 
+@pytest.mark.parametrize(
+    ("dims", "takes"), [((0, 1), True), ((-3, -2), True), (None, False), ((), False), (2, False)]
+)
+def test_a_sum_over_many_rows_takes_room_for_partial_sums_however_it_is_written(dims, takes):
+    x = torch.empty(64, 300, 1024, dtype=torch.float16, device="meta")
+    model = torch.nn.Linear(1, 1, device="meta")
+    step = tracing.trace(model, None, lambda _: x.sum(dims, keepdim=True), [x], on_gpu=True)
+    assert (step.peak_bytes - x.nbytes > 10 * 2**20) is takes
+
+
 class Layers(torch.nn.Module):
     """Linear layers, each run again in backward."""
 

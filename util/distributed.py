@@ -434,9 +434,10 @@ def encode_in_pieces(
 
 
 def configure_device(device: torch.device, tf32: bool, memory_fraction: float) -> None:
-    """Applies --tf32 and --memory_fraction, and starts the measurement of the peak."""
+    """Applies --tf32 and --memory_fraction, makes cuDNN repeat itself, and starts the measurement
+    of the peak."""
     allow_tf32(tf32)
-    torch.backends.cudnn.deterministic = True  # else a resumed CNN differs [measured on an H100]
+    torch.backends.cudnn.deterministic = True  # two runs of a CNN differed [measured on an H100]
     if device.type == "cuda" and memory_fraction:
         torch.cuda.set_per_process_memory_fraction(memory_fraction, device)
     reset_peak(device)

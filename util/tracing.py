@@ -38,7 +38,7 @@ KINDS = (
 )  # fmt: skip
 PHASES = ("forward", "backward", "optimizer")
 ROUNDING = 512  # bytes, of CUDA's caching allocator
-BLOCKS = 2_112  # of 128 threads that run at once on an H100; an RTX 4090 has 1,536 [D]
+BLOCKS = 2_112  # of 128 threads that an H100 runs at once; 1,536 on an RTX 4090 [P: vendor]
 
 # Operators that CUDA's autocast runs in half precision, and those that it runs in float32, by the
 # names of their Python functions [torch: CUDA operators that autocast to float16 / float32].
@@ -175,7 +175,7 @@ def workspace_bytes(op: object, args: tuple) -> int:
     sums of dq in float32, and a number per row [torch: mem_eff_attention/kernel_backward.h]; and
     what a sum takes."""
     if op is torch.ops.aten.sum and len(args) > 1:
-        return sum_bytes(*args[:2])
+        return sum_bytes(args[0], args[1] or ())
     if op is torch.ops.aten._efficient_attention_backward:
         batch, frames, heads, width = args[1].shape
     elif op is torch.ops.aten._scaled_dot_product_efficient_attention_backward:
@@ -190,7 +190,8 @@ def sum_bytes(x: Tensor, dims: Sequence[int]) -> int:
     """Partial sums in float32 of a sum over many rows, such as the gradient of a bias: blocks of
     128 threads, each for four columns, share the rows [torch: cuda/Reduce.cuh, setReduceConfig]."""
     columns = x.shape[-1] if x.dim() else 0
-    if columns < 4 or list(dims) != list(range(x.dim() - 1)) or not x.is_contiguous():
+    of_rows = {dim % x.dim() for dim in dims} == set(range(x.dim() - 1))
+    if columns < 4 or not of_rows or not x.is_contiguous():
         return 0
     width = min(32, 2 ** int(math.log2(columns // 4)))  # threads beside each other
     values = math.ceil(x.numel() / columns / (128 // width))  # of a thread
